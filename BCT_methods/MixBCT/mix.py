@@ -1,0 +1,37 @@
+"""MixBCT's one idea: put old features in the place of some new ones, and let one classifier have them all.
+
+Yu Liang et al., "MixBCT: Towards Self-Adapting Backward-Compatible Training", arXiv:2308.06948.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=None):
+    """Replace int(B · mix_ratio) rows of a batch, drawn at random among the credible ones, by their old features.
+
+    embeddings: new features [B, D], any device. old_features: the same images' old features [B, D], not normalised;
+    they may stay on the CPU, only the drawn rows move. credible: bool [B], on the CPU: images whose old feature may be
+    used. mix_ratio: in [0, 1]. generator: a CPU torch.Generator; None = torch's own.
+
+    Returns [B, D] in the embeddings' dtype and device: drawn rows hold L2-normalised old features, without gradient
+    to anything; the others are the embeddings as they are, with their gradient (the classifier normalises all alike).
+    Where fewer rows are credible, all of those are replaced. Raises ValueError for shapes or a ratio that do not fit.
+    """
+    if old_features.shape != embeddings.shape:
+        raise ValueError(
+            f"old features {list(old_features.shape)} and embeddings {list(embeddings.shape)} differ in shape; "
+            "embedding_size must be the old model's"
+        )
+    if credible.shape != embeddings.shape[:1] or credible.dtype != torch.bool:
+        raise ValueError(f"credible must be bool [{len(embeddings)}], not {credible.dtype} {list(credible.shape)}")
+    if not 0 <= mix_ratio <= 1:
+        raise ValueError(f"mix_ratio = {mix_ratio} must be in [0, 1]")
+
+    # The draw stays on the CPU: the same rows whatever the device, and no wait for it.
+    candidates = credible.cpu().nonzero().flatten()
+    order = torch.randperm(len(candidates), generator=generator)
+    drawn = candidates[order[:int(len(embeddings) * mix_ratio)]]
+
+    old = F.normalize(old_features.detach()[drawn.to(old_features.device)].float(), dim=1)
+    return embeddings.index_copy(0, drawn.to(embeddings.device), old.to(embeddings))

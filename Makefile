@@ -1,0 +1,28 @@
+# make demo   the whole flow, small, on this machine; ends in a table      (SEED=1 for other data and weights)
+# make test   the tests
+PYTHON ?= python3
+SEED   ?= 0
+BIN    := .venv/bin
+
+.PHONY: demo test clean-demo
+
+demo: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(SEED)
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+clean-demo:
+	rm -rf demo
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 10) <= v <= (3, 13), "Python 3.10 to 3.13 is needed, this is %d.%d; say make PYTHON=python3.12" % v'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.installed-test: requirements-test.txt .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	touch $@

@@ -1,0 +1,54 @@
+"""Every key that a run understands, with its default. A run's own file states only what differs.
+
+How the layers add up is told in engine/config.py. Paths are relative to `workspace`, which is the repo root unless
+it is set. Any key can be overridden on the command line: `--lr 0.02 --num_epoch 20`.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+
+# --- Model -----------------------------------------------------------------------------------------------------
+config.network = "r50"              # a name of backbones.names()
+config.embedding_size = 512         # width of the feature; a new model must have the old model's
+config.dropout = 0.0                # probability, before the last linear layer
+config.fp16 = True                  # automatic mixed precision on CUDA (float16 and a loss scaler); the CPU stays float32
+config.sync_bn = False              # BatchNorm statistics over all ranks instead of each rank's own batch
+
+# --- Loss and classifier ---------------------------------------------------------------------------------------
+config.loss = "arcface"             # "arcface", "cosface" or "combined" (cos(m1·θ + m2) − m3)
+config.margin_list = (1.0, 0.5, 0.0)    # (m1, m2, m3): m1 factor on θ, m2 radians, m3 cosine
+config.margin_scale = 64.0          # s: what the cosines are multiplied by before the softmax
+config.interclass_filtering_threshold = 0.0 # cosine; other classes above it leave the softmax; 0 = off
+config.sample_rate = 1.0            # share of the class centres that a step sees (PartialFC); 1 = all
+
+# --- Optimisation ----------------------------------------------------------------------------------------------
+config.optimizer = "sgd"            # "sgd" or "adamw"
+config.lr = 0.1                     # for the global batch as it is; nothing rescales it
+config.momentum = 0.9               # sgd
+config.weight_decay = 5e-4
+config.batch_size = 128             # images a rank and step
+config.gradient_acc = 1             # steps whose gradients are averaged before the weights move
+config.num_epoch = 35
+config.warmup_epoch = 0.0           # epochs of linear warm-up from 0; may be a fraction
+config.decay_epoch = []             # epochs at which lr drops ×0.1; empty = polynomial decay of power 2 to 0
+config.clip_grad_norm = 5.0         # largest L2 norm of the backbone's gradient; 0 = no clipping
+
+# --- Data ------------------------------------------------------------------------------------------------------
+config.workspace = ""               # directory that the relative paths of a config lie under; "" = the repo root
+config.rec = "dataset/ms1m-retinaface-t1"   # .rec file, or a directory with train.rec; "synthetic" = random images
+config.num_classes = 0              # 0 = from the header record; stated, it must agree with it
+config.num_image = 0                # likewise; "synthetic" needs both
+config.num_workers = 2              # decoding processes a rank
+config.dali = False                 # NVIDIA DALI reader: not supported, must stay False
+config.rec_val = ""                 # directory of the .bin verification sets; "" = the directory of `rec`
+config.val_targets = []             # names of .bin sets to verify on while training, such as ["lfw", "cfp_fp", "agedb_30"]
+
+# --- Run -------------------------------------------------------------------------------------------------------
+config.seed = 666                   # rank r seeds its generators with seed + r
+config.deterministic = False        # deterministic kernels: slower, same weights every time on the same machine
+config.output = ""                  # directory of model.pt, logs and checkpoints; "" = work_dirs/<config name>
+config.resume = False               # go on from the newest complete checkpoint in `output`
+config.save_all_states = False      # write a checkpoint (every rank, whole state) at the end of each epoch
+config.verbose = 2000               # steps between two verifications on val_targets
+config.frequent = 10                # steps between two log lines

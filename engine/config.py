@@ -1,0 +1,140 @@
+"""Config files: plain Python that defines `config`, an EasyDict, in layers.
+
+For a run's file the layers are, each over the one before:
+
+1. `configs/base.py` at the repo root, which declares every shared key;
+2. `base.py` beside the file's `configs` directory's root (a method's own keys and defaults);
+3. for a file in a sub-directory, such as `configs/demo/`: the same sub-directory's `base.py` at the root, then
+   in the method;
+4. the file itself;
+5. the environment variable BCT_OVERRIDES, such as `--network tiny --num_epoch 1`, to try a whole flow small;
+6. `--key value` from the command line.
+
+Only the `base.py` files may declare keys. A key that none of them knows is an error that names the nearest one.
+"""
+
+import ast
+import difflib
+import os
+import pathlib
+import runpy
+import shlex
+
+from easydict import EasyDict
+
+from engine.errors import UserError
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+# Keys that hold paths; relative ones lie under `workspace`.
+PATH_KEYS = (
+    "rec", "rec_val", "output", "old_embedding", "old_embedding_label", "credible_old_feature", "old_prototype", "old_model_path",
+)
+
+
+class ConfigError(UserError):
+    """A config file, key or value that cannot be used. The message names the file and the key."""
+
+
+def load_config(path, overrides=()):
+    """Read the config file `path` over its bases and apply `overrides`.
+
+    path: a file, relative to the working directory, or to the repo root if it is not there.
+    overrides: command-line words, `["--lr", "0.02"]` or `["--lr=0.02"]`.
+    Returns an EasyDict with all keys; path keys are absolute strings, `name` is the file's stem and `config_file`
+    its path. Raises ConfigError.
+    """
+    path = _find(path)
+    config = EasyDict()
+    for base in _bases(path):
+        config.update(_run(base))
+    for key, value in _run(path).items():
+        _assign(config, key, value, path)
+    for where, words in (("BCT_OVERRIDES", shlex.split(os.environ.get("BCT_OVERRIDES", ""))), ("the command line", overrides)):
+        for key, value in _parse_overrides(words, where):
+            _assign(config, key, value, where)
+    config.name = path.stem
+    config.config_file = str(path)
+    return _resolve_paths(config)
+
+
+def _find(path):
+    for candidate in (pathlib.Path(path), REPO / path):
+        if candidate.is_file():
+            return candidate.resolve()
+    raise ConfigError(f"{path}: no such config file, neither here nor under {REPO}")
+
+
+def _bases(path):
+    """The base.py files that lie under `path`, outermost first; configs outside a `configs` directory have the root's alone."""
+    roots = [REPO / "configs"]
+    below = pathlib.Path()
+    for parent in path.parents:
+        if parent.name == "configs":
+            below = path.parent.relative_to(parent)
+            if parent != roots[0]:
+                roots.append(parent)
+            break
+    levels = [pathlib.Path(*below.parts[:depth]) for depth in range(len(below.parts) + 1)]
+    candidates = [root / level / "base.py" for level in levels for root in roots]
+    return [base for base in candidates if base.is_file()]
+
+
+def _run(path):
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: defines no `config`; begin with `config = edict()`")
+    return config
+
+
+def _parse_overrides(words, where):
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{where}: {word!r} is not a key; write --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"{where}: --{key} has no value")
+            value = words.pop(0)
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a bare word is a string
+        yield key, value
+
+
+def _assign(config, key, value, where):
+    if key not in config:
+        near = difflib.get_close_matches(key, config, n=1, cutoff=0)
+        raise ConfigError(f"{where}: unknown key {key!r}; the nearest known one is {near[0]!r}")
+    config[key] = _checked(key, value, config[key], where)
+
+
+def _checked(key, value, default, where):
+    """`value`, if it has the type of the default; int passes for float, list for tuple and the other way round."""
+    kinds = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), list: (tuple, list)}
+    allowed = kinds.get(type(default))
+    if allowed is None or (isinstance(value, allowed) and (type(value) is not bool or bool in allowed)):
+        return value
+    if type(default) is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise ConfigError(f"{where}: {key} = {value!r} is a {type(value).__name__}; it must be a {type(default).__name__}, like {default!r}")
+
+
+def _resolve_paths(config):
+    workspace = REPO / config.workspace
+    config.workspace = str(workspace)
+    config.output = config.output or f"work_dirs/{config.name}"
+    for key in PATH_KEYS:
+        value = config.get(key)
+        if value and value != "synthetic":
+            config[key] = str(workspace / value)
+    if not config.rec_val and config.rec != "synthetic":
+        rec = pathlib.Path(config.rec)
+        config.rec_val = str(rec if rec.is_dir() else rec.parent)
+    return config

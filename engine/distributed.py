@@ -1,0 +1,148 @@
+"""Ranks, devices and the few collectives that losses need.
+
+Convention of the whole repo: a loss term is a scalar of the *global* batch. It has the same value on every rank,
+and its gradient on a rank is the exact derivative with respect to that rank's tensors. Gradients of replicated
+parameters are therefore *summed* over the ranks (see `engine.trainer`), never averaged, so that one rank and
+many ranks with the same global batch take the same step.
+
+Everything here also works in a single process without an initialised process group.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def init_distributed(backend=None, timeout_minutes=30):
+    """Join the process group that the launcher describes in the environment, if there is one.
+
+    Returns `(rank, world_size, device)`. Ranks come from RANK/WORLD_SIZE/LOCAL_RANK (torchrun and
+    torch.distributed.launch both set them); without them this is a single process. The device is
+    `cuda:LOCAL_RANK` where CUDA is available, else `cpu`; the backend is nccl or gloo accordingly.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise SystemExit(
+                f"rank with LOCAL_RANK={device.index} has no GPU: this machine has {torch.cuda.device_count()}; "
+                f"start with --nproc_per_node={torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group(
+            backend or ("nccl" if device.type == "cuda" else "gloo"),
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return rank(), world_size(), device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shutdown():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rows_of_rank(total, rank, world_size):
+    """The contiguous share `(start, stop)` of `total` rows that `rank` owns: sizes differ by at most one, in order."""
+    size, rest = divmod(total, world_size)
+    start = rank * size + min(rank, rest)
+    return start, start + size + (rank < rest)
+
+
+def all_reduce_(tensor, op=dist.ReduceOp.SUM):
+    """In-place reduction over the ranks; outside autograd."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def broadcast_(tensor, source=0):
+    """Overwrite `tensor` on every rank with that of rank `source`; outside autograd."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def gather(tensor):
+    """Concatenate equally shaped tensors of all ranks along dim 0, in rank order: [B, ...] -> [world·B, ...].
+
+    No gradient. In a single process this is the tensor itself, detached.
+    """
+    tensor = tensor.detach().contiguous()
+    if world_size() == 1:
+        return tensor
+    whole = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
+    dist.all_gather_into_tensor(whole, tensor)
+    return whole
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.rows = len(tensor)
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Each rank holds the derivative of its own share of the loss with respect to *all* rows;
+        # the derivative with respect to my rows is the sum of everyone's.
+        mine = grad.new_empty((ctx.rows, *grad.shape[1:]))
+        dist.reduce_scatter_tensor(mine, grad.contiguous())
+        return mine
+
+
+def gather_with_grad(tensor):
+    """As `gather`, with gradient: the backward sums what all ranks say about my rows.
+
+    Meant for losses whose ranks each hold a *different share* of the work on the gathered rows (class shards).
+    A loss that every rank computes in full from the gathered rows would be counted `world_size` times.
+    """
+    return _GatherWithGrad.apply(tensor) if world_size() > 1 else tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return all_reduce_(tensor.detach().clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def sum_over_ranks(tensor):
+    """Sum over the ranks of a tensor of which each rank holds a share; the result is the same everywhere.
+
+    Its gradient is passed to the local share as it is: every rank computes the same function of the sum, so the
+    incoming gradient is already the whole derivative (all-reducing it again would count it `world_size` times).
+    """
+    return _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
+
+
+def global_mean(value):
+    """Mean over the ranks of a scalar that each rank computed on its own, equally large, part of the batch.
+
+    The value is the same on every rank; the gradient reaching this rank's value is 1/world_size, as it must be
+    for a mean over the global batch.
+    """
+    return sum_over_ranks(value / world_size())

@@ -1,0 +1,212 @@
+"""Margin softmax over many classes, the class centres sharded over the ranks (Partial FC, arXiv:2203.15565).
+
+Every rank owns a contiguous range of classes. The normalised embeddings and labels of all ranks are gathered, a rank
+computes the cosines of the global batch to its own centres only, and the cross-entropy needs no more of the other
+ranks than two numbers a sample: the log-sum-exp over their shard and the logit of the target, where they own it.
+Logits are never gathered: a rank's time and memory are those of its share of the classes.
+
+With `sample_rate < 1` a step sees only a part of the centres (the positives of the batch and random others). Their
+gradient is a sparse tensor of the rows concerned, never a dense [num_local, embedding_size] one, and `attach` makes
+an ordinary optimiser update those rows, with their own rows of its state, and no other.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from engine.distributed import gather, gather_with_grad, rank, rows_of_rank, world_size
+from losses.row_optimizer import RowOptimizer
+
+INIT_STD = 0.01         # of the centres' initial coordinates
+INIT_BLOCK = 1024       # classes that share an initial generator
+
+
+class PartialFC(nn.Module):
+    """Class centres of this rank and the softmax loss over the classes of all ranks.
+
+    margin_loss: a module (cosines [N, C], local labels [N], -1 = elsewhere) -> logits, see `losses.margin`.
+    embedding_size: D. num_classes: over all ranks; sizes of the shards differ by at most one.
+    sample_rate: in (0, 1], the share of its centres that a rank uses in a training step; 1 = all, the exact softmax.
+    fp16: on CUDA, cosines by a half precision matrix product (the dtype of the surrounding autocast, float16
+    without one); normalisation and softmax stay in float32. Elsewhere no effect.
+    seed: of the initial centres, which do not depend on the number of ranks, and of the sampling.
+
+    Attributes: `weight`, Parameter [num_local, D]; `class_start`: this rank's classes are class_start ...
+    class_start + num_local - 1. The state dict is `weight` alone. Construct it after the process group.
+    Raises ValueError if there are more ranks than classes, or if sample_rate is out of range.
+    """
+
+    def __init__(self, margin_loss, embedding_size, num_classes, sample_rate=1.0, fp16=False, seed=0):
+        super().__init__()
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample_rate is a share of the classes, above 0 and at most 1, not {sample_rate}")
+        if world_size() > num_classes:
+            raise ValueError(f"{num_classes} classes cannot be shared by {world_size()} ranks: start fewer ranks")
+        self.margin_loss = margin_loss
+        self.embedding_size = embedding_size
+        self.num_classes = num_classes
+        self.sample_rate = sample_rate
+        self.fp16 = fp16
+        self.seed = seed
+        self.class_start, stop = rows_of_rank(num_classes, rank(), world_size())
+        self.num_local = stop - self.class_start
+        self.num_sample = max(1, int(sample_rate * self.num_local))
+        self.weight = nn.Parameter(_initial_centres(self.class_start, stop, embedding_size, seed))
+        self._generator = None
+
+    def extra_repr(self):
+        return (
+            f"embedding_size={self.embedding_size}, num_classes={self.num_classes}, class_start={self.class_start}, "
+            f"num_local={self.num_local}, sample_rate={self.sample_rate:g}, fp16={self.fp16}"
+        )
+
+    def forward(self, embeddings, labels):
+        """Mean cross-entropy over the global batch: the same scalar on every rank, with exact gradients.
+
+        embeddings: [B, D], any scale, the rows of this rank; B must be the same on every rank.
+        labels: integers [B] or [B, 1] in [0, num_classes). In training mode with sample_rate < 1 the softmax is over
+        the classes that all ranks sampled. Raises ValueError (on CUDA: a device-side assert, so that no step waits
+        for the check) for labels out of range.
+        """
+        labels = labels.reshape(-1).long()
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_size or len(labels) != len(embeddings):
+            raise ValueError(
+                f"expected embeddings [B, {self.embedding_size}] and labels [B], "
+                f"got {tuple(embeddings.shape)} and {tuple(labels.shape)}"
+            )
+        labels = gather(labels)
+        self._check(labels)
+        local = labels - self.class_start
+        local = torch.where((local >= 0) & (local < self.num_local), local, -1)
+
+        with torch.autocast(self.weight.device.type, enabled=False):
+            embeddings = gather_with_grad(F.normalize(embeddings.to(self.weight.dtype)))
+            weight = self.weight
+            if self.training and self.sample_rate < 1:
+                index, local = self._sample(local)
+                weight = _SelectRows.apply(weight, index)
+            logits = self.margin_loss(self._cosines(embeddings, weight), local)
+            return _ShardedCrossEntropy.apply(logits, local)
+
+    def cosines(self, embeddings):
+        """Cosines [N, num_local] of embeddings [N, D], any scale, to all centres of this rank, with gradient to both.
+
+        For losses that work on class-sharded logits. Nothing is gathered: every rank should pass the same N rows, as
+        `gather_with_grad` gives them. float32; rounding may carry a value beyond 1 by an ulp (fp16: by 1e-3).
+        """
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self._cosines(F.normalize(embeddings.to(self.weight.dtype)), self.weight)
+
+    def _cosines(self, embeddings, weight):
+        """Of embeddings [N, D] that are normalised to the rows of `weight` that are not."""
+        weight = F.normalize(weight)
+        if self.fp16 and weight.device.type == "cuda":
+            half = torch.get_autocast_dtype("cuda")
+            return F.linear(embeddings.to(half), weight.to(half)).float()
+        return F.linear(embeddings, weight)
+
+    def _check(self, labels):
+        """Labels [N] of the global batch, so that all ranks fail alike and none waits for another in a collective."""
+        if labels.device.type == "cuda":
+            in_range = ((labels >= 0) & (labels < self.num_classes)).all()
+            torch._assert_async(in_range, f"PartialFC: a label is outside [0, {self.num_classes})")
+        elif len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
+            wrong = labels[(labels < 0) | (labels >= self.num_classes)][0].item()
+            raise ValueError(f"label {wrong} is outside [0, {self.num_classes}): check num_classes against the training set")
+
+    # --- sampling of centres --------------------------------------------------------------------------------------
+
+    def _sample(self, local):
+        """Rows of `weight` for this step, int64 [S] in order, and the local labels [N] renumbered to them.
+
+        All positives, filled up to num_sample with random negatives; more than num_sample only if the positives are.
+        """
+        generator = self._sampling_generator()
+        score = torch.rand(self.num_local + 1, generator=generator, device=self.weight.device)   # last: not here
+        score[local] = 2                                     # above every random number; -1 writes to the last
+        score = score[:-1]
+        count = self.num_sample
+        if len(local) > count:                               # else the positives fit whatever the labels are
+            count = max(count, int((score == 2).sum()))
+        index = score.topk(count, sorted=False).indices.sort().values
+        return index, torch.where(local >= 0, torch.searchsorted(index, local), -1)
+
+    def _sampling_generator(self):
+        if self._generator is None or self._generator.device != self.weight.device:
+            self._generator = torch.Generator(self.weight.device)
+            self._generator.manual_seed(self.seed * 1_000_003 + rank())
+        return self._generator
+
+    def generator_state(self):
+        """State of this rank's sampling for a checkpoint, a CPU uint8 tensor; None if every centre is always used."""
+        return self._sampling_generator().get_state() if self.sample_rate < 1 else None
+
+    def set_generator_state(self, state):
+        """Continue the sampling from what `generator_state` returned on the same kind of device (None: no change)."""
+        if state is not None and self.sample_rate < 1:
+            self._sampling_generator().set_state(state.cpu())
+
+    def attach(self, optimizer):
+        """Have `optimizer`, which holds `weight`, update sampled centres only; call once, before the first step.
+
+        Returns the `RowOptimizer`, or None where sample_rate = 1 and nothing is to be done. See there for what it
+        guarantees. Raises ValueError if the optimiser does not hold `weight`.
+        """
+        return RowOptimizer(optimizer, self.weight) if self.sample_rate < 1 else None
+
+
+def _initial_centres(start, stop, embedding_size, seed):
+    """Rows [start, stop) of the N(0, 0.01) matrix of all classes, drawn in blocks so that no rank needs the rest."""
+    blocks = []
+    for first in range(start // INIT_BLOCK * INIT_BLOCK, stop, INIT_BLOCK):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        block = torch.empty(INIT_BLOCK, embedding_size).normal_(0, INIT_STD, generator=generator)
+        blocks.append(block[max(start - first, 0):stop - first])
+    return torch.cat(blocks)
+
+
+class _SelectRows(torch.autograd.Function):
+    """weight[index], index sorted without repetition, with a sparse gradient [num_local, D]."""
+
+    @staticmethod
+    def forward(ctx, weight, index):
+        ctx.save_for_backward(index)
+        ctx.shape = weight.shape
+        return weight.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(index.unsqueeze(0), grad, ctx.shape, check_invariants=False, is_coalesced=True), None
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    """Mean of -log softmax at the target, over logits [N, C_local] whose classes are spread over the ranks.
+
+    One pass for the local softmax p and its log-sum-exp, one collective of two numbers a sample; the softmax over all
+    ranks is then p * exp(local log-sum-exp - global), which the backward folds into the factor of its only pass.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        here = labels >= 0
+        column = labels.clamp(min=0).unsqueeze(1)
+        probability = logits.softmax(1)
+        # From the largest entry, whose probability is at least 1 / C_local: no overflow, no logarithm of zero.
+        log_sum = logits.amax(1) - probability.amax(1).log()
+        target = torch.where(here, logits.gather(1, column).squeeze(1), 0)
+        parts = gather(torch.stack([log_sum, target])[None])           # [world, 2, N]
+        total = parts[:, 0].logsumexp(0)
+        ctx.save_for_backward(probability, (log_sum - total).exp(), column, here)
+        return (total - parts[:, 1].sum(0)).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        probability, share, column, here = ctx.saved_tensors
+        grad = grad / len(share)
+        out = probability * (share * grad).unsqueeze(1)
+        target = out.gather(1, column) - torch.where(here, grad, 0).unsqueeze(1)
+        return out.scatter_(1, column, target), None

@@ -1,0 +1,384 @@
+"""MXNet's indexed RecordIO, read and written without MXNet, byte for byte the same.
+
+A `.rec` file is a row of records. A record is one part, or several where its payload holds the magic word:
+
+    uint32 0xced7230a | uint32 (3 bits continuation flag, 29 bits length) | payload | zeros up to 4 bytes
+
+The flag is 0 for a whole record, 1, 2, 3 for its first, middle and last part; between two parts the reader puts
+back the magic word at which the writer cut. The `.idx` file beside it has one line `key<TAB>offset` a record.
+An image record's payload is an `IRHeader` and then the JPEG or PNG: see `pack`. All numbers are little-endian.
+"""
+
+import mmap
+import numbers
+import os
+import pathlib
+import re
+import struct
+from collections import namedtuple
+
+import numpy as np
+
+MAGIC = 0xCED7230A
+_MAGIC_BYTES = struct.pack("<I", MAGIC)
+_FRAME = struct.Struct("<II")
+_IR = struct.Struct("<IfQQ")
+_MAX_PAYLOAD = 1 << 29  # the length field's 29 bits; MXNet's writer refuses payloads of this size and above
+_INDEX_LINE = re.compile(rb"[0-9]{1,18}\t[0-9]{1,18}")
+
+IRHeader = namedtuple("IRHeader", ["flag", "label", "id", "id2"])
+IRHeader.__doc__ = """Header of an image record: `label` is a float, or a float32 array [flag] where flag > 0."""
+
+
+class RecordError(ValueError):
+    """A record file or its index is not what it should be; the message names file, key and offset."""
+
+
+def pack(header, payload):
+    """Put an `IRHeader` (or a 4-tuple of its fields) before `payload`, as `mxnet.recordio.pack` does.
+
+    A number as label is stored in the header with flag 0; a sequence of n numbers as n float32 after the header,
+    with flag n. The header's own flag is ignored.
+    """
+    _, label, identity, identity2 = header
+    if isinstance(label, numbers.Number):
+        return _IR.pack(0, label, identity, identity2) + payload
+    label = np.asarray(label, dtype="<f4")
+    return _IR.pack(label.size, 0, identity, identity2) + label.tobytes() + payload
+
+
+def unpack(buf):
+    """Split a record's payload into `(IRHeader, image bytes)`, as `mxnet.recordio.unpack` does.
+
+    Raises `RecordError` where `buf` is shorter than the header that it begins with.
+    """
+    if len(buf) < _IR.size:
+        raise RecordError(f"an image record has a header of {_IR.size} bytes, this one is {len(buf)} bytes long")
+    header = IRHeader(*_IR.unpack_from(buf))
+    start = _IR.size + 4 * header.flag
+    if header.flag == 0:
+        return header, buf[start:]
+    if len(buf) < start:
+        raise RecordError(f"header announces {header.flag} labels, the record is only {len(buf)} bytes long")
+    return header._replace(label=np.frombuffer(buf, "<f4", header.flag, _IR.size).copy()), buf[start:]
+
+
+def class_label(header):
+    """The class of an image record as the float32 that is stored: its label, or the first of several."""
+    return header.label if header.flag == 0 else float(header.label[0])
+
+
+def index_path(path):
+    """`x/train.rec` -> `x/train.idx`"""
+    return pathlib.Path(path).with_suffix(".idx")
+
+
+def _parse_index_lines(text):
+    """Keys and offsets, int64 [n, 2], of index lines that each end in a newline; None where a line is malformed."""
+    chars = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(chars < ord("0"))
+    width = np.diff(ends, prepend=-1) - 1
+    well_formed = (
+        chars.max() <= ord("9")
+        and len(ends) % 2 == 0
+        and (chars[ends[0::2]] == ord("\t")).all()
+        and (chars[ends[1::2]] == ord("\n")).all()
+        and width.min() >= 1
+        and width.max() <= 18  # fits int64
+    )
+    return np.fromstring(text, dtype=np.int64, sep=" ").reshape(-1, 2) if well_formed else None
+
+
+def _read_index(path, block=1 << 23):
+    """Keys and offsets, each int64 [n], in the order of the lines. Reads `block` bytes at a time."""
+    tables, lines = [np.empty((0, 2), np.int64)], 0
+    with open(path, "rb") as file:
+        while text := file.read(block):
+            text += file.readline()
+            text = text.replace(b"\r\n", b"\n")
+            table = _parse_index_lines(text if text.endswith(b"\n") else text + b"\n")
+            if table is None:
+                number, line = next(
+                    (i, line) for i, line in enumerate(text.split(b"\n")) if not _INDEX_LINE.fullmatch(line)
+                )
+                raise RecordError(
+                    f"{path}: line {lines + number + 1} is {line[:60]!r}, not `key<TAB>offset`; "
+                    f"copy the index again or write the set anew"
+                )
+            tables.append(table)
+            lines += len(table)
+    table = np.concatenate(tables)
+    return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
+
+
+class RecordReader:
+    """Random access to the records of a `.rec` file by the keys of its `.idx`.
+
+    The file is memory-mapped: memory does not grow with it, and forked or spawned workers share its pages. Pickled
+    by path. Every method raises `RecordError`, naming file, key and offset, rather than return a wrong record.
+
+    Args:
+        path: the `.rec` file.
+        idx_path: its index; by default the same name with `.idx`.
+
+    Attributes:
+        keys: int64 [n], in the order of the index.
+    """
+
+    def __init__(self, path, idx_path=None):
+        self.path = pathlib.Path(path)
+        self.idx_path = pathlib.Path(idx_path) if idx_path is not None else index_path(path)
+        for needed in (self.path, self.idx_path):
+            if not needed.is_file():
+                raise FileNotFoundError(f"{needed}: no such file; a record file needs its .rec and its .idx together")
+        self.keys, offsets = _read_index(self.idx_path)
+        order = None if (np.diff(self.keys) > 0).all() else np.argsort(self.keys, kind="stable")
+        self._sorted_keys = self.keys if order is None else self.keys[order]
+        self._offsets = offsets if order is None else offsets[order]
+        repeated = np.flatnonzero(np.diff(self._sorted_keys) == 0)
+        if len(repeated):
+            raise RecordError(f"{self.idx_path}: key {self._sorted_keys[repeated[0]]} stands there more than once")
+        self._first = int(self._sorted_keys[0]) if len(self.keys) else 0
+        self._dense = len(self.keys) > 0 and int(self._sorted_keys[-1]) - self._first + 1 == len(self.keys)
+        self._rows = len(self.keys)
+        self._offset_list = memoryview(self._offsets)  # gives Python integers, faster than the array does
+        with open(self.path, "rb") as file:
+            self._size = os.fstat(file.fileno()).st_size
+            self._end = self._size & ~3  # what ends up to here has its padding, too
+            self._last_start = self._end - _FRAME.size
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __contains__(self, key):
+        return self._row(key) >= 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __getstate__(self):
+        return {"path": self.path, "idx_path": self.idx_path}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+    def close(self):
+        if self._map:
+            self._map.close()
+
+    def release(self):
+        """Unmap the pages read so far from this process; for long scans, whose resident size would creep up."""
+        if self._map and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def offset(self, key):
+        """Where record `key` begins in the file, in bytes."""
+        row = key - self._first if self._dense else self._row(key)
+        if 0 <= row < self._rows:
+            return self._offset_list[row]
+        raise RecordError(f"{self.path}: key {key} is not in its index {self.idx_path.name}")
+
+    def read(self, key):
+        """The payload of record `key`, as bytes."""
+        offset = self.offset(key)
+        if not offset & 3 and offset <= self._last_start:  # in line, for speed: all but a few records are one part
+            magic, length = _FRAME.unpack_from(self._map, offset)
+            stop = offset + 8 + length
+            if magic == MAGIC and length < _MAX_PAYLOAD and stop <= self._end:
+                return self._map[offset + 8:stop]
+        return _MAGIC_BYTES.join([self._map[start:stop] for start, stop in self._parts(key, offset)])
+
+    def read_record(self, key):
+        """`(IRHeader, image bytes)` of record `key`."""
+        try:
+            return unpack(self.read(key))
+        except RecordError as error:
+            raise error if str(self.path) in str(error) else self._error(str(error), key) from None
+
+    def read_header(self, key):
+        """The `IRHeader` of record `key`, touching only the first bytes of the record."""
+        offset = self.offset(key)
+        flag, start, stop = self._part(key, offset, offset)
+        if flag == 0 and stop - start >= _IR.size:
+            header = IRHeader(*_IR.unpack_from(self._map, start))
+            if header.flag == 0:
+                return header
+        return self.read_record(key)[0]
+
+    def read_labels(self, keys):
+        """The class labels (see `class_label`) of many image records, read together: float32 [len(keys)]."""
+        keys = np.asarray(keys, np.int64)
+        rows = keys - self._first if self._dense else np.searchsorted(self._sorted_keys, keys)
+        rows = np.clip(rows, 0, max(len(self) - 1, 0))
+        labels = np.empty(len(keys), np.float32)
+        if len(keys) and len(self):
+            plain, labels[:] = self._plain_labels(self._offsets[rows])
+            plain &= self._sorted_keys[rows] == keys
+        else:
+            plain = np.zeros(len(keys), bool)
+        for i in np.flatnonzero(~plain):  # split into parts, or wrong, which read_header will say
+            labels[i] = class_label(self.read_header(int(keys[i])))
+        return labels
+
+    def read_raw(self, key):
+        """Record `key` as it lies in the file: frame, payload and padding (for `RecordWriter.write_raw`)."""
+        offset = self.offset(key)
+        flag, _, stop = self._part(key, offset, offset)
+        if flag != 0:
+            *_, (_, stop) = self._parts(key, offset)
+        return self._map[offset:stop + -stop % 4]
+
+    def check(self):
+        """Raise `RecordError` where the file ends before its last record does: a truncated copy, or not its index."""
+        if len(self):
+            self.read_raw(int(self._sorted_keys[np.argmax(self._offsets)]))
+
+    def first_missing_key(self):
+        """The smallest key that lacks for the keys to be 0, 1, 2, ... without a gap; None if they are."""
+        wrong = np.flatnonzero(self._sorted_keys != np.arange(len(self)))
+        return int(wrong[0]) if len(wrong) else None
+
+    def _row(self, key):
+        """Place of `key` among the sorted keys, -1 where it is none of them."""
+        row = int(np.searchsorted(self._sorted_keys, key))
+        return row if row < self._rows and self._sorted_keys[row] == key else -1
+
+    def _part(self, key, record_offset, offset):
+        """`(continuation flag, start, stop)` of the payload of the part at `offset`, held against the file's size."""
+        if offset % 4 or offset + _FRAME.size > self._size:
+            raise self._error(f"no record can begin at {offset} in a file of {self._size} bytes", key, record_offset)
+        magic, length = _FRAME.unpack_from(self._map, offset)
+        flag, length = length >> 29, length & (_MAX_PAYLOAD - 1)
+        if magic != MAGIC:
+            raise self._error(f"found {magic:#010x} at {offset} instead of {MAGIC:#010x}", key, record_offset)
+        if flag not in ((0, 1) if offset == record_offset else (2, 3)):
+            raise self._error(f"continuation flag {flag} at {offset} is out of turn", key, record_offset)
+        start = offset + _FRAME.size
+        stop = start + length
+        if stop + -stop % 4 > self._size:
+            raise self._error(f"{length} bytes from {start} end outside the file of {self._size} bytes: truncated?",
+                              key, record_offset)
+        return flag, start, stop
+
+    def _parts(self, key, record_offset):
+        """Spans `(start, stop)` of the payload's parts, in order."""
+        spans, offset, total, flag = [], record_offset, 0, None
+        while flag not in (0, 3):
+            flag, start, stop = self._part(key, record_offset, offset)
+            spans.append((start, stop))
+            offset = stop + -stop % 4
+            total += stop - start + len(_MAGIC_BYTES)
+            if total > _MAX_PAYLOAD + len(_MAGIC_BYTES):
+                raise self._error("the parts of the record exceed the largest possible record", key, record_offset)
+        return spans
+
+    def _plain_labels(self, offsets):
+        """For records at `offsets`: bool [n] whether each is an image record in one part, and its label where it is."""
+        words = np.frombuffer(self._map, "<u4", self._size // 4)
+        inside = (offsets % 4 == 0) & (offsets + _FRAME.size + _IR.size <= self._size)
+        at = np.where(inside, offsets // 4, 0)
+        if len(words) < 8:
+            return np.zeros(len(at), bool), 0.0
+        length = words[at + 1].astype(np.int64)  # with flag 0 the whole word is the length
+        many = words[at + 2].astype(np.int64)
+        plain = inside & (words[at] == MAGIC) & (length >= _IR.size + 4 * many)
+        plain &= (length < _MAX_PAYLOAD) & (offsets + _FRAME.size + length <= self._size)
+        return plain, words[np.where(plain & (many > 0), at + 8, at + 3)].view("<f4")
+
+    def _error(self, reason, key, offset=None):
+        offset = self.offset(key) if offset is None else offset
+        return RecordError(f"{self.path}: key {key} at offset {offset}: {reason}")
+
+
+class RecordWriter:
+    """Write a `.rec` file and its `.idx`; both appear under their names only when `close` has written them whole.
+
+    As a context manager it leaves nothing under the final names when the block raises.
+    """
+
+    def __init__(self, path, idx_path=None):
+        self.path = pathlib.Path(path)
+        self.idx_path = pathlib.Path(idx_path) if idx_path is not None else index_path(path)
+        self._rec_part, self._idx_part = (
+            target.with_name(f"{target.name}.{os.getpid()}.tmp") for target in (self.path, self.idx_path)
+        )
+        self._rec = open(self._rec_part, "wb", buffering=1 << 20)
+        self._idx = open(self._idx_part, "w", encoding="ascii", newline="\n", buffering=1 << 18)
+        self._position = 0
+        self._last_key = -1
+        self._out_of_order = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exc):
+        self.close() if kind is None else self.abort()
+
+    def write(self, key, payload):
+        """Append `payload` (bytes-like, less than 512 MiB) under the integer `key`, which must be new."""
+        if not isinstance(payload, bytes):
+            payload = memoryview(payload).tobytes()
+        if len(payload) >= _MAX_PAYLOAD:
+            raise RecordError(f"{self.path}: key {key}: {len(payload)} bytes are too long, the limit is 2**29 - 1")
+        cuts = _aligned_magic(payload)
+        if not cuts:
+            self.write_raw(key, _FRAME.pack(MAGIC, len(payload)) + payload + bytes(-len(payload) % 4))
+            return
+        pieces, begin = [], 0
+        for cut in cuts:  # the magic word itself is left out; the reader puts it back
+            pieces += [_FRAME.pack(MAGIC, (1 if begin == 0 else 2) << 29 | cut - begin), payload[begin:cut]]
+            begin = cut + len(_MAGIC_BYTES)
+        pieces += [_FRAME.pack(MAGIC, 3 << 29 | len(payload) - begin), payload[begin:], bytes(-len(payload) % 4)]
+        self.write_raw(key, b"".join(pieces))
+
+    def write_raw(self, key, record):
+        """Append a whole record as `RecordReader.read_raw` gives it."""
+        if not 0 <= key < 10**18:
+            raise RecordError(f"{self.path}: key {key} is not a number from 0 to 10**18 - 1")
+        self._out_of_order |= key <= self._last_key
+        self._last_key = key
+        self._idx.write(f"{key}\t{self._position}\n")
+        self._rec.write(record)
+        self._position += len(record)
+
+    def close(self):
+        """Publish both files. Raises `RecordError`, publishing nothing, where a key was written twice."""
+        if self._rec.closed:
+            return
+        try:
+            self._rec.close()
+            self._idx.close()
+            if self._out_of_order:
+                keys = np.sort(_read_index(self._idx_part)[0])
+                repeated = keys[1:][keys[1:] == keys[:-1]]
+                if len(repeated):
+                    raise RecordError(f"{self.path}: key {repeated[0]} was written more than once")
+            # In this order no moment pairs a new .rec with an old .idx.
+            self.idx_path.unlink(missing_ok=True)
+            os.replace(self._rec_part, self.path)
+            os.replace(self._idx_part, self.idx_path)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self):
+        """Drop what was written."""
+        for file, part in ((self._rec, self._rec_part), (self._idx, self._idx_part)):
+            try:
+                file.close()
+            finally:
+                part.unlink(missing_ok=True)
+
+
+def _aligned_magic(payload):
+    """Positions, multiples of 4, at which `payload` holds the magic word."""
+    found, at = [], payload.find(_MAGIC_BYTES)
+    while at >= 0:
+        if at % 4 == 0:
+            found.append(at)
+        at = payload.find(_MAGIC_BYTES, at + 1)
+    return found

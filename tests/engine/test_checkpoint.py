@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.checkpoint import CheckpointError
+
+
+def save_set(output, step, ranks, world_size):
+    for rank in ranks:
+        checkpoint.save_atomically({"step": step}, checkpoint.checkpoint_path(output, step, rank, world_size))
+
+
+def test_only_whole_sets_count(tmp_path):
+    save_set(tmp_path, 5, [0, 1], 2)
+    save_set(tmp_path, 10, [0, 1, 2], 3)
+    save_set(tmp_path, 15, [1], 2)
+    assert checkpoint.complete_sets(tmp_path) == [(5, 2), (10, 3)]
+
+
+def test_the_last_two_whole_sets_are_kept(tmp_path):
+    for step in (5, 10, 15):
+        save_set(tmp_path, step, [0, 1], 2)
+    save_set(tmp_path, 20, [0], 2)
+    checkpoint.remove_old(tmp_path, 0)
+    checkpoint.remove_old(tmp_path, 1)
+    assert checkpoint.complete_sets(tmp_path) == [(10, 2), (15, 2)]
+    assert checkpoint.checkpoint_path(tmp_path, 20, 0, 2).exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    checkpoint.save_atomically({"a": 1}, path)
+
+    def disk_full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(CheckpointError, match="model.pt: could not be written .No space left"):
+        checkpoint.save_atomically({"a": 2}, path)
+    assert checkpoint.load(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoint.save_atomically({"a": torch.arange(100)}, path)
+    whole = path.read_bytes()
+    for size in (0, 10, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="model.pt: not a readable checkpoint"):
+            checkpoint.load(path)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path / "none.pt")

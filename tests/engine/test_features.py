@@ -1,0 +1,321 @@
+"""Feature files: names, writing on one rank and many, and what is refused when they are read back."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import SyntheticDataset, to_input
+from engine import features
+from engine.features import (
+    FeatureError, FeatureSet, OldFeatures, SharedArray, command_for, extract_features, load_credible, open_array,
+    open_feature_set, save_array,
+)
+from tests.ranks import run_ranks
+
+WIDTH = 6
+
+
+class Pooled(torch.nn.Module):
+    """Images -> [B, WIDTH]; BatchNorm and dropout make its two modes differ."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pool = torch.nn.AvgPool2d(28)
+        self.linear = torch.nn.Linear(48, WIDTH)
+        self.norm = torch.nn.BatchNorm1d(WIDTH)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.dropout(self.norm(self.linear(self.pool(images).flatten(1))))
+
+
+def training_set(images=11):
+    return SyntheticDataset(num_classes=4, num_image=images)
+
+
+def embed_one_by_one(model, dataset):
+    model.eval()
+    with torch.no_grad():
+        rows = [model(to_input(dataset[row][0][None]))[0].numpy() for row in range(len(dataset))]
+    return np.stack(rows)
+
+
+# --- Names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, scenario, record", [
+    ("f128_r18_softmax_class30", "OPclass", "train_part_30_class.rec"),
+    ("f128_r18_softmax_class70", "OPclass", "train_part_70_class.rec"),
+    ("f128_r18_softmax_class100", "EXclass", "train.rec"),
+    ("f512_r18_arc_data30", "OPdata", "train_part_30_data.rec"),
+    ("f512_r18_arc_data70", "OPdata", "train_part_70_data.rec"),
+    ("f512_r18_arc_data100", "EXdata", "train.rec"),
+])
+def test_names_lead_to_files(tmp_path, name, scenario, record):
+    files = FeatureSet(name, tmp_path)
+    assert files.record == record
+    assert files.old_model == name.rpartition("_")[0]
+    assert files.feature == tmp_path / scenario / f"{name}_feature.npy"
+    assert files.label == tmp_path / scenario / f"{name}_label.npy"
+    assert files.avg_feature == tmp_path / scenario / f"{name}_avg_feature.npy"
+    assert files.credible(0.9) == tmp_path / scenario / f"{name}_credible_ratio_90_feature.npy"
+    assert files.credible(0.55).name == f"{name}_credible_ratio_55_feature.npy"
+    assert files.credible(1.0).name == f"{name}_credible_ratio_100_feature.npy"
+
+
+@pytest.mark.parametrize("name", ["f128_r18_softmax", "class70", "_class70", "f128_class71", "../f128_class70", ""])
+def test_names_that_are_none(name):
+    with pytest.raises(FeatureError, match="class70"):
+        FeatureSet(name)
+
+
+def test_the_command_that_writes_a_file():
+    files = FeatureSet("f128_r18_softmax_class70")
+    get = "python tools/get_feature/get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70"
+    assert command_for(files.feature) == command_for(files.label) == get
+    assert command_for(files.avg_feature) == "python tools/get_feature/get_avg_feature.py --SD f128_r18_softmax_class70"
+    assert command_for(files.credible(0.9)) == (
+        "python tools/get_feature/denoise_credible.py --T 0.9 --SD f128_r18_softmax_class70"
+    )
+    assert "configs/f512_r18_arc_data30.py" in command_for(FeatureSet("f512_r18_arc_data100").feature)
+    assert command_for("/elsewhere/OPclass/some_old_class70_feature.npy") == (
+        "python tools/get_feature/get_feature.py CONFIG --SD some_old_class70 --feature_save /elsewhere"
+    )
+    assert command_for("old.npy") == "python tools/get_feature/get_feature.py CONFIG --SD NAME"
+
+
+# --- Writing -----------------------------------------------------------------------------------------------------
+
+
+def test_extracts_what_the_model_gives_row_by_row(tmp_path):
+    model, dataset = Pooled().train(), training_set()
+    model.dropout.eval()    # a part that its owner has set otherwise
+    feature, label = tmp_path / "new" / "a_feature.npy", tmp_path / "new" / "a_label.npy"
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    extract_features(model, dataset, feature, label, embedding_size=WIDTH, batch_size=4, num_workers=0)
+    assert model.training and model.norm.training and not model.dropout.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    rows, labels = np.load(feature), np.load(label)
+    assert rows.dtype == np.float32 and labels.dtype == np.int64
+    np.testing.assert_allclose(rows, embed_one_by_one(model, dataset), atol=1e-5)
+    np.testing.assert_array_equal(labels, dataset.labels())
+    assert sorted(path.name for path in feature.parent.iterdir()) == ["a_feature.npy", "a_label.npy"]
+
+
+def _extract_on_a_rank(feature, label, images, wrap):
+    model = Pooled()
+    if wrap:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    extract_features(model, training_set(images), feature, label, embedding_size=WIDTH, batch_size=2, num_workers=0)
+    return os.path.exists(feature) and os.path.exists(label)
+
+
+@pytest.mark.parametrize("world_size, images, wrap", [(2, 11, False), (2, 5, True), (3, 2, False)])
+def test_ranks_fill_one_file_together(tmp_path, world_size, images, wrap):
+    feature, label = str(tmp_path / "a_feature.npy"), str(tmp_path / "a_label.npy")
+    # Whoever returns may read: the file is there on every rank.
+    assert run_ranks(_extract_on_a_rank, world_size, feature, label, images, wrap) == [True] * world_size
+    dataset = training_set(images)
+    np.testing.assert_allclose(np.load(feature), embed_one_by_one(Pooled(), dataset), atol=1e-5)
+    np.testing.assert_array_equal(np.load(label), dataset.labels())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Broken(Pooled):
+    def forward(self, images):
+        out = super().forward(images)
+        return torch.where(images[:, :1, 0, 0] == self.where, torch.nan, out)
+
+
+def test_a_failed_extraction_leaves_the_old_file(tmp_path):
+    path, dataset = tmp_path / "a_feature.npy", training_set()
+    path.write_bytes(b"before")
+    model = Broken()
+    model.where = to_input(dataset[7][0][None])[0, 0, 0, 0]
+    with pytest.raises(FeatureError, match="row 7"):
+        extract_features(model, dataset, path, tmp_path / "a_label.npy", embedding_size=WIDTH, batch_size=4, num_workers=0)
+    with pytest.raises(FeatureError, match=f"embedding_size is {WIDTH + 1}"):
+        extract_features(Pooled(), dataset, path, embedding_size=WIDTH + 1, num_workers=0)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features.os, "posix_fallocate", full, raising=False)
+    path = tmp_path / "a_feature.npy"
+    with pytest.raises(FeatureError, match="a_feature.npy.*No space left"):
+        extract_features(Pooled(), training_set(), path, embedding_size=WIDTH, num_workers=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_that_cannot_reserve(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(features.os, "posix_fallocate", unsupported, raising=False)
+    array = SharedArray(tmp_path / "a.npy", (3, 2), np.float32)
+    array.write(1, np.ones((2, 2)))
+    array.finish()
+    array.publish()
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy", mmap_mode="r"), [[0, 0], [1, 1], [1, 1]])
+
+
+def test_save_array_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "a.npy"
+    save_array(path, np.arange(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(features.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(FeatureError, match="a.npy.*No space left"):
+            save_array(path, np.arange(5))
+    np.testing.assert_array_equal(np.load(path), np.arange(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A feature set of `training_set()` in files; its features count upwards."""
+    files = FeatureSet("f128_r18_softmax_class70", tmp_path)
+    files.feature.parent.mkdir()
+    np.save(files.feature, np.arange(11 * WIDTH, dtype=np.float32).reshape(11, WIDTH))
+    np.save(files.label, training_set().labels())
+    return files
+
+
+def test_rows_come_as_they_are_stored(stored):
+    old = OldFeatures(stored.feature, training_set(), embedding_size=WIDTH)
+    index = torch.tensor([7, 0, 7, 10])
+    rows = old[index]
+    assert rows.dtype == torch.float32 and len(old) == 11
+    assert torch.equal(rows, torch.arange(11.0 * WIDTH).view(11, WIDTH)[index])
+    assert isinstance(old.features, np.memmap)
+    rows.zero_()    # a copy: the file stays
+    assert np.load(stored.feature)[7, 0] == 7 * WIDTH
+
+
+def test_missing_features_name_the_command(stored):
+    stored.feature.unlink()
+    with pytest.raises(FeatureError, match=r"no such file.*get_feature.py configs/f128_r18_softmax_class30.py --SD f128"):
+        OldFeatures(stored.feature, training_set())
+
+
+def test_missing_labels_name_the_command(stored):
+    stored.label.unlink()
+    with pytest.raises(FeatureError, match="class70_label.npy: no such file.*get_feature.py"):
+        OldFeatures(stored.feature, training_set())
+
+
+def test_an_empty_config_key_is_named(stored):
+    with pytest.raises(FeatureError, match="old_embedding is empty"):
+        OldFeatures("", training_set())
+
+
+@pytest.mark.parametrize("which", ["feature", "label"])
+def test_another_length(stored, which):
+    np.save(getattr(stored, which), np.load(getattr(stored, which))[:-1])
+    with pytest.raises(FeatureError, match=f"{which}.npy: 10 rows.*11 images.*another record file.*get_feature.py"):
+        OldFeatures(stored.feature, training_set())
+
+
+def test_another_width(stored):
+    with pytest.raises(FeatureError, match=f"width {WIDTH}, but embedding_size is 512"):
+        OldFeatures(stored.feature, training_set(), embedding_size=512)
+
+
+@pytest.mark.parametrize("row", [0, 6, 10])
+def test_another_sets_labels_are_noticed_at_once(stored, row):
+    labels = np.load(stored.label)
+    labels[row] += 1
+    np.save(stored.label, labels)
+    with pytest.raises(FeatureError, match=f"row {row} is of class.*another record file.*get_feature.py"):
+        OldFeatures(stored.feature, training_set())
+
+
+def test_a_large_sets_labels_are_sampled_at_first_and_all_held_in_the_batches(stored):
+    dataset = training_set(5000)
+    labels = dataset.labels().copy()
+    labels[3] = 0   # between two samples
+    np.save(stored.feature, np.ones((5000, WIDTH), np.float32))
+    np.save(stored.label, labels)
+    read = []
+    dataset.label = lambda row: read.append(row) or row % 4
+    old = OldFeatures(stored.feature, dataset)
+    assert len(read) == features.LABELS_SAMPLED and {0, 4999} <= set(read)
+    old.check_labels(torch.tensor([4, 2, 4999]), torch.tensor([0, 2, 3]))
+    with pytest.raises(FeatureError, match="row 3 is of class 0.*of class 3.*get_feature.py"):
+        old.check_labels(torch.tensor([2, 3]), torch.tensor([2, 3]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_labels_on_the_gpu_are_held_when_the_next_batch_comes(stored):
+    old = OldFeatures(stored.feature, training_set())
+    old.check_labels(torch.tensor([1, 2]), torch.tensor([1, 3]).cuda())
+    with pytest.raises(FeatureError, match="row 2"):
+        old.check_labels(torch.tensor([1, 2]), torch.tensor([1, 2]).cuda())
+
+
+def test_a_row_that_is_no_number(stored):
+    rows = np.load(stored.feature)
+    rows[5, 1] = np.nan
+    np.save(stored.feature, rows)
+    old = OldFeatures(stored.feature, training_set())
+    assert torch.isfinite(old[torch.tensor([4, 6])]).all()
+    with pytest.raises(FeatureError, match="row 5.*get_feature.py"):
+        old[torch.tensor([4, 5])]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"\x80\x04K\x01."])
+def test_a_damaged_file(stored, content):
+    stored.feature.write_bytes(content)
+    with pytest.raises(FeatureError, match="not a readable .npy file.*get_feature.py"):
+        OldFeatures(stored.feature, training_set())
+
+
+def test_a_file_cut_short(stored):
+    whole = stored.feature.read_bytes()
+    stored.feature.write_bytes(whole[:-4])
+    with pytest.raises(FeatureError, match="not a readable .npy file"):
+        OldFeatures(stored.feature, training_set())
+
+
+def test_nothing_in_a_file_is_run(stored):
+    np.save(stored.feature, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(FeatureError, match="not a readable .npy file"):
+        open_array(stored.feature, 2, np.floating)
+
+
+def test_a_file_of_another_kind(stored):
+    np.save(stored.feature, np.zeros((11, WIDTH), np.int64))
+    with pytest.raises(FeatureError, match="holds int64"):
+        open_feature_set(stored)
+    np.save(stored.feature, np.zeros((4, WIDTH), np.float32))
+    with pytest.raises(FeatureError, match="4 rows, but .*_label.npy has 11"):
+        open_feature_set(stored)
+
+
+def test_credible_rows(stored):
+    path, dataset = stored.credible(0.9), training_set()
+    with pytest.raises(FeatureError, match="no such file.*denoise_credible.py --T 0.9 --SD f128_r18_softmax_class70"):
+        load_credible(path, dataset)
+    expected = np.arange(11) % 3 > 0
+    np.save(path, expected)
+    credible = load_credible(path, dataset)
+    assert credible.dtype == torch.bool and credible.tolist() == expected.tolist()
+    assert credible[torch.tensor([3, 4])].tolist() == [False, True]
+    assert load_credible("", dataset).tolist() == [True] * 11
+    with pytest.raises(FeatureError, match="11 rows.*12 images.*denoise_credible.py"):
+        load_credible(path, training_set(12))
+    np.save(path, np.zeros(11, bool))
+    with pytest.raises(FeatureError, match="no row is credible"):
+        load_credible(path, dataset)
+    np.save(path, np.ones(11, np.float32))
+    with pytest.raises(FeatureError, match="holds float32"):
+        load_credible(path, dataset)

@@ -1,0 +1,173 @@
+"""The loop: one rank and two take the same steps, accumulation equals the larger batch, a resumed run ends as the whole one."""
+
+import logging
+
+import pytest
+import torch
+
+from engine.config import ConfigError, load_config
+from engine.monitor import NonFiniteLoss
+from engine.trainer import Trainer, margin_loss
+from losses import ArcFace, CombinedMarginLoss, CosFace
+from tests.ranks import run_ranks
+
+
+class Plain(Trainer):
+    """A run without BatchNorm, whose statistics are each rank's own."""
+
+    def build_backbone(self):
+        torch.manual_seed(3)
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 16, 16), torch.nn.PReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 49, 8)
+        )
+
+    def losses(self, images, labels, index):
+        return {"cls": self.classifier(self.backbone(images), labels)}
+
+
+def config(tmp_path, rec, name="run", **keys):
+    path = tmp_path / f"{name}.py"
+    keys = {
+        "rec": str(rec), "output": str(tmp_path / name), "embedding_size": 8, "network": "tiny", "batch_size": 4, "num_epoch": 2,
+        "num_workers": 0, "lr": 0.05, "margin_scale": 8.0, **keys,
+    }
+    lines = [f"config.{key} = {value!r}" for key, value in keys.items()]
+    path.write_text("\n".join(["from easydict import EasyDict", "config = EasyDict()", *lines]) + "\n")
+    return path
+
+
+@pytest.fixture
+def rec(tmp_path, make_record_set):
+    make_record_set(tmp_path / "set.rec", [0, 1, 2, 3, 4] * 5)
+    return tmp_path / "set.rec"
+
+
+def run(path, *overrides):
+    torch.set_num_threads(1)
+    trainer = Plain(load_config(path, overrides))
+    trainer.train()
+    backbone = {name.removeprefix("module."): value.clone() for name, value in trainer.backbone.state_dict().items()}
+    return backbone, trainer.classifier.weight.detach().clone()
+
+
+def assert_same(first, second, tolerance=1e-5):
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_two_and_three_ranks_take_the_steps_of_one(tmp_path, rec, optimizer):
+    keys = {"optimizer": optimizer, "lr": 0.05 if optimizer == "sgd" else 1e-3}
+    one, centres = run(config(tmp_path, rec, "one", batch_size=12, **keys))
+    for ranks in (2, 3):
+        results = run_ranks(run, ranks, config(tmp_path, rec, f"many{ranks}", batch_size=12 // ranks, **keys))
+        for backbone, _ in results:
+            assert_same(one, backbone)
+        torch.testing.assert_close(torch.cat([shard for _, shard in results]), centres, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accumulation_equals_the_larger_batch(tmp_path, rec, ranks):
+    large, centres = run(config(tmp_path, rec, "large", batch_size=12))
+    path = config(tmp_path, rec, "small", batch_size=12 // 3 // ranks, gradient_acc=3)
+    results = run_ranks(run, ranks, path) if ranks > 1 else [run(path)]
+    assert_same(large, results[0][0])
+    torch.testing.assert_close(torch.cat([shard for _, shard in results]), centres, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.6])
+def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, rec, sample_rate):
+    whole = run(config(tmp_path, rec, "whole", num_epoch=4, save_all_states=True, sample_rate=sample_rate))
+
+    class Stopped(Plain):
+        def begin_epoch(self):
+            if self.epoch == 2:
+                raise KeyboardInterrupt
+
+    path = config(tmp_path, rec, "parts", num_epoch=4, save_all_states=True, sample_rate=sample_rate)
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(load_config(path)).train()
+    torch.manual_seed(99)
+    parts = run(path, "--resume", "True")
+    assert_same(whole[0], parts[0], 0)
+    assert torch.equal(whole[1], parts[1])
+
+
+def test_what_a_run_leaves_behind(tmp_path, rec, capfd):
+    output = tmp_path / "run"
+    backbone, centres = run(config(tmp_path, rec, frequent=1))
+    assert_same(torch.load(output / "model.pt", weights_only=True), backbone, 0)
+    assert torch.equal(torch.load(output / "softmax_fc_gpu_0.pt", weights_only=True)["weight"], centres)
+    log = (output / "training.log").read_text()
+    for part in ("Speed", "samples/sec   Loss", "LearningRate", "Epoch: 1", "Global Step: 12", "Required: 0.0 hours"):
+        assert part in log
+    assert list((output / "tensorboard").iterdir())
+    assert not list(output.glob("*.tmp"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_images(tmp_path, rec):
+    class Broken(Plain):
+        def losses(self, images, labels, index):
+            terms = super().losses(images, labels, index)
+            return {**terms, "other": terms["cls"] * (float("nan") if self.step == 3 else 1.0)}
+
+    with pytest.raises(NonFiniteLoss, match=r"step 3: .*'other': nan.*rows of this rank's batch in .*set\.rec: \[\d+, "):
+        Broken(load_config(config(tmp_path, rec))).train()
+
+
+def test_modules_of_a_method_train_and_are_saved(tmp_path, rec):
+    class WithExtra(Plain):
+        def setup(self):
+            self.extra["shift"] = torch.nn.Linear(1, 1)
+            self.extra["shift"].register_buffer("seen", torch.zeros(()))
+
+        def losses(self, images, labels, index):
+            shift = self.extra["shift"]
+            shift.seen += 1
+            return {"cls": self.classifier(self.backbone(images), labels), "shift": (shift.weight ** 2).sum()}
+
+    path = config(tmp_path, rec, save_all_states=True)
+    trainer = WithExtra(load_config(path))
+    start = trainer.extra["shift"].weight.item()
+    trainer.train()
+    assert abs(trainer.extra["shift"].weight.item()) < abs(start)
+    again = WithExtra(load_config(path, ["--resume", "True"]))
+    again.resume()
+    assert again.extra["shift"].weight.item() == trainer.extra["shift"].weight.item()
+    assert again.extra["shift"].seen.item() == 12
+    assert not any("shift" in key for key in torch.load(tmp_path / "run/model.pt", weights_only=True))
+
+
+def test_margins_of_a_config(tmp_path):
+    def margin(*words):
+        return margin_loss(load_config("configs/base.py", words))
+
+    assert isinstance(margin(), ArcFace)
+    assert isinstance(margin("--loss", "cosface", "--margin_list", "(1.0, 0.0, 0.4)"), CosFace)
+    assert isinstance(margin("--loss", "combined", "--margin_list", "(1.0, 0.3, 0.2)"), CombinedMarginLoss)
+    with pytest.raises(ConfigError, match="does not go with margin_list"):
+        margin("--margin_list", "(1.0, 0.3, 0.2)")
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"dali": True}, "dali = True is not supported"),
+        ({"optimizer": "adam"}, "optimizer = 'adam'"),
+        ({"gradient_acc": 100}, "gradient_acc = 100 is more than"),
+        ({"sync_bn": True}, "sync_bn = True needs CUDA"),
+    ],
+)
+def test_wrong_values_stop_before_the_first_step(tmp_path, rec, keys, message):
+    if "sync_bn" in keys and torch.cuda.is_available():
+        pytest.skip("this machine has SyncBatchNorm")
+    with pytest.raises(ConfigError, match=message):
+        Plain(load_config(config(tmp_path, rec, **keys)))
+
+
+@pytest.fixture(autouse=True)
+def close_log_files():
+    yield
+    for handler in list(logging.getLogger("bct").handlers):
+        handler.close()
+        logging.getLogger("bct").removeHandler(handler)
