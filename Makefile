@@ -1,13 +1,19 @@
-# make demo   the whole flow, small, on this machine; ends in a table      (SEED=1 for other data and weights)
-# make test   the tests
+# make demo      the whole flow, small, on this machine; ends in a table      (SEED=1 for other data and weights)
+# make compare   all methods and an independent model on the demo's data
+# make test      the tests
 PYTHON ?= python3
 SEED   ?= 0
 BIN    := .venv/bin
 
-.PHONY: demo test clean-demo
+METHODS := MixBCT UniBCT NCCL BCT AdvBCT L2 weakenedL2
+
+.PHONY: demo compare test clean-demo
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(SEED)
+
+compare: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(SEED) $(METHODS) independent
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest

@@ -92,7 +92,7 @@ def gather(tensor):
     if world_size() == 1:
         return tensor
     whole = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(whole, tensor)
+    dist.all_gather(list(whole.chunk(world_size())), tensor)      # into views of `whole`, no concatenation
     return whole
 
 
@@ -106,9 +106,9 @@ class _GatherWithGrad(torch.autograd.Function):
     def backward(ctx, grad):
         # Each rank holds the derivative of its own share of the loss with respect to *all* rows;
         # the derivative with respect to my rows is the sum of everyone's.
-        mine = grad.new_empty((ctx.rows, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(mine, grad.contiguous())
-        return mine
+        # (A reduce-scatter would say it more tightly, but gloo has none in the older torch versions.)
+        grad = all_reduce_(grad.contiguous().clone())
+        return grad[rank() * ctx.rows:(rank() + 1) * ctx.rows]
 
 
 def gather_with_grad(tensor):

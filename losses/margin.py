@@ -75,7 +75,9 @@ class Margin(nn.Module):
         """
         labels = labels.reshape(-1)
         if logits.dim() != 2 or len(labels) != len(logits):
-            raise ValueError(f"logits {tuple(logits.shape)} and labels [{len(labels)}] do not fit: expected [B, C] and [B]")
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and labels [{len(labels)}] do not fit: expected [B, C] and [B]"
+            )
         return _ApplyMargin.apply(logits, labels.long(), self)
 
     def target(self, cosine):
@@ -147,8 +149,8 @@ class CombinedMarginLoss(Margin):
         return moved.cos() - self.m3, self.m1 * moved.sin() / sine.clamp(min=SIN_FLOOR)
 
     def extra_repr(self):
-        threshold = self.interclass_filtering_threshold
-        return f"s={self.s:g}, m1={self.m1:g}, m2={self.m2:g}, m3={self.m3:g}, interclass_filtering_threshold={threshold:g}"
+        numbers = f"s={self.s:g}, m1={self.m1:g}, m2={self.m2:g}, m3={self.m3:g}"
+        return f"{numbers}, interclass_filtering_threshold={self.interclass_filtering_threshold:g}"
 
 
 def _arcface(cosine, margin):

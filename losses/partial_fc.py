@@ -25,7 +25,8 @@ INIT_BLOCK = 1024       # classes that share an initial generator
 class PartialFC(nn.Module):
     """Class centres of this rank and the softmax loss over the classes of all ranks.
 
-    margin_loss: a module (cosines [N, C], local labels [N], -1 = elsewhere) -> logits, see `losses.margin`.
+    margin_loss: a module (cosines [N, C], local labels [N], -1 = elsewhere) -> logits, see `losses.margin`. It must
+    tolerate cosines that rounding carried past 1 (an ulp; with fp16 1e-3), as those do: no pass over [N, C] clamps.
     embedding_size: D. num_classes: over all ranks; sizes of the shards differ by at most one.
     sample_rate: in (0, 1], the share of its centres that a rank uses in a training step; 1 = all, the exact softmax.
     fp16: on CUDA, cosines by a half precision matrix product (the dtype of the surrounding autocast, float16
@@ -100,11 +101,9 @@ class PartialFC(nn.Module):
 
     def _cosines(self, embeddings, weight):
         """Of embeddings [N, D] that are normalised to the rows of `weight` that are not."""
-        weight = F.normalize(weight)
         if self.fp16 and weight.device.type == "cuda":
-            half = torch.get_autocast_dtype("cuda")
-            return F.linear(embeddings.to(half), weight.to(half)).float()
-        return F.linear(embeddings, weight)
+            return _HalfCosines.apply(embeddings, weight, torch.get_autocast_dtype("cuda")).float()
+        return _Cosines.apply(embeddings, weight)
 
     def _check(self, labels):
         """Labels [N] of the global batch, so that all ranks fail alike and none waits for another in a collective."""
@@ -113,7 +112,9 @@ class PartialFC(nn.Module):
             torch._assert_async(in_range, f"PartialFC: a label is outside [0, {self.num_classes})")
         elif len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
             wrong = labels[(labels < 0) | (labels >= self.num_classes)][0].item()
-            raise ValueError(f"label {wrong} is outside [0, {self.num_classes}): check num_classes against the training set")
+            raise ValueError(
+                f"label {wrong} is outside [0, {self.num_classes}): check num_classes against the training set"
+            )
 
     # --- sampling of centres --------------------------------------------------------------------------------------
 
@@ -166,6 +167,61 @@ def _initial_centres(start, stop, embedding_size, seed):
     return torch.cat(blocks)
 
 
+class _Cosines(torch.autograd.Function):
+    """F.linear(embeddings, F.normalize(weight)) for normalised embeddings, without the normalised copy of the centres.
+
+    With u = w / |w| and g = dL/du, dL/dw = (g - u (u . g)) / |w|. The factor 1 / |w| goes on the smaller [N, C] side.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, weight):
+        inverse = _inverse_norm(weight)
+        ctx.save_for_backward(embeddings, weight, inverse)
+        return (embeddings @ weight.t()).mul_(inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        embeddings, weight, inverse = ctx.saved_tensors
+        grad = grad * inverse
+        to_embeddings = grad @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_embeddings, None
+        to_weight = grad.t() @ embeddings                                               # g / |w|
+        along = torch.linalg.vecdot(weight, to_weight) * inverse ** 2                   # u . g / |w|^2
+        return to_embeddings, to_weight.addcmul_(weight, along.unsqueeze(1), value=-1)
+
+
+class _HalfCosines(torch.autograd.Function):
+    """The same by matrix products of `dtype`, which needs a (half precision) copy of the normalised centres."""
+
+    @staticmethod
+    def forward(ctx, embeddings, weight, dtype):
+        inverse = _inverse_norm(weight)
+        unit = torch.empty_like(weight, dtype=dtype)
+        torch.mul(weight, inverse.unsqueeze(1), out=unit)                               # no float32 copy in between
+        embeddings = embeddings.to(dtype)
+        ctx.save_for_backward(embeddings, unit, inverse)
+        return embeddings @ unit.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        embeddings, unit, inverse = ctx.saved_tensors
+        to_embeddings = (grad @ unit).to(inverse.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_embeddings, None, None
+        to_unit = grad.t() @ embeddings
+        along = torch.linalg.vecdot(unit, to_unit)
+        to_weight = to_unit.to(inverse.dtype).addcmul_(unit, along.unsqueeze(1), value=-1)
+        return to_embeddings, to_weight.mul_(inverse.unsqueeze(1)), None
+
+
+def _inverse_norm(weight):
+    """1 / |w| of every row, as F.normalize has it for rows of (almost) nothing."""
+    return torch.linalg.vector_norm(weight, dim=1).clamp_(min=1e-12).reciprocal_()
+
+
 class _SelectRows(torch.autograd.Function):
     """weight[index], index sorted without repetition, with a sparse gradient [num_local, D]."""
 
@@ -179,7 +235,8 @@ class _SelectRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(index.unsqueeze(0), grad, ctx.shape, check_invariants=False, is_coalesced=True), None
+        index = index.unsqueeze(0)
+        return torch.sparse_coo_tensor(index, grad, ctx.shape, check_invariants=False, is_coalesced=True), None
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import SyntheticDataset, to_input
+from dataset import SyntheticDataset
 from engine import features
 from engine.features import (
     FeatureError, FeatureSet, OldFeatures, SharedArray, command_for, extract_features, load_credible, open_array,
@@ -37,10 +37,14 @@ def training_set(images=11):
     return SyntheticDataset(num_classes=4, num_image=images)
 
 
+def as_input(dataset, row):
+    return (dataset[row][0].permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+
+
 def embed_one_by_one(model, dataset):
     model.eval()
     with torch.no_grad():
-        rows = [model(to_input(dataset[row][0][None]))[0].numpy() for row in range(len(dataset))]
+        rows = [model(as_input(dataset, row))[0].numpy() for row in range(len(dataset))]
     return np.stack(rows)
 
 
@@ -110,6 +114,7 @@ def _extract_on_a_rank(feature, label, images, wrap):
     model = Pooled()
     if wrap:
         model = torch.nn.parallel.DistributedDataParallel(model)
+        model.forward = None    # the wrapper must not run: ranks have different numbers of batches
     extract_features(model, training_set(images), feature, label, embedding_size=WIDTH, batch_size=2, num_workers=0)
     return os.path.exists(feature) and os.path.exists(label)
 
@@ -128,16 +133,16 @@ def test_ranks_fill_one_file_together(tmp_path, world_size, images, wrap):
 class Broken(Pooled):
     def forward(self, images):
         out = super().forward(images)
-        return torch.where(images[:, :1, 0, 0] == self.where, torch.nan, out)
+        return torch.where((images[:, :1, 0, 0] * 127.5).round() == self.where, torch.nan, out)
 
 
 def test_a_failed_extraction_leaves_the_old_file(tmp_path):
     path, dataset = tmp_path / "a_feature.npy", training_set()
     path.write_bytes(b"before")
     model = Broken()
-    model.where = to_input(dataset[7][0][None])[0, 0, 0, 0]
+    model.where = round(float(as_input(dataset, 7)[0, 0, 0, 0]) * 127.5)
     with pytest.raises(FeatureError, match="row 7"):
-        extract_features(model, dataset, path, tmp_path / "a_label.npy", embedding_size=WIDTH, batch_size=4, num_workers=0)
+        extract_features(model, dataset, path, tmp_path / "l.npy", embedding_size=WIDTH, batch_size=4, num_workers=0)
     with pytest.raises(FeatureError, match=f"embedding_size is {WIDTH + 1}"):
         extract_features(Pooled(), dataset, path, embedding_size=WIDTH + 1, num_workers=0)
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
@@ -169,8 +174,12 @@ def test_a_file_system_that_cannot_reserve(tmp_path, monkeypatch):
 def test_save_array_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "a.npy"
     save_array(path, np.arange(3))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with monkeypatch.context() as patch:
-        patch.setattr(features.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(features.os, "fsync", full)
         with pytest.raises(FeatureError, match="a.npy.*No space left"):
             save_array(path, np.arange(5))
     np.testing.assert_array_equal(np.load(path), np.arange(3))
@@ -203,7 +212,8 @@ def test_rows_come_as_they_are_stored(stored):
 
 def test_missing_features_name_the_command(stored):
     stored.feature.unlink()
-    with pytest.raises(FeatureError, match=r"no such file.*get_feature.py configs/f128_r18_softmax_class30.py --SD f128"):
+    command = "get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70"
+    with pytest.raises(FeatureError, match=f"no such file.*{command}"):
         OldFeatures(stored.feature, training_set())
 
 

@@ -1,0 +1,99 @@
+"""The README's flow, each command as it stands there, on a copy of the tree with small data.
+
+Only what sets the scale is changed: eight ranks become two, `BCT_OVERRIDES` makes the networks `tiny` and the runs
+short, and `-net r18`, `-net r50` name the network that was trained instead.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+OVERRIDES = "--network tiny --num_epoch 1 --batch_size 16 --num_workers 1"
+OLD, NEW = "f128_r18_softmax_class30", "OPclass_ms1mv3_r18_to_r50_MixBCT_softmax_to_arc_f128"
+
+
+def flow_commands():
+    """`[[command, ...] of a code block, ...]` of the section "The flow"."""
+    section = (REPO / "README.md").read_text(encoding="utf-8").split("\n## The flow\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```\n(.*?)```", section, re.S)
+    return [block.splitlines() for block in blocks if re.match(r"(python|cd|torchrun) ", block)]
+
+
+def at_demo_scale(command):
+    return (
+        command.replace("--nproc_per_node=8", "--nproc_per_node=2")
+        .replace("-net r18", "-net tiny").replace("-net r50", "-net tiny").replace("-old_net r18", "-old_net tiny")
+    )
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what the flow needs, with demo data in the places that the README names."""
+    root = tmp_path_factory.mktemp("readme") / "repo"
+    ignore = shutil.ignore_patterns("__pycache__", "work_dirs", "feature_save", "IJB_result")
+    for name in ("BCT_methods", "backbones", "configs", "engine", "losses", "tools"):
+        shutil.copytree(REPO / name, root / name, ignore=ignore)
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, root)
+    draw = "tools/demo_data/draw_demo_data.py --root dataset --seed 5 --identities 12 --images 10 --eval-identities 8"
+    subprocess.run([sys.executable, *draw.split()], cwd=root, check=True, capture_output=True)
+    return root
+
+
+def run_block(commands, root):
+    environment = {
+        **os.environ, "BCT_OVERRIDES": OVERRIDES, "OMP_NUM_THREADS": "1",
+        "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    script = "set -e\n" + "\n".join(map(at_demo_scale, commands))
+    result = subprocess.run(["bash", "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{script}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+    return result.stdout
+
+
+def test_the_flow(tree):
+    blocks = flow_commands()
+    output = [run_block(block, tree) for block in blocks]
+    assert sum(len(block) for block in blocks) >= 10, "the README's flow got lost"
+    for stem in ("train_part_30_class", "train_part_70_class", "train_part_30_data", "train_part_70_data"):
+        assert (tree / f"dataset/ms1m-retinaface-t1/{stem}.rec").exists()
+
+    features = np.load(tree / "feature_save/OPclass/f128_r18_softmax_class70_feature.npy", mmap_mode="r")
+    credible = np.load(tree / "feature_save/OPclass/f128_r18_softmax_class70_credible_ratio_90_feature.npy")
+    means = np.load(tree / "feature_save/OPclass/f128_r18_softmax_class70_avg_feature.npy")
+    assert features.shape == (80, 128) and credible.shape == (80,) and credible.sum() == 72 and means.shape == (8, 128)
+
+    for name in (OLD, NEW):
+        log = (tree / "work_dirs" / name / "training.log").read_text()
+        assert "2 ranks on" in log and "Global Step" in log
+        assert (tree / "work_dirs" / name / "model.pt").exists()
+    shards = [torch.load(tree / f"work_dirs/{NEW}/softmax_fc_gpu_{rank}.pt", weights_only=True)["weight"] for rank in (0, 1)]
+    assert [shard.shape for shard in shards] == [(4, 128), (4, 128)]
+    text = "".join(output)
+    for table in ("TPR", "TPIR"):
+        assert table in text, f"no table of {table} in what the evaluation printed"
+    results = sorted(path.name for path in (tree / "IJB_result").glob("*.npz"))
+    assert results == [f"{NEW}_IJBC_11.npz", f"{NEW}_to_{OLD}_IJBC_11.npz", f"{NEW}_to_{OLD}_IJBC_1N.npz", f"{OLD}_IJBC_11.npz"]
+    self_test, cross_test = (np.load(tree / "IJB_result" / name)["scores"] for name in results[:2])
+    assert self_test.shape == cross_test.shape and not np.allclose(self_test, cross_test)
+
+
+def test_methods_and_folders_are_all_in_the_readme():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    for folder in sorted(path.parent for path in REPO.glob("BCT_methods/*/train.py")):
+        assert f"(BCT_methods/{folder.name})" in text, f"{folder.name} is not in the README's table of methods"
+        assert (folder / "README.md").exists()
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for document in [*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("BCT_methods/*/README.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.relative_to(REPO)}: no {target}"
