@@ -59,9 +59,12 @@ def complete_sets(output):
 
 
 def remove_old(output, rank):
-    """Delete this rank's files of all sets but the newest KEEP complete ones; newer incomplete sets stay."""
+    """Delete this rank's files that are older than the newest KEEP complete sets; newer incomplete sets stay.
+
+    Other ranks may be deleting theirs meanwhile: that changes older sets only, never which ones are the newest KEEP.
+    """
     sets = complete_sets(output)
-    if len(sets) <= KEEP:
+    if len(sets) < KEEP:
         return
     oldest_kept = sets[-KEEP][0]
     for path in pathlib.Path(output).glob(f"checkpoint_step_*_gpu_{rank}_of_*.pt"):

@@ -50,7 +50,7 @@ class Monitor:
 
         Raises NonFiniteLoss: for this step's terms on the CPU, for those of the step before on CUDA.
         """
-        if self.tick is None:  # the first step holds start-up costs that would make the speed look low
+        if self.tick is None:
             self.tick = (step, time.perf_counter())
         values = torch.stack([term.detach().float() for term in terms.values()])
         if values.is_cuda:
@@ -76,6 +76,10 @@ class Monitor:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
+
+    def restart_clock(self):
+        """Count the speed from the next step on: what was done since the last one was not training."""
+        self.tick = None
 
     def flush(self):
         """Take in what is still on its way from the device."""

@@ -55,8 +55,15 @@ class Trainer:
         if cfg.dali:
             raise ConfigError(f"{cfg.config_file}: dali = True is not supported; set dali = False and raise num_workers instead")
 
+        if cfg.rec == "synthetic" and not (cfg.num_classes and cfg.num_image):
+            raise ConfigError(f'{cfg.config_file}: rec = "synthetic" needs num_classes and num_image')
         self.train_set = open_train_set(cfg.rec, cfg.num_classes, cfg.num_image)
         cfg.num_classes, cfg.num_image = self.train_set.num_classes, self.train_set.num_image
+        if cfg.num_image < cfg.batch_size * self.world_size:
+            raise ConfigError(
+                f"{cfg.config_file}: a step takes batch_size = {cfg.batch_size} on each of {self.world_size} ranks, more than "
+                f"the {cfg.num_image} images of {self.train_set.path}; set a smaller batch_size"
+            )
         self.loader = TrainLoader(
             self.train_set, cfg.batch_size, self.device, cfg.num_workers, cfg.seed, self.rank, self.world_size
         )
@@ -175,6 +182,7 @@ class Trainer:
         self.loader.set_epoch(self.epoch, start_step=done * cfg.gradient_acc)
         if done == 0:
             self.begin_epoch()
+            self.monitor.restart_clock()
         batches = iter(self.loader)
         for _ in range(done, self.steps_per_epoch):
             for micro in range(cfg.gradient_acc):

@@ -22,7 +22,8 @@ def test_the_last_two_whole_sets_are_kept(tmp_path):
         save_set(tmp_path, step, [0, 1], 2)
     save_set(tmp_path, 20, [0], 2)
     checkpoint.remove_old(tmp_path, 0)
-    checkpoint.remove_old(tmp_path, 1)
+    checkpoint.remove_old(tmp_path, 1)      # to this rank, the set of step 5 is no longer complete
+    assert not list(tmp_path.glob("*step_5_*"))
     assert checkpoint.complete_sets(tmp_path) == [(10, 2), (15, 2)]
     assert checkpoint.checkpoint_path(tmp_path, 20, 0, 2).exists()
 

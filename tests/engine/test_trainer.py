@@ -155,6 +155,8 @@ def test_margins_of_a_config(tmp_path):
         ({"dali": True}, "dali = True is not supported"),
         ({"optimizer": "adam"}, "optimizer = 'adam'"),
         ({"gradient_acc": 100}, "gradient_acc = 100 is more than"),
+        ({"batch_size": 26}, "batch_size = 26 on each of 1 ranks, more than the 25 images"),
+        ({"rec": "synthetic"}, "needs num_classes and num_image"),
         ({"sync_bn": True}, "sync_bn = True needs CUDA"),
     ],
 )
@@ -162,7 +164,7 @@ def test_wrong_values_stop_before_the_first_step(tmp_path, rec, keys, message):
     if "sync_bn" in keys and torch.cuda.is_available():
         pytest.skip("this machine has SyncBatchNorm")
     with pytest.raises(ConfigError, match=message):
-        Plain(load_config(config(tmp_path, rec, **keys)))
+        Plain(load_config(config(tmp_path, **{"rec": rec, **keys})))
 
 
 @pytest.fixture(autouse=True)

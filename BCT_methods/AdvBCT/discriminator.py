@@ -1,0 +1,74 @@
+"""AdvBCT's adversary: it tells new features from old ones, and the new model learns to leave it no means to.
+
+Tan Pan et al., CVPR 2023, arXiv:2305.02610; gradient reversal: Ganin and Lempitsky, ICML 2015, arXiv:1409.7495.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.distributed import gather_with_grad, global_mean, rank
+
+HIDDEN = 100
+NEW, OLD = 0, 1     # the adversary's two labels
+
+
+class _ReverseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -ctx.alpha * grad, None
+
+
+def reverse_gradient(x, alpha):
+    """x as it is; what comes back as gradient is multiplied by -alpha."""
+    return _ReverseGradient.apply(x, alpha)
+
+
+def reversal_strength(progress):
+    """alpha = 2 / (1 + exp(-10 p)) - 1 for the fraction p of the training done, in [0, 1]: from 0 to almost 1."""
+    return 2 / (1 + math.exp(-10 * progress)) - 1
+
+
+class Discriminator(nn.Module):
+    """linear(D, 100) - BatchNorm - ReLU - linear(100, 2) - log-softmax.
+
+    BatchNorm's statistics in training are those of the global batch, with their gradient, so that the number of ranks
+    makes no difference.
+    """
+
+    def __init__(self, embedding_size):
+        super().__init__()
+        self.hidden = nn.Linear(embedding_size, HIDDEN)
+        self.norm = nn.BatchNorm1d(HIDDEN)
+        self.out = nn.Linear(HIDDEN, 2)
+
+    def forward(self, features):
+        """Features [B, D] -> log-probabilities [B, 2] of being NEW and OLD; B is the same on every rank."""
+        hidden, first = self.hidden(features), rank() * len(features)
+        if self.training:
+            hidden = self.norm(gather_with_grad(hidden))[first:first + len(features)]
+        else:
+            hidden = self.norm(hidden)
+        return self.out(F.relu(hidden)).log_softmax(1)
+
+
+def adversarial_loss(discriminator, new, old, alpha):
+    """NLL of the new features as NEW + NLL of the old ones as OLD, each a mean over the global batch.
+
+    new, old: [B, D], this rank's rows, any scale; both are L2-normalised here. The discriminator gets the gradient
+    as it is and learns to tell them apart; `new` gets it reversed, with strength alpha; `old` gets none. New and old
+    features go through the discriminator one after the other, each batch with BatchNorm statistics of its own.
+    """
+    dtype = discriminator.hidden.weight.dtype
+    new = F.normalize(new.to(dtype))
+    old = F.normalize(old.detach().to(dtype))
+    said_of_new = discriminator(reverse_gradient(new, alpha))[:, NEW]
+    said_of_old = discriminator(old)[:, OLD]
+    return global_mean(-said_of_new.mean() - said_of_old.mean())

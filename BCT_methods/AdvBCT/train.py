@@ -1,0 +1,44 @@
+"""AdvBCT: boundary-aware backward-compatible representation via adversarial learning (arXiv:2305.02610).
+
+    cd BCT_methods/AdvBCT/
+    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_AdvBCT_softmax_to_arc_f128.py
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+
+from BCT_methods.AdvBCT.boundary import ElasticBoundary, default_path, load_boundaries, point_to_set_loss
+from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength
+from engine.features import OldFeatures
+from engine.trainer import Trainer
+
+
+class AdvBCT(Trainer):
+    """Classify, stay within the old classes' boundaries, and look to an adversary like the old model."""
+
+    def setup(self):
+        cfg = self.cfg
+        self.old = OldFeatures(cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size)
+        path = cfg.center_radius or default_path(cfg.old_embedding)
+        self.classes = [array.to(self.device) for array in load_boundaries(path, self.old, cfg.num_classes)]
+        self.extra["boundary"] = ElasticBoundary(cfg.num_classes)
+        self.extra["discriminator"] = Discriminator(cfg.embedding_size)
+
+    def losses(self, images, labels, index):
+        cfg = self.cfg
+        self.old.check_labels(index, labels)
+        new = self.backbone(images)
+        old = self.old[index].to(self.device)
+        alpha = reversal_strength(self.step / self.total_steps)
+        fade = (cfg.num_epoch - self.epoch) / cfg.num_epoch     # (E - epoch + 1) / E with epochs counted from 1
+        return {
+            "cls": self.classifier(new, labels),
+            "p2s": cfg.p2s_weight * point_to_set_loss(new, labels, *self.classes, self.extra["boundary"], cfg.threshold),
+            "adv": cfg.adv_weight * fade * adversarial_loss(self.extra["discriminator"], new, old, alpha),
+        }
+
+
+if __name__ == "__main__":
+    AdvBCT.main()

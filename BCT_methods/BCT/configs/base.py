@@ -1,0 +1,11 @@
+"""BCT's own keys. They are over configs/base.py, which explains the others."""
+
+from easydict import EasyDict as edict
+
+config = edict()
+
+config.network = "r50"
+config.scale = 1.0                  # factor on the cosines of new features and prototypes; 16 pulls harder than 1
+
+# What tools/get_feature/get_avg_feature.py left behind of the old model on this run's training set.
+config.old_prototype = ""           # .npy float32 [num_classes, embedding_size], row c = mean old feature of class c

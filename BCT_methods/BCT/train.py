@@ -1,0 +1,35 @@
+"""BCT: the new features must also be right for the old classifier (CVPR 2020, arXiv:2003.11942).
+
+    cd BCT_methods/BCT/
+    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_BCT_softmax_to_arc_f128.py
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+
+from BCT_methods.BCT.loss import old_prototype_loss
+from BCT_methods.BCT.prototypes import load_prototypes
+from engine.config import ConfigError
+from engine.distributed import global_mean
+from engine.trainer import Trainer
+
+
+class BCT(Trainer):
+    """Classify by the new class centres, and by the old class means, which stay as they are."""
+
+    def setup(self):
+        cfg = self.cfg
+        if cfg.scale <= 0:
+            raise ConfigError(f"{cfg.config_file}: scale = {cfg.scale}; it must be above 0")
+        self.prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size).to(self.device)
+
+    def losses(self, images, labels, index):
+        new = self.backbone(images)
+        old_cls = old_prototype_loss(new, labels, self.prototypes, self.cfg.scale)
+        return {"cls": self.classifier(new, labels), "old_cls": global_mean(old_cls)}
+
+
+if __name__ == "__main__":
+    BCT.main()

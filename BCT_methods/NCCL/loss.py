@@ -1,0 +1,153 @@
+"""NCCL's two losses: a new feature shall have the neighbours, among old features, that its old feature has.
+
+Shengsen Wu et al., "Neighborhood Consensus Contrastive Learning for Backward-Compatible Representation", AAAI 2022,
+arXiv:2108.03372.
+
+Notation: f, g the L2-normalised new and old feature of an image, z, Z their cosines to all class centres of the new
+classifier, q_j, Z_j the old features and logits of a first-in, first-out queue, y labels, T the temperature,
+P(i) = {j: y_j = y_i}, w_ij = (g_i . q_j + 1) / 2.
+
+    embedding loss = -mean_i 1/|P(i)| sum_{j in P(i)} w_ij log softmax_j(f_i . q_j / T)
+    logit loss     = -mean_i 1/|P(i)| sum_{j in P(i)} w_ij log softmax_j(z_i . Z_j / T)
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from engine.distributed import gather, rank, rows_of_rank, sum_over_ranks, world_size
+
+HALF_BLOCK = 4096   # classes whose float16 products are added up in one number; the blocks are added in float32
+
+
+class NeighborhoodConsensusLoss(nn.Module):
+    """Both losses, and the queue of old features that they compare with.
+
+    embedding_size: D. num_classes: over all ranks; a rank holds the logits of the classes that PartialFC gives it.
+    queue_size: Q, old features kept, the newest. temperature: T > 0 of both softmaxes.
+    logit_dtype: of the queue's logits, [Q, num_local]. 8192 x 65,402 in float32 are 2.1 GB on one rank, an eighth of
+    that on each of eight. float16 (for CUDA) halves it and takes the products in half precision, added up in float32.
+
+    Buffers, all part of a checkpoint: queue_embeddings [Q, D], queue_labels [Q] (-1 = empty slot) and position
+    [] (the slot to be filled next) are alike on all ranks, queue_logits [Q, num_local] is each rank's own.
+    """
+
+    def __init__(self, embedding_size, num_classes, queue_size, temperature=1.0, logit_dtype=torch.float32):
+        super().__init__()
+        if queue_size < 1 or not temperature > 0:
+            raise ValueError(f"queue_size = {queue_size} must be at least 1 and temperature = {temperature} above 0")
+        start, stop = rows_of_rank(num_classes, rank(), world_size())
+        self.queue_size = queue_size
+        self.temperature = temperature
+        self.register_buffer("queue_embeddings", torch.zeros(queue_size, embedding_size))
+        self.register_buffer("queue_logits", torch.zeros(queue_size, stop - start, dtype=logit_dtype))
+        self.register_buffer("queue_labels", torch.full((queue_size,), -1, dtype=torch.int64))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, old_embeddings, old_logits, new_embeddings, new_logits, labels):
+        """Put the old features of the global batch into the queue, then compare the new ones with all of it.
+
+        old_embeddings, new_embeddings: [B, D], this rank's rows, any scale; B is the same on every rank.
+        old_logits, new_logits: [world * B, num_local], cosines of the *global* batch, in rank order, to this rank's
+        class centres (one process: [B, C]); the new ones made with `gather_with_grad`.
+        labels: int64 [B]; -1 = do not use this image: it takes no part in the losses, and the slot that it fills stays
+        empty. Gradients go to new_embeddings and new_logits only.
+
+        Returns `(embedding_loss, logit_loss)`, scalars of the global batch, the same on all ranks. An image without a
+        positive in the queue (its own old feature is one, unless the global batch is larger than the queue) does not
+        count; without any that counts both are 0. Raises ValueError for shapes that do not fit.
+        """
+        self._check(old_embeddings, old_logits, new_embeddings, new_logits, labels)
+        dtype = self.queue_embeddings.dtype
+        old = F.normalize(old_embeddings.detach().to(dtype))
+        new = F.normalize(new_embeddings.to(dtype))
+        self.enqueue(gather(old), old_logits, gather(labels))
+
+        positive = (labels[:, None] == self.queue_labels) & (self.queue_labels >= 0)                   # [B, Q]
+        count = positive.sum(1, keepdim=True)
+        weight = (old @ self.queue_embeddings.T + 1) / 2 * positive / count.clamp(min=1)
+        similarity = new @ self.queue_embeddings.T
+        agreement = _sum_to_own_rows(_inner_products(new_logits, self.queue_logits, dtype))
+
+        losses = [self._weighted_cross_entropy(scores, weight) for scores in (similarity, agreement)]
+        embedding, logit, used = sum_over_ranks(torch.stack([*losses, (count > 0).sum().to(dtype)]))
+        used = used.detach().clamp(min=1)
+        return embedding / used, logit / used
+
+    def _weighted_cross_entropy(self, scores, weight):
+        """-sum_ij weight_ij log softmax_j(scores_ij / T) over filled slots; scores, weight [B, Q], weight 0 at empty ones."""
+        scores = scores / self.temperature
+        # Not -inf: while the queue is empty altogether, that would make NaN of a sum that counts nothing.
+        filled = scores.masked_fill(self.queue_labels < 0, torch.finfo(scores.dtype).min)
+        return (weight.sum(1) * filled.logsumexp(1)).sum() - (weight * scores).sum()
+
+    @torch.no_grad()
+    def enqueue(self, embeddings, logits, labels):
+        """Overwrite the oldest slots by embeddings [N, D], logits [N, num_local] and labels [N], the same on all ranks.
+
+        Of more rows than the queue has slots the last stay. The position lives on the device and nobody reads it
+        on the host, so no step waits for the device.
+        """
+        rows = len(labels)
+        kept = slice(max(rows - self.queue_size, 0), rows)
+        slots = (self.position + torch.arange(rows, device=labels.device)[kept]) % self.queue_size
+        self.queue_embeddings[slots] = embeddings[kept].to(self.queue_embeddings.dtype)
+        self.queue_logits[slots] = logits[kept].to(self.queue_logits.dtype)
+        self.queue_labels[slots] = labels[kept]
+        self.position.add_(rows).remainder_(self.queue_size)
+
+    def _check(self, old_embeddings, old_logits, new_embeddings, new_logits, labels):
+        rows, shard = len(labels), self.queue_logits.shape[1]
+        features, logits = (rows, self.queue_embeddings.shape[1]), (rows * world_size(), shard)
+        wrong = [
+            f"{name} {list(tensor.shape)} instead of {list(shape)}"
+            for name, tensor, shape in (
+                ("old_embeddings", old_embeddings, features),
+                ("new_embeddings", new_embeddings, features),
+                ("old_logits", old_logits, logits),
+                ("new_logits", new_logits, logits),
+            )
+            if tensor.shape != shape
+        ]
+        if wrong:
+            raise ValueError(f"with labels [{rows}] on each of {world_size()} ranks: {', '.join(wrong)}")
+
+
+def _inner_products(logits, queue, dtype):
+    """logits [N, num_local] x queue [Q, num_local] -> [N, Q] in `dtype`, with gradient to the logits.
+
+    A float16 queue: float16 products, a block of classes at a time, since a sum over 65,402 of them runs to several
+    hundred, where float16 is coarse.
+    """
+    if queue.dtype != torch.float16:
+        return logits.to(dtype) @ queue.T
+    blocks = zip(logits.half().split(HALF_BLOCK, dim=1), queue.split(HALF_BLOCK, dim=1))
+    return sum((part @ slots.T).to(dtype) for part, slots in blocks)
+
+
+class _SumToOwnRows(torch.autograd.Function):
+    """Every rank's partial sums [world * B, Q] -> the whole sums of this rank's rows [B, Q].
+
+    A row goes on on one rank alone, so the derivative with respect to all ranks' parts of it is what that rank says:
+    the backward gathers the rows. Nobody holds more than its own rows' softmax.
+    """
+
+    @staticmethod
+    def forward(ctx, partial):
+        partial, rows = partial.detach().contiguous(), len(partial) // world_size()
+        if dist.get_backend() == "nccl":
+            own = partial.new_empty(rows, partial.shape[1])
+            dist.reduce_scatter_tensor(own, partial)
+            return own
+        total = partial.clone()     # gloo has no reduce-scatter before torch 2.7
+        dist.all_reduce(total)
+        return total[rank() * rows:(rank() + 1) * rows].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gather(grad)
+
+
+def _sum_to_own_rows(partial):
+    return _SumToOwnRows.apply(partial) if world_size() > 1 else partial

@@ -1,0 +1,161 @@
+"""UniBCT's prototypes: class means of old features, weighted by how well the new features of a class agree.
+
+Binjie Zhang, Yixiao Ge, Yantao Shen, Shupeng Su, Chun Yuan, Xuyuan Xu, Yexin Wang, Ying Shan,
+"Towards Universal Backward-Compatible Representation Learning", IJCAI 2022, arXiv:2203.01583.
+
+Per class, with new features N [n, D] (L2-normalised) and old ones V [n, D] (as stored):
+
+    E = softmax over each row of N·Nᵀ/τ, the diagonal at −∞
+    V̂ = (1 − λ)(I − λE)⁻¹ V
+    prototype = mean of V̂'s rows, L2-normalised
+
+Only the mean of V̂ is needed, which is wᵀV with wᵀ = (1 − λ)/n · 1ᵀ(I − λE)⁻¹: one solution of the transposed system
+(I − λEᵀ) x = 1 in place of D right-hand sides. w is not negative and sums to 1, for E's rows do: image i weighs what
+random walks over the class visit it, which an outlier's neighbours seldom choose.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+CHUNK_VALUES = 1 << 25      # values of old and of new features in memory at once, each: 128 MB in float32
+BATCH_VALUES = 1 << 23      # values of a batch of classes, its similarities and its features together
+ALIKE = 0.8                 # classes of a batch have at least this share of the images of its largest
+
+
+def prototype_loss(embeddings, labels, prototypes, scale=1.0):
+    """Cross-entropy of the softmax over scale · f·Pᵀ, the mean over this batch; f = L2-normalised embeddings.
+
+    embeddings: [B, D]; labels: int64 [B]; prototypes: P [C, D], L2-normalised, without gradient; one device.
+    """
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    features = F.normalize(embeddings.to(dtype), dim=1)
+    return F.cross_entropy((scale * features) @ prototypes.detach().to(dtype).T, labels)
+
+
+def refine_prototypes(old_features, new_features, labels, damping=0.9, temperature=0.05, *, classes=None, device=None):
+    """The classes' refined prototypes, as the head of this file says.
+
+    old_features, new_features: float [N, D] and [N, D'], tensors or arrays, np.memmap among them; the rows are read
+        some classes at a time and never copied as a whole. labels: int [N], 0 … C − 1 in any order.
+    damping: λ in [0, 1); 0 gives the plain class means. temperature: τ above 0, divides cosines.
+    classes: `(start, stop)`, the share of the classes that is wanted; default: all of them.
+    device: where to compute; default: that of tensors on a GPU, else CUDA where there is one, else the CPU.
+
+    Returns [stop − start, D], L2-normalised, on the device of old_features (CPU for arrays); float32, or float64
+    where an input is. Memory: some 0.5 GB, or the n² similarities of the largest class several times.
+    Raises ValueError for shapes and values that do not fit, a class without images, and a row that is not finite.
+    """
+    check_knobs(damping, temperature)
+    labels = labels.cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if labels.ndim != 1 or not len(old_features) == len(new_features) == len(labels) > 0:
+        raise ValueError(
+            f"{len(old_features)} old features, {len(new_features)} new features and {len(labels)} labels: "
+            "there must be as many of each, and at least one"
+        )
+    if labels.min() < 0:
+        raise ValueError(f"labels must be 0 or more; row {int(labels.argmin())} has {int(labels.min())}")
+    start, stop = classes or (0, int(labels.max()) + 1)
+    device = torch.device(device or _default_device(old_features))
+    dtype = torch.float64 if "float64" in f"{old_features.dtype} {new_features.dtype}" else torch.float32
+    width = old_features.shape[1]
+
+    order = np.argsort(labels, kind="stable")
+    bounds = np.searchsorted(labels, np.arange(start, stop + 1), sorter=order)
+    counts = np.diff(bounds)
+    if not counts.all():
+        empty = np.flatnonzero(counts == 0)
+        raise ValueError(f"class {start + empty[0]} has no image ({len(empty)} classes have none)")
+
+    prototypes = torch.empty(stop - start, width, dtype=dtype)
+    for first, last in _chunks(bounds, CHUNK_VALUES // max(width, new_features.shape[1])):
+        rows = np.sort(order[bounds[first]:bounds[last]])   # ascending: friendlier to the disk
+        by_class = torch.from_numpy(np.argsort(labels[rows], kind="stable")).to(device)
+        prototypes[first:last] = _refine_chunk(
+            _take(old_features, rows, device, dtype, "old"),
+            F.normalize(_take(new_features, rows, device, dtype, "new"), dim=1),
+            by_class, counts[first:last], damping, temperature,
+        ).cpu()
+    return prototypes.to(old_features.device) if isinstance(old_features, torch.Tensor) else prototypes
+
+
+def check_knobs(damping, temperature):
+    if not 0 <= damping < 1:
+        raise ValueError(f"damping = {damping} must be in [0, 1)")
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature} must be above 0")
+
+
+def _default_device(features):
+    if isinstance(features, torch.Tensor) and features.is_cuda:
+        return features.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _take(features, rows, device, dtype, name):
+    """The rows [R] of an array or a tensor, as a tensor [R, D] on the device."""
+    if isinstance(features, torch.Tensor):
+        part = features.detach()[torch.from_numpy(rows).to(features.device)].to(device, dtype)
+    else:
+        part = torch.from_numpy(features[rows]).to(device, dtype)
+    if not torch.isfinite(part.sum()):
+        wrong = (~torch.isfinite(part).all(dim=1)).nonzero().flatten()
+        if len(wrong):      # else the sum alone overflowed
+            raise ValueError(f"row {rows[int(wrong[0])]} of the {name} features is not finite")
+    return part
+
+
+def _chunks(bounds, rows):
+    """Cut the classes into runs `(first, last)` of at most `rows` images, or of one larger class."""
+    first = 0
+    while first < len(bounds) - 1:
+        last = int(np.searchsorted(bounds, bounds[first] + rows, side="right")) - 1
+        last = max(last, first + 1)
+        yield first, last
+        first = last
+
+
+def _batches(counts, width):
+    """Put classes of similar size together: yields arrays of positions in `counts`, the largest classes first."""
+    order = np.argsort(counts, kind="stable")
+    ascending = counts[order]
+    stop = len(order)
+    while stop:
+        largest = int(ascending[stop - 1])
+        fit = max(1, BATCH_VALUES // (largest * (3 * largest + 2 * width)))
+        start = max(int(np.searchsorted(ascending, ALIKE * largest)), stop - fit)
+        yield order[start:stop]
+        stop = start
+
+
+def _refine_chunk(old, new, by_class, counts, damping, temperature):
+    """Prototypes [K, D] of K classes; old [R, D], new [R, D'] (normalised), by_class: the rows, class by class."""
+    device = old.device
+    prototypes = torch.empty(len(counts), old.shape[1], dtype=old.dtype, device=device)
+    offsets = torch.from_numpy(np.cumsum(counts) - counts).to(device)
+    sizes = torch.from_numpy(counts).to(device)
+    for picked in _batches(counts, old.shape[1]):
+        place = torch.arange(int(counts[picked].max()), device=device)
+        picked = torch.from_numpy(picked).to(device)
+        valid = place < sizes[picked, None]                                 # [b, n]; smaller classes are padded
+        index = by_class[offsets[picked, None] + torch.where(valid, place, 0)]
+        weights = image_weights(new[index], valid, damping, temperature)
+        prototypes[picked] = (weights.unsqueeze(1) @ old[index]).squeeze(1)
+    return F.normalize(prototypes, dim=1)
+
+
+def image_weights(new, valid, damping, temperature):
+    """What each image of a class contributes to its prototype: w [b, n], each row's sum 1, padding 0.
+
+    new: L2-normalised new features of b classes, padded to n images, [b, n, D]; valid: bool [b, n], False = padding.
+    """
+    size = valid.sum(dim=1)
+    itself = torch.eye(new.shape[1], dtype=torch.bool, device=new.device)
+    # A lone image has none but itself to look at; it keeps its feature.
+    blocked = ~valid.unsqueeze(1) | (itself & (size > 1)[:, None, None])
+    similarity = (new / temperature) @ new.mT
+    transition = similarity.masked_fill_(blocked, float("-inf")).softmax(dim=2)     # E: rows sum to 1
+    # No image moves on to the padding, whose right-hand side is 0: so is its weight.
+    system = itself.to(new.dtype) - damping * transition.mT
+    walks = torch.linalg.solve(system, valid.to(new.dtype))
+    return walks * ((1 - damping) / size).unsqueeze(1)

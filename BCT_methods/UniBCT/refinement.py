@@ -1,0 +1,97 @@
+"""The refinement within a run: all ranks embed the training set, each solves for its share of the classes."""
+
+import pathlib
+import time
+
+import numpy as np
+import torch
+
+from BCT_methods.UniBCT.prototypes import check_knobs, refine_prototypes
+from engine import distributed
+from engine.config import ConfigError
+from engine.features import FeatureError, again, extract_features, save_array
+from engine.monitor import log
+
+
+def check_config(cfg):
+    """Raise ConfigError for values that would stop the run only epochs later, or would never take effect."""
+    where = cfg.config_file
+    try:
+        check_knobs(cfg.damping, cfg.temperature)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if cfg.scale <= 0:
+        raise ConfigError(f"{where}: scale = {cfg.scale}; it must be above 0")
+    if not all(isinstance(epoch, int) and epoch >= 0 for epoch in [cfg.compat_start_epoch, *cfg.refine_epochs]):
+        raise ConfigError(
+            f"{where}: compat_start_epoch = {cfg.compat_start_epoch} and refine_epochs = {cfg.refine_epochs} "
+            "must be whole numbers from 0"
+        )
+    for epoch in sorted({cfg.compat_start_epoch, *cfg.refine_epochs}):
+        if epoch >= cfg.num_epoch:
+            log.warning(
+                "%s: epoch %d (compat_start_epoch, refine_epochs) is never reached with num_epoch = %d",
+                where, epoch, cfg.num_epoch,
+            )
+
+
+class Refinement(torch.nn.Module):
+    """The prototypes of a run, float32 [num_classes, embedding_size] in the buffer `prototypes`, and their making.
+
+    old: the training set's OldFeatures; cfg: the run's config. The buffer holds zeros until one of the two methods
+    below has run, on all ranks together; each also leaves `<output>/prototypes_epoch_<e>.npy`.
+    Raises FeatureError for a class without images.
+    """
+
+    def __init__(self, old, cfg, device):
+        super().__init__()
+        self.old, self.cfg, self.device = old, cfg, device
+        self.register_buffer("prototypes", torch.zeros(cfg.num_classes, cfg.embedding_size, device=device))
+        empty = np.flatnonzero(np.bincount(old.labels, minlength=cfg.num_classes) == 0)
+        if len(empty):
+            raise FeatureError(
+                f"{old.path}: class {empty[0]} has no image ({len(empty)} of {cfg.num_classes} classes have none) and "
+                "so no prototype; write the record file again with labels 0 … C − 1, without gaps"
+            )
+
+    def refine(self, backbone, train_set, epoch):
+        """Embed the training set as rank 0's backbone sees it, and refine the class means by that."""
+        cfg, start = self.cfg, time.perf_counter()
+        for buffer in backbone.buffers():
+            distributed.broadcast_(buffer)      # BatchNorm statistics are each rank's own; model.pt has rank 0's
+        path = pathlib.Path(cfg.output) / f"new_feature_epoch_{epoch}.npy"
+        extract_features(
+            backbone, train_set, path,
+            embedding_size=cfg.embedding_size, batch_size=cfg.batch_size, num_workers=cfg.num_workers,
+        )
+        embedded = time.perf_counter()
+        self._set(np.load(path, mmap_mode="r"), cfg.damping, epoch)
+        distributed.barrier()
+        if distributed.is_main():
+            path.unlink()
+        log.info(
+            "epoch %d: %d prototypes refined, in %.0f s after %.0f s for the new features",
+            epoch, cfg.num_classes, time.perf_counter() - embedded, embedded - start,
+        )
+
+    def take_class_means(self, epoch):
+        """The plain means of the old features, for epochs before the first refinement."""
+        self._set(self.old.features, 0.0, epoch)     # without damping the new features play no part
+        log.info("epoch %d: the prototypes are plain class means until the first of refine_epochs", epoch)
+
+    def _set(self, new_features, damping, epoch):
+        """Each rank solves for its share of the classes; the sum puts the shares together."""
+        cfg = self.cfg
+        start, stop = distributed.rows_of_rank(cfg.num_classes, distributed.rank(), distributed.world_size())
+        try:
+            share = refine_prototypes(
+                self.old.features, new_features, self.old.labels, damping, cfg.temperature,
+                classes=(start, stop), device=self.device,
+            )
+        except ValueError as error:
+            raise FeatureError(f"{self.old.path}: {error}; {again(self.old.path)}") from error
+        self.prototypes.zero_()
+        self.prototypes[start:stop] = share.to(self.device, torch.float32)
+        distributed.all_reduce_(self.prototypes)
+        if distributed.is_main():
+            save_array(pathlib.Path(cfg.output) / f"prototypes_epoch_{epoch}.npy", self.prototypes.cpu().numpy())

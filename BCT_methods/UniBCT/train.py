@@ -1,0 +1,46 @@
+"""UniBCT: BCT whose prototypes are refined by the structure of the new features (IJCAI 2022, arXiv:2203.01583).
+
+    cd BCT_methods/UniBCT/
+    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+
+from BCT_methods.UniBCT.prototypes import prototype_loss
+from BCT_methods.UniBCT.refinement import Refinement, check_config
+from engine.distributed import global_mean
+from engine.features import OldFeatures
+from engine.trainer import Trainer, unwrap
+
+
+class UniBCT(Trainer):
+    """Classify by the new class centres and, from `compat_start_epoch` on, by refined means of the old features."""
+
+    def setup(self):
+        cfg = self.cfg
+        check_config(cfg)
+        self.old = OldFeatures(cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size)
+        self.extra["refinement"] = Refinement(self.old, cfg, self.device)
+
+    def begin_epoch(self):
+        cfg, refinement = self.cfg, self.extra["refinement"]
+        if self.epoch in cfg.refine_epochs:
+            refinement.refine(unwrap(self.backbone), self.train_set, self.epoch)
+        elif self.epoch >= cfg.compat_start_epoch and not refinement.prototypes.any():
+            refinement.take_class_means(self.epoch)
+
+    def losses(self, images, labels, index):
+        self.old.check_labels(index, labels)
+        new = self.backbone(images)
+        terms = {"cls": self.classifier(new, labels)}
+        if self.epoch >= self.cfg.compat_start_epoch:
+            old_cls = prototype_loss(new, labels, self.extra["refinement"].prototypes, self.cfg.scale)
+            terms["old_cls"] = global_mean(old_cls)
+        return terms
+
+
+if __name__ == "__main__":
+    UniBCT.main()

@@ -1,0 +1,355 @@
+"""AdvBCT: boundaries, elastic radius, adversary against slow loops; several ranks against one; whole runs."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from BCT_methods.AdvBCT.boundary import ElasticBoundary, class_boundaries, default_path, load_boundaries, point_to_set_loss
+from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
+from BCT_methods.AdvBCT.train import AdvBCT
+from engine import distributed
+from engine.config import load_config
+from engine.features import FeatureError
+from tests.BCT_methods.whole_runs import REPO, launch, train, write_config, write_old_features
+from tests.ranks import run_ranks
+from tools.get_feature import by_class
+
+WIDTH, CLASSES = 6, 5
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(by_class, "CHUNK", 7)
+
+
+# --- class boundaries -------------------------------------------------------------------------------------------
+
+
+def boundaries_slowly(features, labels, num_classes):
+    centers, radius, count = np.zeros((num_classes, features.shape[1])), np.zeros(num_classes), np.zeros(num_classes, int)
+    rows = [feature.astype(np.float64) / math.sqrt(sum(feature.astype(np.float64) ** 2)) for feature in features]
+    for c in range(num_classes):
+        mine = [row for row, label in zip(rows, labels) if label == c]
+        if not mine:
+            continue
+        centers[c] = sum(mine) / len(mine)
+        d = sorted(math.sqrt(sum((row - centers[c]) ** 2)) for row in mine)
+        if len(d) >= 4:
+            q1, q3 = d[math.floor(len(d) / 4)], d[math.floor(3 * len(d) / 4)]
+            d = [x for x in d if q1 - 1.5 * (q3 - q1) <= x <= q3 + 1.5 * (q3 - q1)]
+        radius[c], count[c] = max(d), len(d)
+    return centers, radius, count
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    labels=st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=60),
+    seed=st.integers(0, 1000), outliers=st.booleans(), dtype=st.sampled_from([np.float32, np.float16]),
+)
+def test_boundaries_against_loops(labels, seed, outliers, dtype):
+    random = np.random.default_rng(seed)
+    centres = random.normal(size=(CLASSES, WIDTH)) * 3
+    features = centres[labels] + random.normal(size=(len(labels), WIDTH)) * (random.uniform(size=(len(labels), 1)) if outliers else 1)
+    features = (features * random.uniform(0.1, 20, (len(labels), 1))).astype(dtype)
+    centers, radius, count = class_boundaries(features, np.array(labels), CLASSES)
+    expected = boundaries_slowly(features, labels, CLASSES)
+    np.testing.assert_allclose(centers, expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(radius, expected[1], rtol=1e-5, atol=1e-6)
+    assert count.tolist() == expected[2].tolist()
+    assert (centers.dtype, radius.dtype, count.dtype) == (np.float32, np.float32, np.int64)
+
+
+def one_far_row():
+    """Class 1: nine directions near (1, 0, 0), one far off. Class 3: two. Class 0: one. Class 2 and 4: none."""
+    angles = np.radians([1, -2, 3, -4, 5, -6, 7, -8, 9])
+    near = np.stack([np.cos(angles), np.sin(angles), 0 * angles], 1)
+    rows = [*near, [-1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 2, 2]]
+    return np.array(rows, np.float32), np.array([1] * 10 + [0, 3, 3])
+
+
+def test_an_outlier_is_dropped_from_the_radius_but_not_from_the_centre():
+    features, labels = one_far_row()
+    centers, radius, count = class_boundaries(features, labels, CLASSES)
+    assert count.tolist() == [1, 9, 0, 2, 0]
+    np.testing.assert_allclose(centers[1], features[:10].mean(0), atol=1e-6)    # the far row is in it, the length is not 1
+    assert radius[1] == pytest.approx(np.linalg.norm(features[:9] - centers[1], axis=1).max(), abs=1e-6)
+    assert np.linalg.norm(features[9] - centers[1]) > 1.7 > radius[1]
+
+
+def test_boundaries_do_not_depend_on_the_order_of_rows(tmp_path):
+    features, labels = one_far_row()
+    order = np.random.default_rng(0).permutation(len(labels))
+    np.save(tmp_path / "mapped.npy", features[order])
+    mapped = class_boundaries(np.load(tmp_path / "mapped.npy", mmap_mode="r"), labels[order], CLASSES)
+    for first, second in zip(class_boundaries(features, labels, CLASSES), mapped):
+        np.testing.assert_allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 5], [0, -1, 1]])
+def test_labels_out_of_range_are_refused(labels):
+    with pytest.raises(FeatureError, match="labels go from"):
+        class_boundaries(np.ones((3, 2), np.float32), np.array(labels), CLASSES)
+    with pytest.raises(FeatureError, match="4 features, but 3 labels"):
+        class_boundaries(np.ones((4, 2), np.float32), np.array([0, 1, 2]), CLASSES)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+
+class Old:
+    """What load_boundaries reads of OldFeatures."""
+
+    def __init__(self, path):
+        self.features, self.labels = one_far_row()
+        self.path = path
+        np.save(path, self.features)
+
+
+def test_the_file_is_written_once_and_again_for_newer_features(tmp_path):
+    old, path = Old(tmp_path / "x_feature.npy"), tmp_path / "x_center_radius.npz"
+    assert default_path(old.path) == str(path)
+    loaded = load_boundaries(path, old, CLASSES)
+    for array, expected in zip(loaded, class_boundaries(old.features, old.labels, CLASSES)):
+        assert torch.equal(array, torch.from_numpy(expected))
+    assert [file.name for file in tmp_path.iterdir() if "radius" in file.name] == [path.name]
+    stamp = path.stat().st_mtime_ns
+    load_boundaries(path, old, CLASSES)
+    assert path.stat().st_mtime_ns == stamp
+    old.features = -old.features
+    os.utime(old.path, ns=(stamp + 10**9, stamp + 10**9))
+    torch.testing.assert_close(load_boundaries(path, old, CLASSES)[0], -loaded[0])
+
+
+def test_a_wrong_file_is_named(tmp_path):
+    old, path = Old(tmp_path / "x_feature.npy"), tmp_path / "mine.npz"
+    load_boundaries(path, old, CLASSES)
+    with pytest.raises(FeatureError, match=r"mine.npz: centres \[5, 3\], but .* has 6 classes"):
+        load_boundaries(path, old, 6)
+    for content in (b"", b"no zip at all", path.read_bytes()[:300], old.path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(FeatureError, match="mine.npz: not a readable file .* delete it"):
+            load_boundaries(path, old, CLASSES)
+
+
+# --- point to set -----------------------------------------------------------------------------------------------
+
+
+def sets(rows, seed=0):
+    """(embeddings, labels, centers, radius, count): class 3 has one distance, class 4 none."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.float64)
+    centers *= 0.8 / centers.norm(dim=1, keepdim=True)
+    labels = torch.randint(CLASSES, (rows,), generator=generator)
+    embeddings = centers[labels] + 0.25 * torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
+    return (embeddings * 7).requires_grad_(), labels, centers, torch.tensor([0.5, 0.3, 0.7, 0.2, 0.0]).double(), torch.tensor([4, 9, 2, 1, 0])
+
+
+def point_to_set_slowly(embeddings, labels, centers, radius, count, elastic, threshold):
+    excesses = []
+    for f, y in zip(embeddings, labels.tolist()):
+        r = radius[y] + 1 / (1 + (-elastic[y]).exp()) * (threshold - radius[y])
+        excess = ((f / f.norm() - centers[y]) ** 2).sum().sqrt() - r
+        if count[y] > 1 and excess > 0:
+            excesses.append(excess)
+    return sum(excesses) / len(excesses) if excesses else embeddings.sum() * 0, len(excesses)
+
+
+def test_point_to_set_against_a_loop():
+    args, boundary = sets(40), ElasticBoundary(CLASSES).double()
+    loss = point_to_set_loss(*args, boundary, 0.4)
+    expected, outside = point_to_set_slowly(*args, boundary.elastic, 0.4)
+    assert 5 < outside < 35
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    leaves = (args[0], boundary.elastic)
+    grads = torch.autograd.grad(loss, leaves)
+    for grad, reference in zip(grads, torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
+    assert not grads[1][3:].any() and grads[1][:3].all()
+
+
+def test_radius_lies_between_the_largest_distance_and_the_threshold():
+    boundary, radius = ElasticBoundary(3), torch.tensor([0.2, 0.4, 0.9])
+    assert boundary.elastic.shape == (3,) and boundary.elastic.abs().max() <= 1
+    every = torch.arange(3)
+    with torch.no_grad():
+        for e, expected in ((-30.0, radius), (30.0, torch.full((3,), 0.4)), (0.0, (radius + 0.4) / 2)):
+            boundary.elastic.fill_(e)
+            torch.testing.assert_close(boundary(every, radius, 0.4), expected)
+
+
+def test_nobody_outside_costs_nothing():
+    embeddings, labels, centers, radius, count = sets(12)
+    boundary = ElasticBoundary(CLASSES).double()
+    for far, few in ((3.0, count), (0.0, torch.ones_like(count))):
+        loss = point_to_set_loss(embeddings, labels, centers, torch.full_like(radius, far), few, boundary, far)
+        assert loss.item() == 0
+        assert not any(grad.any() for grad in torch.autograd.grad(loss, (embeddings, boundary.elastic)))
+
+
+def test_elastic_scalars_start_anywhere_between_minus_one_and_one():
+    elastic = ElasticBoundary(4000).elastic
+    assert -1 <= elastic.min() < -0.98 and 0.98 < elastic.max() <= 1 and elastic.mean().abs() < 0.05
+
+
+# --- adversary --------------------------------------------------------------------------------------------------
+
+
+def adversary_slowly(model, new, old):
+    """The NLL of each batch by the layers' definitions, with that batch's own BatchNorm statistics."""
+    total = 0
+    for features, label in ((new, 0), (old, 1)):
+        hidden = features / features.norm(dim=1, keepdim=True) @ model.hidden.weight.T + model.hidden.bias
+        mean, variance = hidden.mean(0), ((hidden - hidden.mean(0)) ** 2).mean(0)
+        hidden = (hidden - mean) / (variance + 1e-5).sqrt() * model.norm.weight + model.norm.bias
+        scores = hidden.clamp(min=0) @ model.out.weight.T + model.out.bias
+        total = total - sum((row[label].exp() / row.exp().sum()).log() for row in scores) / len(scores)
+    return total
+
+
+def test_adversary_against_a_loop_and_the_gradient_turned_round():
+    torch.manual_seed(0)
+    model = Discriminator(WIDTH).double()
+    assert (model.hidden.out_features, model.out.out_features) == (100, 2)
+    new, old = (torch.randn(9, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = adversary_slowly(model, new, old)
+    reference = torch.autograd.grad(expected, (new, *model.parameters()), retain_graph=True)
+    for alpha in (0.0, 0.7):
+        loss = adversarial_loss(model, new, old, alpha)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        grad, *own = torch.autograd.grad(loss, (new, *model.parameters()), retain_graph=True)
+        torch.testing.assert_close(grad, -alpha * reference[0], rtol=1e-9, atol=1e-12)
+        for mine, theirs in zip(own, reference[1:]):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert torch.autograd.grad(loss, old, allow_unused=True) == (None,)
+
+
+def test_reversed_gradient_and_its_strength():
+    x = torch.tensor([1.0, -2.0], requires_grad=True)
+    out = reverse_gradient(x, 0.25)
+    assert torch.equal(out, x)
+    out.pow(2).sum().backward()
+    assert x.grad.tolist() == [-0.5, 1.0]
+    assert reversal_strength(0) == 0
+    assert reversal_strength(0.1) == pytest.approx(2 / (1 + math.e ** -1) - 1)
+    assert reversal_strength(1) == pytest.approx(1, abs=1e-4)
+
+
+def test_log_probabilities_in_evaluation_too():
+    model = Discriminator(WIDTH).eval()
+    torch.testing.assert_close(model(torch.randn(3, WIDTH)).exp().sum(1), torch.ones(3))
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------
+
+
+def losses_on_rank():
+    """Both losses of this rank's rows of 12, their gradients to its embeddings, and those to the shared parameters."""
+    torch.manual_seed(4)
+    boundary, model = ElasticBoundary(CLASSES).double(), Discriminator(WIDTH).double()
+    embeddings, labels, *classes = sets(12, seed=5)
+    old = torch.randn(12, WIDTH, dtype=torch.float64)
+    rows = 12 // distributed.world_size()
+    mine = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
+    new = embeddings[mine].detach().requires_grad_()
+    p2s = point_to_set_loss(new, labels[mine], *classes, boundary, 0.4)
+    adv = adversarial_loss(model, new, old[mine], 0.6)
+    own = [torch.autograd.grad(loss, new, retain_graph=True)[0] for loss in (p2s, adv)]
+    shared = torch.autograd.grad(p2s + adv, [*boundary.parameters(), *model.parameters()])
+    shared = [distributed.all_reduce_(grad.clone()) for grad in shared]     # as the trainer does
+    return torch.stack([p2s, adv]).detach(), own, shared, dict(model.state_dict())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_have_the_losses_and_gradients_of_one(ranks):
+    losses, own, shared, state = losses_on_rank()
+    assert losses.min() > 0.01 and all(grad.abs().max() > 1e-4 for grad in own)
+    results = run_ranks(losses_on_rank, ranks)
+    for theirs in results:
+        torch.testing.assert_close(theirs[0], losses, rtol=1e-10, atol=0)
+        for grad, expected in zip(theirs[2], shared):
+            torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-12)
+        for name, value in state.items():
+            torch.testing.assert_close(theirs[3][name], value, rtol=1e-8, atol=1e-12)
+    for number, grad in enumerate(own):
+        torch.testing.assert_close(torch.cat([theirs[1][number] for theirs in results]), grad, rtol=1e-8, atol=1e-12)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, make_record_set):
+    labels = [0, 1, 2, 3, 4] * 5
+    make_record_set(tmp_path / "set.rec", labels)
+    write_old_features(tmp_path, labels)
+    return tmp_path
+
+
+def test_a_run_on_two_ranks_is_the_run_on_one(folder):
+    backbone, centres, extra = train(AdvBCT, write_config(folder, "AdvBCT", "one"))
+    os.remove(folder / "old_center_radius.npz")
+    results = run_ranks(train, 2, AdvBCT, write_config(folder, "AdvBCT", "two", batch_size=6))
+    for theirs in results:
+        for name, value in {**backbone, **extra}.items():
+            torch.testing.assert_close({**theirs[0], **theirs[2]}[name], value, rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.cat([result[1] for result in results]), centres, rtol=0, atol=2e-5)
+    assert (folder / "old_center_radius.npz").is_file()
+
+
+def test_terms_are_weighted_and_fade(folder):
+    """p2s as it is, times 4; adv times 4 and (E - epoch + 1) / E, epochs counted from 1; the reversal grows."""
+    trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", num_epoch=5)))
+    trainer.loader.set_epoch(0)
+    images, labels, index = next(iter(trainer.loader))
+
+    def terms(**state):
+        for name, value in state.items():
+            setattr(trainer, name, value)
+        new = trainer.backbone(images).detach().requires_grad_()
+        trainer.backbone = lambda images: new
+        named = trainer.losses(images, labels, index)
+        grad, = torch.autograd.grad(named["adv"], new)
+        return named, grad, new
+
+    first, grad, new = terms(epoch=0, step=0)
+    last, last_grad, _ = terms(epoch=4, step=trainer.total_steps // 2)
+    p2s = point_to_set_loss(new, labels, *trainer.classes, trainer.extra["boundary"], 0.4)
+    adv = adversarial_loss(trainer.extra["discriminator"], new, trainer.old[index], 0.0)
+    torch.testing.assert_close(first["p2s"], 4 * p2s)
+    torch.testing.assert_close(last["p2s"], 4 * p2s)
+    torch.testing.assert_close(first["adv"], 4 * adv)
+    torch.testing.assert_close(last["adv"], 4 / 5 * adv)
+    assert not grad.any() and last_grad.any()
+
+
+def test_train_script_on_two_ranks(folder):
+    path = write_config(folder, "AdvBCT", "launched", batch_size=4, frequent=1, save_all_states=True)
+    output = launch("AdvBCT", path)
+    assert "Global Step: 6" in output and "p2s" in output and "adv" in output
+    model = torch.load(folder / "launched" / "model.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in model.values())
+    assert not any("elastic" in name or "discriminator" in name for name in model)
+    states = [torch.load(path, weights_only=True)["extra"] for path in (folder / "launched").glob("checkpoint_step_6_*.pt")]
+    assert len(states) == 2 and states[0].keys() >= {"boundary.elastic", "discriminator.hidden.weight"}
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-6)
+    features, labels = np.load(folder / "old_feature.npy"), np.load(folder / "old_label.npy")
+    with np.load(folder / "old_center_radius.npz") as file:
+        for name, expected in zip(("centers", "radius", "count"), class_boundaries(features, labels, 5)):
+            np.testing.assert_array_equal(file[name], expected)
+
+
+def test_nine_configs_are_mixbcts_but_for_the_method():
+    paths = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
+    assert len(paths) == 9
+    for path in paths:
+        config, mixbct = (load_config(str(path).replace("MixBCT", method)) for method in ("AdvBCT", "MixBCT"))
+        for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
+            assert config[key] == mixbct[key], (path.name, key)
+        assert (config.threshold, config.p2s_weight, config.adv_weight, config.center_radius) == (0.4, 4.0, 4.0, "")
+        assert config.output.endswith(path.stem.replace("MixBCT", "AdvBCT"))

@@ -1,0 +1,202 @@
+"""BCT: the term against a plain loop, its gradient on two ranks, the prototypes' file, whole runs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from BCT_methods.BCT.loss import old_prototype_loss
+from BCT_methods.BCT.prototypes import load_prototypes
+from BCT_methods.BCT.train import BCT
+from dataset import ExtractLoader, RecordDataset
+from engine.config import ConfigError, load_config
+from engine.distributed import global_mean
+from engine.features import FeatureError
+from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_old_features
+from tests.ranks import run_ranks
+
+CONFIGS = REPO / "BCT_methods" / "BCT" / "configs"
+
+
+def batch(size=6, classes=4, width=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = 3 * torch.randn(size, width, generator=generator, dtype=torch.float64)
+    prototypes = torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (size,), generator=generator)
+    return embeddings, labels, torch.nn.functional.normalize(prototypes, dim=1)
+
+
+def slowly(embeddings, labels, prototypes, scale):
+    """One image and one class after the other."""
+    total = 0.0
+    for row, label in zip(embeddings.tolist(), labels.tolist()):
+        length = math.sqrt(sum(value * value for value in row))
+        logits = [scale * sum(a / length * b for a, b in zip(row, prototype)) for prototype in prototypes.tolist()]
+        total -= logits[label] - math.log(sum(math.exp(logit) for logit in logits))
+    return total / len(embeddings)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(1, 9),
+    classes=st.integers(1, 7),
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([1.0, 16.0, 64.0]),
+)
+def test_equals_the_plain_loop(size, classes, seed, scale):
+    inputs = batch(size, classes, seed=seed)
+    assert old_prototype_loss(*inputs, scale).item() == pytest.approx(slowly(*inputs, scale), abs=1e-10)
+
+
+def test_gradient_is_that_of_the_formula_and_reaches_the_embeddings_alone():
+    embeddings, labels, prototypes = batch()
+    embeddings.requires_grad_(), prototypes.requires_grad_()
+    assert torch.autograd.gradcheck(lambda e: old_prototype_loss(e, labels, prototypes.detach(), 4.0), (embeddings,))
+    old_prototype_loss(embeddings, labels, prototypes).backward()
+    assert embeddings.grad.abs().sum() > 0 and prototypes.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    embeddings, labels, prototypes = batch(8, 4, 64)
+    embeddings = 300 * embeddings       # whose squares overflow float16
+    loss = old_prototype_loss(embeddings.to(dtype), labels, prototypes.float(), 16.0)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(slowly(embeddings, labels, prototypes, 16.0), abs=0.1)
+
+
+def test_arguments_that_do_not_fit():
+    embeddings, labels, prototypes = batch()
+    with pytest.raises(ValueError, match="embedding_size"):
+        old_prototype_loss(embeddings, labels, prototypes[:, :4])
+    with pytest.raises(ValueError, match="scale"):
+        old_prototype_loss(embeddings, labels, prototypes, 0.0)
+
+
+def gradient(embeddings, labels, prototypes, size):
+    """Term and gradient of this rank's `size` rows of the batch."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    mine = slice(rank * size, (rank + 1) * size)
+    embeddings = embeddings[mine].clone().requires_grad_()
+    term = global_mean(old_prototype_loss(embeddings, labels[mine], prototypes, 16.0))
+    term.backward()
+    return term.detach(), embeddings.grad
+
+
+def test_two_ranks_have_the_gradient_of_one():
+    inputs = batch(8)
+    term, whole = gradient(*inputs, 8)
+    results = run_ranks(gradient, 2, *inputs, 4)
+    torch.testing.assert_close(torch.cat([grad for _, grad in results]), whole)
+    assert [value.item() for value, _ in results] == pytest.approx([term.item()] * 2)
+
+
+# --- the prototypes' file ---------------------------------------------------------------------------------------
+
+
+def test_prototypes_come_normalised(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(3, 4))
+    np.save(tmp_path / "p.npy", rows)
+    prototypes = load_prototypes(tmp_path / "p.npy", 3, 4)
+    assert prototypes.dtype == torch.float32
+    np.testing.assert_allclose(prototypes, rows / np.linalg.norm(rows, axis=1, keepdims=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (np.ones((3, 5)), "width 5, but embedding_size is 4"),
+        (np.ones((2, 4)), "2 rows, but the training set has 3 classes.*get_avg_feature.py"),
+        (np.full((3, 4), np.nan), "NaN"),
+        (np.ones((3, 4), int), "not 2-D floating"),
+    ],
+)
+def test_prototypes_that_do_not_fit(tmp_path, rows, message):
+    path = tmp_path / "OPclass" / "f4_r18_arc_class70_avg_feature.npy"
+    path.parent.mkdir()
+    np.save(path, rows)
+    with pytest.raises(FeatureError, match=message):
+        load_prototypes(path, 3, 4)
+
+
+def test_prototypes_that_are_not_there(tmp_path):
+    with pytest.raises(FeatureError, match="get_avg_feature.py --SD f4_r18_arc_class70"):
+        load_prototypes(tmp_path / "OPclass" / "f4_r18_arc_class70_avg_feature.npy", 3, 4)
+    with pytest.raises(FeatureError, match="old_prototype is empty"):
+        load_prototypes("", 3, 4)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, make_record_set):
+    labels = np.array([0, 1, 2, 3, 4] * 5)
+    make_record_set(tmp_path / "set.rec", labels.tolist())
+    write_old_features(tmp_path, labels)
+    features = np.load(tmp_path / "old_feature.npy")
+    np.save(tmp_path / "old_avg_feature.npy", np.stack([features[labels == c].mean(axis=0) for c in range(5)]))
+    return tmp_path
+
+
+def config(folder, name, **keys):
+    keys = {
+        "rec": folder / "set.rec", "output": folder / name, "old_prototype": folder / "old_avg_feature.npy",
+        "embedding_size": 8, "network": "tiny", "num_epoch": 2, "batch_size": 12, "num_workers": 0, "lr": 0.05,
+        "margin_scale": 8.0, **keys,
+    }
+    return CONFIGS / "base.py", *(f"--{key}={value}" for key, value in keys.items())
+
+
+def cosine_to_prototypes(folder, backbone):
+    """Mean cosine of the features of a trained `without_batch_norm` and the prototypes of their classes."""
+    model, data = without_batch_norm(), RecordDataset(folder / "set.rec")
+    model.load_state_dict(backbone)
+    images, labels, _ = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
+    prototypes = load_prototypes(folder / "old_avg_feature.npy", 5, 8)
+    with torch.no_grad():
+        return torch.nn.functional.cosine_similarity(model(images), prototypes[labels]).mean().item()
+
+
+def test_a_run_draws_new_features_to_the_prototypes_the_more_the_higher_the_scale(folder):
+    weak, strong = (
+        cosine_to_prototypes(folder, train(BCT, *config(folder, f"scale{scale}", scale=scale, num_epoch=8))[0])
+        for scale in (0.01, 16.0)
+    )
+    assert strong > weak + 0.2
+
+
+def test_a_run_on_two_ranks_is_the_run_on_one(folder):
+    backbone, centres, _ = train(BCT, *config(folder, "one", scale=16.0))
+    results = run_ranks(train, 2, BCT, *config(folder, "two", scale=16.0, batch_size=6))
+    for name, value in backbone.items():
+        torch.testing.assert_close(results[0][0][name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([result[1] for result in results]), centres, rtol=0, atol=1e-5)
+
+
+def test_values_and_files_that_do_not_fit(folder):
+    def start(**keys):
+        path, *overrides = config(folder, "run", **keys)
+        return BCT(load_config(path, overrides))
+
+    with pytest.raises(ConfigError, match="scale = 0.0; it must be above 0"):
+        start(scale=0.0)
+    with pytest.raises(FeatureError, match="embedding_size is 6"):
+        start(embedding_size=6)
+    np.save(folder / "old_avg_feature.npy", np.ones((4, 8)))
+    with pytest.raises(FeatureError, match="4 rows, but the training set has 5 classes"):
+        start()
+
+
+def test_nine_configs_differ_from_mixbct_in_the_method_alone():
+    theirs = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
+    assert len(theirs) == 9
+    for path in theirs:
+        config, mixbct = load_config(CONFIGS / path.name.replace("MixBCT", "BCT")), load_config(path)
+        for key in ("rec", "embedding_size", "network", "lr", "num_epoch", "decay_epoch"):
+            assert config[key] == mixbct[key], (path.name, key)
+        assert config.old_prototype == mixbct.old_embedding.replace("_feature.npy", "_avg_feature.npy")
+        assert config.scale == 1 and config.output.endswith(path.stem.replace("MixBCT", "BCT"))

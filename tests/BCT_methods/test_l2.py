@@ -1,0 +1,170 @@
+"""L2: the distance against a plain loop, its gradient at the edges and on two ranks, whole runs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from BCT_methods.L2.loss import feature_l2_loss
+from BCT_methods.L2.train import L2
+from dataset import ExtractLoader, RecordDataset
+from engine.config import ConfigError, load_config
+from engine.distributed import global_mean
+from engine.features import FeatureError, OldFeatures
+from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
+from tests.ranks import run_ranks
+
+
+def batch(size=6, width=5, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    new, old = torch.randn(2, size, width, generator=generator, dtype=dtype)
+    return new, 3 * old
+
+
+def slowly(new, old, threshold):
+    """One image and one value after the other."""
+    total = 0.0
+    for f, g in zip(new.tolist(), old.tolist()):
+        f_length, g_length = math.sqrt(sum(v * v for v in f)), math.sqrt(sum(v * v for v in g))
+        distance = math.sqrt(sum((a / f_length - b / g_length) ** 2 for a, b in zip(f, g)))
+        total += max(distance - threshold, 0.0)
+    return total / len(new)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(1, 9),
+    width=st.integers(2, 7),
+    seed=st.integers(0, 999),
+    threshold=st.sampled_from([0.0, 0.2, 1.0, 1.5, 2.0]),
+)
+def test_equals_the_plain_loop(size, width, seed, threshold):
+    new, old = batch(size, width, seed)
+    assert feature_l2_loss(new, old, threshold).item() == pytest.approx(slowly(new, old, threshold), abs=1e-12)
+
+
+def test_gradient_is_that_of_the_formula_and_reaches_new_alone():
+    new, old = batch()
+    new.requires_grad_(), old.requires_grad_()
+    assert torch.autograd.gradcheck(lambda new: feature_l2_loss(new, old.detach(), 0.2), (new,))
+    feature_l2_loss(new, old).backward()
+    assert new.grad.abs().sum() > 0 and old.grad is None
+
+
+def test_coinciding_features_cost_nothing_and_break_no_gradient():
+    new, _ = batch(dtype=torch.float32)
+    old = 2 * new
+    new.requires_grad_()
+    loss = feature_l2_loss(new, old)
+    loss.backward()
+    assert loss.item() < 1e-6 and torch.isfinite(new.grad).all()
+    old = old.clone()
+    old[3:] = batch(3, seed=4)[0].float()    # beside others, too
+    new.grad = None
+    feature_l2_loss(new, old).backward()
+    assert torch.isfinite(new.grad).all() and new.grad[3:].abs().sum(dim=1).min() > 0
+
+
+def test_within_the_threshold_there_is_no_pull_and_beyond_it_all_of_it():
+    angles = torch.tensor([0.1, 0.19, 0.21, 1.0], dtype=torch.float64)       # chords 0.1, 0.19, 0.21 and 0.96, nearly
+    new = torch.stack([angles.cos(), angles.sin()], dim=1).requires_grad_()
+    old = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(4, 2)
+    feature_l2_loss(new, old, threshold=0.2).backward()
+    pulled = new.grad.norm(dim=1)
+    assert pulled[:2].tolist() == [0, 0]
+    # d chord / d angle = cos(angle/2): near 1, whatever the distance, as the norm's; a square's would vanish with it.
+    torch.testing.assert_close(pulled[2:], (angles[2:] / 2).cos() / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    new, old = batch(8, 64)
+    loss = feature_l2_loss(new.to(dtype), 1000 * old.float())       # squares of 1000 overflow float16
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(slowly(new, old, 0.0), abs=0.02)
+
+
+def test_arguments_that_do_not_fit():
+    new, old = batch()
+    with pytest.raises(ValueError, match="embedding_size"):
+        feature_l2_loss(new, old[:, :4])
+    with pytest.raises(ValueError, match="threshold"):
+        feature_l2_loss(new, old, -0.1)
+
+
+def gradient(new, old, size):
+    """Term and gradient of this rank's `size` rows of the batch."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    mine = slice(rank * size, (rank + 1) * size)
+    new = new[mine].clone().requires_grad_()
+    term = global_mean(feature_l2_loss(new, old[mine], 0.2))
+    term.backward()
+    return term.detach(), new.grad
+
+
+def test_two_ranks_have_the_gradient_of_one():
+    new, old = batch(8)
+    term, whole = gradient(new, old, 8)
+    results = run_ranks(gradient, 2, new, old, 4)
+    torch.testing.assert_close(torch.cat([grad for _, grad in results]), whole)
+    assert [value.item() for value, _ in results] == pytest.approx([term.item()] * 2)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, make_record_set):
+    labels = [0, 1, 2, 3, 4] * 5
+    make_record_set(tmp_path / "set.rec", labels)
+    write_old_features(tmp_path, labels)
+    return tmp_path
+
+
+def distance_to_old(folder, backbone):
+    """Mean distance of the features of a trained `without_batch_norm` from the old ones."""
+    model, data = without_batch_norm(), RecordDataset(folder / "set.rec")
+    model.load_state_dict(backbone)
+    images, _, index = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
+    with torch.no_grad():
+        return feature_l2_loss(model(images), OldFeatures(folder / "old_feature.npy", data)[index]).item()
+
+
+def test_a_run_draws_new_features_to_old_ones_as_far_as_the_threshold_says(folder):
+    def after(name, **keys):
+        return distance_to_old(folder, train(L2, write_config(folder, "L2", name, num_epoch=8, **keys))[0])
+
+    classified, strong = after("classified", loss_weight=[1, 0]), after("strong")
+    weak = after("weak", threshold=1.0)
+    assert strong < weak - 0.05 < classified - 0.1
+
+
+def test_a_run_on_two_ranks_is_the_run_on_one(folder):
+    backbone, centres, _ = train(L2, write_config(folder, "L2", "one", threshold=0.2))
+    results = run_ranks(train, 2, L2, write_config(folder, "L2", "two", threshold=0.2, batch_size=6))
+    for name, value in backbone.items():
+        torch.testing.assert_close(results[0][0][name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([result[1] for result in results]), centres, rtol=0, atol=1e-5)
+
+
+def test_values_and_files_that_do_not_fit(folder):
+    for keys, message in [({"loss_weight": [1, 10, 1]}, "two numbers"), ({"threshold": 3.0}, r"must be in \[0, 2\]")]:
+        with pytest.raises(ConfigError, match=message):
+            L2(load_config(write_config(folder, "L2", "run", **keys)))
+    with pytest.raises(FeatureError, match="embedding_size is 6"):
+        L2(load_config(write_config(folder, "L2", "run", embedding_size=6)))
+
+
+def test_nine_configs_of_each_form_differ_from_mixbct_in_the_method_alone():
+    theirs = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
+    assert len(theirs) == 9
+    for path in theirs:
+        mixbct = load_config(path)
+        for form, threshold in (("L2", 0.0), ("weakenedL2", 0.2)):
+            config = load_config(REPO / "BCT_methods/L2/configs" / path.name.replace("MixBCT", form))
+            for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
+                assert config[key] == mixbct[key], (path.name, key)
+            assert (config.threshold, config.loss_weight) == (threshold, [1, 10])
+            assert config.output.endswith(path.stem.replace("MixBCT", form))

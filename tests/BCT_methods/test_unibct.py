@@ -1,0 +1,392 @@
+"""UniBCT: the refinement against the paper's formula, what it does to outliers, and whole runs with it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from BCT_methods.UniBCT import prototypes as unibct
+from BCT_methods.UniBCT.prototypes import image_weights, prototype_loss, refine_prototypes
+from BCT_methods.UniBCT.train import UniBCT
+from engine.config import ConfigError, load_config
+from engine.distributed import global_mean
+from engine.features import FeatureError
+from engine.trainer import unwrap
+from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
+from tests.ranks import run_ranks
+
+
+def transition(new, temperature=0.05, axis=1):
+    """E of one class, [n, n]; axis 1: rows sum to 1, as the method wants it; 0: columns do."""
+    new = new / np.linalg.norm(new, axis=1, keepdims=True)
+    raised = np.exp(new @ new.T / temperature)
+    np.fill_diagonal(raised, 0)
+    return raised / raised.sum(axis=axis, keepdims=True)
+
+
+def slowly(old, new, labels, damping=0.9, temperature=0.05, axis=1):
+    """The formula as it stands, class by class, with the inverse."""
+    prototypes = []
+    for c in range(labels.max() + 1):
+        V, N = old[labels == c].astype(np.float64), new[labels == c].astype(np.float64)
+        if len(V) > 1:
+            V = (1 - damping) * np.linalg.inv(np.eye(len(V)) - damping * transition(N, temperature, axis)) @ V
+        mean = V.mean(axis=0)
+        prototypes.append(mean / np.linalg.norm(mean))
+    return np.stack(prototypes)
+
+
+def class_means(old, labels):
+    means = np.stack([old[labels == c].mean(axis=0) for c in range(labels.max() + 1)])
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+
+def draw(sizes, width=6, seed=0, dtype=np.float64):
+    """Old and new features of classes of these sizes, and labels in random order."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    old, new = (rng.normal(size=(len(sizes), width))[labels] + rng.normal(size=(len(labels), width)) for _ in range(2))
+    return (3 * old).astype(dtype), (2 * new).astype(dtype), labels
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    seed=st.integers(0, 999),
+    damping=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
+    temperature=st.sampled_from([0.05, 0.2, 1.0]),
+)
+def test_equals_the_formula(sizes, seed, damping, temperature):
+    old, new, labels = draw(sizes, seed=seed)
+    result = refine_prototypes(old, new, labels, damping, temperature)
+    np.testing.assert_allclose(result, slowly(old, new, labels, damping, temperature), atol=1e-10)
+
+
+def test_batches_and_chunks_of_any_size_give_the_same(monkeypatch):
+    old, new, labels = draw([9, 1, 30, 2, 8, 8, 31, 1, 25, 7, 10], seed=1)
+    whole = refine_prototypes(old, new, labels)
+    for chunk in (6, 6 * 20, 6 * 60):
+        for batch in (1, 500, 5000):
+            monkeypatch.setattr(unibct, "CHUNK_VALUES", chunk)
+            monkeypatch.setattr(unibct, "BATCH_VALUES", batch)
+            torch.testing.assert_close(refine_prototypes(old, new, labels), whole, rtol=0, atol=1e-12)
+
+
+def test_classes_of_several_hundred_images_beside_small_ones_in_float32():
+    old, new, labels = draw([700, 3, 250, 690, 1, 2], width=32, dtype=np.float32)
+    result = refine_prototypes(old, new, labels)
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result, slowly(old, new, labels), atol=2e-6)
+
+
+def test_with_columns_normalised_nothing_would_be_refined():
+    """1ᵀE = 1ᵀ makes 1ᵀ(1 − λ)(I − λE)⁻¹ = 1ᵀ: the mean is the plain one. So rows it must be."""
+    old, new, labels = draw([8, 20, 3])
+    np.testing.assert_allclose(slowly(old, new, labels, axis=0), class_means(old, labels), atol=1e-12)
+    refined = refine_prototypes(old, new, labels).numpy()
+    assert (np.abs(refined - class_means(old, labels)).max(axis=1) > 1e-2).all()
+
+
+def test_an_outlier_of_a_class_loses_weight():
+    rng = np.random.default_rng(0)
+    new = np.ones((10, 16)) + 0.3 * rng.normal(size=(10, 16))
+    new[7] = rng.normal(size=16)
+    labels = np.zeros(10, int)
+    weights = refine_prototypes(np.eye(10), new, labels).numpy()[0]     # old features that show who contributed
+    weights /= weights.sum()
+    assert weights.min() >= 0 and weights.argmin() == 7
+    assert weights[7] < 0.25 / 10       # less than a quarter of its share in the plain mean
+
+    old = np.ones((10, 16)) + 0.3 * rng.normal(size=(10, 16))
+    old[7] = -5
+    without = class_means(np.delete(old, 7, axis=0), labels[1:])
+    both = refine_prototypes(old, new, labels).numpy(), class_means(old, labels)
+    refined, plain = (1 - (means @ without.T).item() for means in both)
+    assert refined < plain / 4      # how far the outlier turns the prototype, 1 - cosine
+
+
+def test_weights_are_those_of_the_formula_and_padding_has_none():
+    new = torch.nn.functional.normalize(torch.from_numpy(draw([7])[1]), dim=1)
+    valid = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [True] + [False] * 6])
+    weights = image_weights(new.expand(3, 7, 6), valid, 0.9, 0.05)
+    for row, size in zip(weights.numpy(), (7, 4, 1)):
+        E = transition(new[:size].numpy()) if size > 1 else np.ones((1, 1))
+        expected = 0.1 * np.linalg.inv(np.eye(size) - 0.9 * E).sum(axis=0) / size
+        np.testing.assert_allclose(row[:size], expected, atol=1e-12)
+        assert (row[size:] == 0).all() and row.sum() == pytest.approx(1)
+
+
+def test_one_image_keeps_its_feature_two_share_alike_and_no_damping_is_the_plain_mean():
+    old, new, labels = draw([1, 2, 9, 1])
+    result = refine_prototypes(old, new, labels).numpy()
+    means = class_means(old, labels)
+    np.testing.assert_allclose(result[[0, 1, 3]], means[[0, 1, 3]], atol=1e-12)
+    np.testing.assert_allclose(refine_prototypes(old, new, labels, damping=0.0), means, atol=1e-12)
+
+
+def test_the_order_of_rows_and_the_length_of_new_features_do_not_matter():
+    old, new, labels = draw([5, 1, 8, 3, 12])
+    result = refine_prototypes(old, new, labels)
+    order = np.random.default_rng(5).permutation(len(labels))
+    lengths = np.random.default_rng(6).uniform(0.1, 9, (len(labels), 1))
+    reordered = refine_prototypes(old[order], (lengths * new)[order], labels[order])
+    torch.testing.assert_close(reordered, result, rtol=0, atol=1e-12)
+    # The length of an old feature does matter: features are taken as stored.
+    assert not torch.allclose(refine_prototypes(lengths * old, new, labels), result, atol=1e-2)
+
+
+@pytest.mark.parametrize("form", ["memmap", "tensor", "float16", "mixed", "wider new features"])
+def test_what_features_may_be(tmp_path, form):
+    old, new, labels = draw([5, 1, 8, 3], dtype=np.float32)
+    expected, dtype = slowly(old, new, labels), torch.float32
+    tolerance = 2e-2 if form == "float16" else 1e-5
+    if form == "memmap":
+        for name, rows in (("old", old), ("new", new), ("labels", labels)):
+            np.save(tmp_path / f"{name}.npy", rows)
+        old, new, labels = (np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("old", "new", "labels"))
+    elif form == "tensor":
+        old, new, labels = torch.from_numpy(old).requires_grad_(), torch.from_numpy(new), torch.from_numpy(labels)
+    elif form == "float16":
+        old, new = old.astype(np.float16), new.astype(np.float16)
+    elif form == "mixed":
+        old, dtype = old.astype(np.float64), torch.float64
+    else:
+        new = np.concatenate([new, np.zeros_like(new)], axis=1)
+    result = refine_prototypes(old, new, labels)
+    assert result.dtype == dtype and result.device.type == "cpu" and not result.requires_grad
+    np.testing.assert_allclose(result, expected, atol=tolerance)
+
+
+def test_shares_of_the_classes_are_parts_of_the_whole():
+    old, new, labels = draw([5, 1, 8, 3, 12])
+    whole = refine_prototypes(old, new, labels)
+    parts = [refine_prototypes(old, new, labels, classes=share) for share in ((0, 2), (2, 2), (2, 5))]
+    assert [len(part) for part in parts] == [2, 0, 3]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-12)
+
+
+def test_what_does_not_fit_is_named():
+    old, new, labels = draw([5, 2, 3])
+    for wrong, message in [
+        ((old[:-1], new, labels), "9 old features, 10 new features and 10 labels"),
+        ((old, new, np.where(labels == 1, 2, labels)), "class 1 has no image"),
+        ((old, new, np.where(labels == 1, -1, labels)), "labels must be 0 or more"),
+        ((old, new, labels, 1.0), "damping"),
+        ((old, new, labels, 0.9, 0.0), "temperature"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            refine_prototypes(*wrong)
+    for which in (0, 1):
+        inputs = [old.copy(), new.copy()]
+        inputs[which][4, 2] = np.nan
+        with pytest.raises(ValueError, match=f"row 4 of the {('old', 'new')[which]} features is not finite"):
+            refine_prototypes(*inputs, labels)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_on_the_gpu():
+    old, new, labels = draw([5, 1, 80, 3, 12, 300])
+    on_gpu = refine_prototypes(torch.from_numpy(old).cuda(), torch.from_numpy(new), labels)
+    assert on_gpu.is_cuda
+    torch.testing.assert_close(on_gpu.cpu(), refine_prototypes(old, new, labels, device="cpu"), rtol=0, atol=1e-10)
+
+
+def test_term_equals_the_plain_one_and_leaves_the_prototypes_alone():
+    new = torch.from_numpy(draw([4, 4])[1]).requires_grad_()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    prototypes = torch.from_numpy(class_means(*draw([3, 3, 3])[1:])).requires_grad_()
+    loss = prototype_loss(new, labels, prototypes, 16.0)
+    logits = 16 * (new / new.norm(dim=1, keepdim=True)) @ prototypes.T
+    expected = -sum((logits[i].exp() / logits[i].exp().sum()).log()[labels[i]] for i in range(8)) / 8
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, new), torch.autograd.grad(expected, new))
+    prototype_loss(new, labels, prototypes).backward()
+    assert prototypes.grad is None
+
+
+def gradient(new, labels, prototypes, size):
+    """Term and gradient of this rank's `size` rows of the batch."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    mine = slice(rank * size, (rank + 1) * size)
+    new = new[mine].clone().requires_grad_()
+    term = global_mean(prototype_loss(new, labels[mine], prototypes, 16.0))
+    term.backward()
+    return term.detach(), new.grad
+
+
+def test_two_ranks_have_the_gradient_of_one():
+    prototypes = torch.from_numpy(class_means(*draw([3, 3, 3])[1:]))
+    inputs = torch.from_numpy(draw([8])[1]), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), prototypes
+    term, whole = gradient(*inputs, 8)
+    results = run_ranks(gradient, 2, *inputs, 4)
+    torch.testing.assert_close(torch.cat([grad for _, grad in results]), whole)
+    assert [value.item() for value, _ in results] == pytest.approx([term.item()] * 2)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------
+
+LABELS = [0, 1, 2, 3] * 6 + [4]     # class 4 has but one image
+
+
+@pytest.fixture
+def folder(tmp_path, make_record_set):
+    make_record_set(tmp_path / "set.rec", LABELS)
+    write_old_features(tmp_path, LABELS)
+    return tmp_path
+
+
+def config(folder, name, **keys):
+    default = {"compat_start_epoch": 1, "refine_epochs": [1, 2], "num_epoch": 3, "scale": 16.0, "decay_epoch": []}
+    return write_config(folder, "UniBCT", name, **{**default, **keys})
+
+
+class Watched(UniBCT):
+    """Notes the new features of the training set as each epoch begins, the prototypes used in it, the loss terms."""
+
+    def build_backbone(self):
+        return without_batch_norm()
+
+    def begin_epoch(self):
+        self.notes = getattr(self, "notes", [])
+        images = torch.stack([torch.as_tensor(self.train_set[row][0]) for row in range(25)])
+        with torch.no_grad():
+            new = unwrap(self.backbone)(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        super().begin_epoch()
+        assert self.backbone.training
+        self.notes.append((new.numpy(), self.extra["refinement"].prototypes.clone().numpy(), set()))
+
+    def losses(self, *batch):
+        terms = super().losses(*batch)
+        self.notes[-1][2].update(terms)
+        return terms
+
+
+def test_a_run_refines_when_it_should_by_the_new_features_of_that_time(folder):
+    run = Watched(load_config(config(folder, "run", num_epoch=4, refine_epochs=[1, 3], damping=0.8, temperature=0.1)))
+    run.train()
+    old, labels = np.load(folder / "old_feature.npy"), np.array(LABELS)
+    assert [note[2] for note in run.notes] == [{"cls"}] + 3 * [{"cls", "old_cls"}]
+    for epoch, refined_at in ((1, 1), (2, 1), (3, 3)):
+        expected = slowly(old, run.notes[refined_at][0], labels, 0.8, 0.1)
+        np.testing.assert_allclose(run.notes[epoch][1], expected, atol=1e-5)
+        np.testing.assert_allclose(np.load(folder / f"run/prototypes_epoch_{refined_at}.npy"), expected, atol=1e-5)
+    assert np.abs(run.notes[3][1] - run.notes[1][1]).max() > 1e-3
+    left = sorted(path.name for path in (folder / "run").glob("*.npy"))
+    assert left == ["prototypes_epoch_1.npy", "prototypes_epoch_3.npy"]
+
+
+def test_before_the_first_refinement_the_plain_class_means_serve(folder):
+    run = Watched(load_config(config(folder, "run", refine_epochs=[2])))
+    run.train()
+    means = class_means(np.load(folder / "old_feature.npy"), np.array(LABELS))
+    np.testing.assert_allclose(run.notes[1][1], means, atol=1e-6)
+    assert np.abs(run.notes[2][1] - means).max() > 1e-2
+    assert [note[2] for note in run.notes] == [{"cls"}] + 2 * [{"cls", "old_cls"}]
+
+
+def test_a_refinement_before_the_term_begins_is_kept_for_it(folder):
+    run = Watched(load_config(config(folder, "run", refine_epochs=[0])))
+    run.train()
+    expected = slowly(np.load(folder / "old_feature.npy"), run.notes[0][0], np.array(LABELS))
+    np.testing.assert_allclose(run.notes[2][1], expected, atol=1e-5)
+
+
+def test_a_run_on_two_ranks_is_the_run_on_one(folder):
+    backbone, centres, extra = train(UniBCT, config(folder, "one"))
+    results = run_ranks(train, 2, UniBCT, config(folder, "two", batch_size=6))
+    for name, value in backbone.items():
+        torch.testing.assert_close(results[0][0][name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([result[1] for result in results]), centres, rtol=0, atol=1e-5)
+    for result in results:
+        torch.testing.assert_close(result[2], extra, rtol=0, atol=1e-5)
+    assert np.array_equal(np.load(folder / "two/prototypes_epoch_2.npy"), results[0][2]["refinement.prototypes"])
+
+
+def test_a_resumed_run_has_the_prototypes_of_the_whole_one(folder):
+    keys = {"refine_epochs": [1], "save_all_states": True}
+    whole = train(UniBCT, config(folder, "whole", **keys))
+
+    class Stopped(UniBCT):
+        def build_backbone(self):
+            return without_batch_norm()
+
+        def begin_epoch(self):
+            if self.epoch == 2:
+                raise KeyboardInterrupt
+            super().begin_epoch()
+
+    path = config(folder, "parts", **keys)
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(load_config(path)).train()
+    backbone, centres, extra = train(UniBCT, path, "--resume", "True")
+    assert extra["refinement.prototypes"].norm(dim=1).min() > 0.99
+    assert all(torch.equal(backbone[name], value) for name, value in whole[0].items())
+    assert torch.equal(centres, whole[1])
+    assert torch.equal(extra["refinement.prototypes"], whole[2]["refinement.prototypes"])
+
+
+def features_and_statistics(path):
+    """The statistics of this rank's BatchNorm before and after a refinement, and the prototypes it gave."""
+    torch.set_num_threads(1)
+    run = UniBCT(load_config(path))
+    norm = next(module for module in run.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm.running_mean += run.rank
+    run.epoch = 1
+    run.begin_epoch()
+    training = all(module.training for module in run.backbone.modules())
+    return norm.running_mean.clone(), training, run.extra["refinement"].prototypes.clone()
+
+
+def test_all_ranks_embed_with_the_backbone_of_rank_0(folder):
+    _, _, expected = features_and_statistics(config(folder, "one"))
+    results = run_ranks(features_and_statistics, 2, config(folder, "two"))
+    for mean, training, prototypes in results:
+        assert not mean.any() and training
+        torch.testing.assert_close(prototypes, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"damping": 1.0}, "damping = 1.0"),
+        ({"temperature": 0.0}, "temperature = 0.0"),
+        ({"scale": 0.0}, "scale = 0.0"),
+        ({"refine_epochs": [1.5]}, "whole numbers"),
+    ],
+)
+def test_values_that_would_stop_a_run_only_epochs_later(folder, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        UniBCT(load_config(config(folder, "run", **keys)))
+
+
+def test_an_epoch_that_never_comes_is_said_at_the_start(folder):
+    UniBCT(load_config(config(folder, "run", refine_epochs=[1, 9])))
+    assert "epoch 9 (compat_start_epoch, refine_epochs) is never reached" in (folder / "run/training.log").read_text()
+
+
+def test_features_that_do_not_fit(folder, make_record_set):
+    with pytest.raises(FeatureError, match="embedding_size is 6"):
+        UniBCT(load_config(config(folder, "run", embedding_size=6)))
+    features = np.load(folder / "old_feature.npy")
+    features[3, 2] = np.inf
+    np.save(folder / "old_feature.npy", features)
+    run = UniBCT(load_config(config(folder, "run")))
+    with pytest.raises(FeatureError, match="old_feature.npy: row 3 of the old features is not finite"):
+        run.extra["refinement"].take_class_means(0)
+    make_record_set(folder / "set.rec", [0, 1, 3] * 8 + [4], num_classes=5)
+    write_old_features(folder, [0, 1, 3] * 8 + [4])
+    with pytest.raises(FeatureError, match=r"class 2 has no image \(1 of 5 classes"):
+        UniBCT(load_config(config(folder, "run")))
+
+
+def test_nine_configs_differ_from_mixbct_in_the_method_alone():
+    theirs = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
+    assert len(theirs) == 9
+    for path in theirs:
+        config, mixbct = (load_config(str(path).replace("MixBCT", method)) for method in ("UniBCT", "MixBCT"))
+        for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
+            assert config[key] == mixbct[key], (path.name, key)
+        assert (config.compat_start_epoch, config.refine_epochs, config.decay_epoch) == (10, [10, 20], [20, 26, 32])
+        assert (config.temperature, config.damping, config.scale) == (0.05, 0.9, 1)
+        assert config.output.endswith(path.stem.replace("MixBCT", "UniBCT"))
