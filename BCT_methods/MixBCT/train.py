@@ -25,8 +25,7 @@ class MixBCT(Trainer):
     def losses(self, images, labels, index):
         self.old.check_labels(index, labels)
         new = self.backbone(images)
-        old = self.old[index].to(self.device)
-        mixed = mix_old_features(new, old, self.credible[index], self.cfg.mix_ratio, self.generator)
+        mixed = mix_old_features(new, self.old[index], self.credible[index], self.cfg.mix_ratio, self.generator)
         return {"cls": self.classifier(mixed, labels)}
 
 

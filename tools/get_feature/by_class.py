@@ -1,0 +1,55 @@
+"""Sums over the rows of each class, for millions of rows in any order, a chunk at a time."""
+
+import numpy as np
+from scipy import sparse
+
+from engine.features import FeatureError
+
+CHUNK = 1 << 15     # rows handled at once: 32 MB in float64 at 128 dimensions
+
+
+def chunks(features, labels):
+    """Go through the rows in order: yields `(slice, rows float64 [n, D], labels [n])`, at most CHUNK rows at once.
+
+    The rows are a copy, to be changed at will.
+
+    Raises FeatureError for a row that is not finite.
+    """
+    for start in range(0, len(features), CHUNK):
+        part = slice(start, min(start + CHUNK, len(features)))
+        rows = np.array(features[part], dtype=np.float64)
+        if not np.isfinite(rows.sum()):
+            row = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+            raise FeatureError(f"row {row} of the features is not finite; run get_feature again")
+        yield part, rows, np.asarray(labels[part])
+
+
+def add_by_class(sums, rows, labels):
+    """sums[c] += sum of the rows of class c, in place: sums [C, D], rows [n, D], labels [n] in any order, 0 … C − 1.
+
+    A sparse product of class membership and rows: one pass, where np.add.at takes the rows one by one.
+    """
+    order = np.argsort(labels, kind="stable")
+    classes, first = np.unique(labels[order], return_index=True)
+    last = np.append(first, len(rows))
+    member = sparse.csr_matrix((np.ones(len(rows)), order, last), shape=(len(classes), len(rows)))
+    sums[classes] += member @ rows
+
+
+def count_classes(labels, num_classes=None):
+    """Images of each class: int64 [C], C = num_classes or the largest label + 1.
+
+    Raises FeatureError for a label outside the range and for a class without images.
+    """
+    low, high = int(np.min(labels)), int(np.max(labels))
+    if low < 0 or high >= (num_classes or len(labels)):
+        allowed = f"the record file has {num_classes} classes" if num_classes else f"there are {len(labels)} images"
+        raise FeatureError(f"labels go from {low} to {high}, but {allowed}; run get_feature again")
+    counts = np.bincount(labels, minlength=num_classes or 0)
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        raise FeatureError(
+            f"class {empty[0]} has no image ({len(empty)} of {len(counts)} classes have none), so it has no mean; "
+            "write the record file again with labels 0 … C − 1 without gaps"
+        )
+    return counts

@@ -1,0 +1,118 @@
+"""Which old features say clearly what they are: those whose soft assignment to the classes has a low entropy (NCCL).
+
+    python tools/get_feature/credible_entropy.py --SD f128_r18_softmax_class70
+
+Reads <SD>_feature.npy and <SD>_label.npy and writes <SD>_credible_entropy_feature.npy beside them: bool [N], for NCCL's
+key `credible_old_feature`. With a config (given first) the features are extracted first where they are missing or older
+than the model. It compares every feature with every class: with 3.6 million and 65,402 of them that is work for a GPU,
+which is used where there is one.
+
+The paper (arXiv:2108.03372) keeps features out that lie between the classes, by an entropy. In full, with
+L2-normalised features g_i of class y_i and class means m_c, not normalised again:
+
+    d_ic = ||g_i - m_c||                        distance of a feature to a class
+    v    = var_i d_i,y_i                        of the features to the means of their own classes: one number
+    p_ic = exp(-d_ic / v) / sum_k exp(-d_ik / v)
+    H_i  = -sum_c p_ic ln p_ic                  0: one class alone; ln(C): all alike
+    feature i is credible if H_i <= ln(C) / 2
+
+The variance is taken over all features together, not class by class: a class of two images has none (both are equally
+far from their mean), and a loose class with a v of its own would draw the features of all others. What is dropped are
+features near no class. Among few classes there are hardly any: the nearest one still stands out.
+"""
+
+import math
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+
+import torch
+from tqdm import tqdm
+
+from engine import distributed
+from engine.errors import report_errors
+from engine.features import FeatureError, open_feature_set, save_array
+from tools.get_feature.by_class import add_by_class, chunks, count_classes
+from tools.get_feature.denoise_credible import normalise
+from tools.get_feature.get_feature import extract, make_parser, parse
+
+BLOCK = 1 << 24         # distances computed at once: 64 MB in float32, and a few copies
+
+
+def low_entropy_rows(features, labels, device="cpu"):
+    """bool [N]: the rows whose assignment entropy is at most ln(C) / 2.
+
+    features: float [N, D], memory-mapped or not, any scale; labels: int [N], 0 ... C - 1 in any order.
+    Raises FeatureError for rows that are not finite, labels out of range or a class without images.
+    """
+    means, variance = means_and_variance(features, labels)
+    return assignment_entropy(features, labels, means, variance, device) <= math.log(len(means)) / 2
+
+
+def means_and_variance(features, labels):
+    """`(m float64 [C, D], v)`: class means of the normalised rows, variance of the rows' distances to their own mean."""
+    counts = count_classes(labels)
+    means = np.zeros((len(counts), features.shape[1]))
+    for _, rows, classes in chunks(features, labels):
+        normalise(rows)
+        add_by_class(means, rows, classes)
+    means /= counts[:, None]
+    distances = np.empty(len(features))
+    for part, rows, classes in chunks(features, labels):
+        normalise(rows)
+        rows -= means[classes]
+        distances[part] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    return means, distances.var()
+
+
+def assignment_entropy(features, labels, means, variance, device="cpu"):
+    """H float32 [N], in [0, ln C], as the head of this file defines it; without any variance p is the nearest class alone."""
+    device = torch.device(device)
+    means = torch.from_numpy(means).to(device, torch.float32)
+    squares = means.square().sum(1)
+    variance = max(float(variance), 1e-6)   # of distances between 0 and 2, float32's rounding of them included
+    step = max(1, BLOCK // len(means))
+    entropy = np.empty(len(features), dtype=np.float32)
+    with tqdm(total=len(features), unit="row", desc="entropy", disable=None) as progress:
+        for part, rows, _ in chunks(features, labels):
+            normalise(rows)
+            rows = torch.from_numpy(rows).to(device, torch.float32)
+            blocks = [_entropy(block, means, squares, variance) for block in rows.split(step)]
+            entropy[part] = torch.cat(blocks).cpu().numpy()
+            progress.update(len(rows))
+    return entropy
+
+
+def _entropy(rows, means, squares, variance):
+    """H [n] of rows [n, D] against means [C, D] of squared norms [C]."""
+    distance = torch.addmm(squares, rows, means.T, alpha=-2).add_(rows.square().sum(1, keepdim=True))
+    distance = distance.clamp_(min=0).sqrt_()
+    nearest = distance.amin(1, keepdim=True)
+    scores = distance.sub_(nearest).div_(-variance)                 # ln p up to a constant, at most 0
+    odds = scores.exp()
+    total = odds.sum(1)
+    return total.log() - odds.mul_(scores).sum(1) / total           # -sum p (score - ln total)
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, config_needed=False)
+    with report_errors():
+        args, cfg, files = parse(parser, argv)
+        _, _, device = distributed.init_distributed()
+        if cfg is not None:
+            extract(cfg, files, args.force)
+        if distributed.is_main():
+            path = files.feature.with_name(f"{files.name}_credible_entropy_feature.npy")
+            credible = low_entropy_rows(*open_feature_set(files), device)
+            if not credible.any():
+                raise FeatureError(f"{files.feature}: no row has an entropy of at most ln(classes) / 2; nothing was written")
+            save_array(path, credible)
+            print(f"wrote {path}: {credible.sum()} of {len(credible)} rows are credible")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Which old features may be trusted: those near the mean of their class (MixBCT, arXiv:2308.06948).
+
+    python tools/get_feature/denoise_credible.py --T 0.9 --SD f128_r18_softmax_class70
+
+Reads <SD>_feature.npy and <SD>_label.npy and writes <SD>_credible_ratio_90_feature.npy beside them: bool [N], true for
+the ceil(T · n) of a class's n images whose features lie nearest to the class mean. Rows are L2-normalised before, and
+then each dimension is scaled to unit norm over the set, so that every dimension weighs alike in the distance. With a
+config (given first) the features are extracted first where they are missing or older than the model.
+"""
+
+import fractions
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+
+from engine import distributed
+from engine.errors import report_errors
+from engine.features import FeatureError, open_feature_set, save_array
+from tools.get_feature.by_class import add_by_class, chunks
+from tools.get_feature.get_feature import extract, make_parser, parse
+
+
+def credible_rows(features, labels, ratio):
+    """bool [N]: the rows that are among the ceil(ratio · n) nearest to the mean of their class of n rows.
+
+    features: float [N, D], memory-mapped or not; labels: int [N], any order, gaps allowed; ratio: in (0, 1].
+    Distances are Euclidean, between rows L2-normalised and then scaled to unit norm in each dimension over the set. Of
+    rows equally distant, to float32's precision, the earlier comes first. A dimension of zeros counts nothing.
+    Raises FeatureError for a ratio outside (0, 1] or rows that are not finite.
+    """
+    ratio = exact_ratio(ratio)
+    _, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    distances = squared_distances(features, position, counts)
+    kept = -(-counts * ratio.numerator // ratio.denominator)    # the ceiling, in integers
+    order = np.lexsort((distances, position))   # by class, then distance; stable, so then by row
+    first = np.cumsum(counts) - counts
+    rank = np.arange(len(order)) - np.repeat(first, counts)
+    credible = np.empty(len(order), dtype=bool)
+    credible[order] = rank < np.repeat(kept, counts)
+    return credible
+
+
+def exact_ratio(ratio):
+    """The ratio as it is written, a Fraction: ceil(0.9 · 10) is 9, though the float 0.9 is a little more than 9/10."""
+    exact = fractions.Fraction(str(ratio)).limit_denominator(10**6)
+    if not 0 < exact <= 1:
+        raise FeatureError(f"--T {ratio}: the credible share of each class must be more than 0 and at most 1")
+    return exact
+
+
+def squared_distances(features, position, counts):
+    """float32 [N]: squared distance of each row to its class mean, both scaled as `credible_rows` says.
+
+    position: int [N], class of each row, 0 … C − 1; counts: int [C]. Two passes over the rows: the scale of a dimension
+    and the class means are sums over the normalised rows, and scaled rows have the scaled means. All is computed in
+    float64; rounded to float32, distances that are equal but for that computation's own errors are equal, as
+    those of the two rows of a class always are.
+    """
+    means = np.zeros((len(counts), features.shape[1]))
+    squares = np.zeros(features.shape[1])
+    for _, rows, classes in chunks(features, position):
+        normalise(rows)
+        squares += np.einsum("nd,nd->d", rows, rows)
+        add_by_class(means, rows, classes)
+    means /= counts[:, None]
+    weights = np.divide(1.0, squares, out=np.zeros_like(squares), where=squares > 0)
+
+    distances = np.empty(len(features), dtype=np.float32)
+    for part, rows, classes in chunks(features, position):
+        normalise(rows)
+        rows -= means[classes]
+        np.square(rows, out=rows)
+        distances[part] = np.einsum("nd,d->n", rows, weights)
+    return distances
+
+
+def normalise(rows):
+    """Scale each row to unit length, in place; a row of zeros stays."""
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    rows /= np.where(norms > 0, norms, 1.0)[:, None]
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, config_needed=False)
+    parser.add_argument("--T", type=float, default=0.9, help="credible share of each class, in (0, 1]; default 0.9")
+    with report_errors():
+        args, cfg, files = parse(parser, argv)
+        distributed.init_distributed()
+        if cfg is not None:
+            extract(cfg, files, args.force)
+        if distributed.is_main():
+            credible = credible_rows(*open_feature_set(files), args.T)
+            save_array(files.credible(args.T), credible)
+            print(f"wrote {files.credible(args.T)}: {credible.sum()} of {len(credible)} rows are credible")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Class means of an old model's features: the old classifier, as BCT and UniBCT synthesise it.
+
+    python tools/get_feature/get_avg_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70
+
+Reads <SD>_feature.npy and <SD>_label.npy and writes <SD>_avg_feature.npy beside them: float32 [C, D], row c = the
+mean of the features of class c, L2-normalised. With a config the features are extracted first where they are missing
+or older than the model, and the record file's header says how many classes there must be.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+
+from dataset import open_train_set
+from engine import distributed
+from engine.errors import report_errors
+from engine.features import FeatureError, open_feature_set, save_array
+from tools.get_feature.by_class import add_by_class, chunks, count_classes
+from tools.get_feature.get_feature import extract, make_parser, parse, record_path
+
+
+def class_means(features, labels, num_classes=None):
+    """L2-normalised mean of the features of each class.
+
+    features: float [N, D], memory-mapped or not, as the model gave them; labels: int [N], 0 … C − 1 in any order;
+    num_classes: C, None = the largest label + 1. Returns float32 [C, D]; sums are float64.
+    Raises FeatureError for a class without images, labels outside the range, rows that are not finite.
+    """
+    counts = count_classes(labels, num_classes)
+    sums = np.zeros((len(counts), features.shape[1]))
+    for _, rows, classes in chunks(features, labels):
+        add_by_class(sums, rows, classes)
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)     # the count cancels: the direction is all that is kept
+    if not norms.all():
+        raise FeatureError(f"class {np.argmin(norms)}: its features sum to zero and have no direction; train the model")
+    sums /= norms
+    return sums.astype(np.float32)
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, config_needed=False)
+    with report_errors():
+        args, cfg, files = parse(parser, argv)
+        distributed.init_distributed()
+        num_classes = None
+        if cfg is not None:
+            extract(cfg, files, args.force)
+            num_classes = open_train_set(record_path(cfg, files)).num_classes
+        if distributed.is_main():
+            means = class_means(*open_feature_set(files), num_classes)
+            save_array(files.avg_feature, means)
+            print(f"wrote {files.avg_feature}: {means.shape[0]} classes")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
