@@ -60,7 +60,7 @@ class _ImageSet(Dataset):
     def __getitem__(self, row):
         planes = np.empty((1, *PLANES_SHAPE), np.uint8)
         label = self.fill([row], planes)[0]
-        return torch.from_numpy(planes[0].transpose(1, 2, 0).copy()), int(label), int(row)
+        return torch.from_numpy(cv2.merge(planes[0])), int(label), int(row)
 
     def _inside(self, row):
         if not 0 <= row < self.num_image:
@@ -84,9 +84,9 @@ class RecordDataset(_ImageSet):
 
     def __init__(self, rec, num_classes=None, num_image=None):
         self.path = _resolve(rec)
-        self._reader = RecordReader(self.path)
-        self._reader.check()
-        self.keys, stated_classes = image_layout(self._reader)
+        self.reader = RecordReader(self.path)
+        self.reader.check()
+        self.keys, stated_classes = image_layout(self.reader)
         self._labels = None
         self.num_image = len(self.keys)
         self.num_classes = stated_classes or num_classes or 0
@@ -109,38 +109,38 @@ class RecordDataset(_ImageSet):
     def label(self, row):
         """The class of a row; reads the record's header only."""
         key = int(self.keys[self._inside(row)])
-        return self._checked(class_label(self._reader.read_header(key)), key)
+        return self._checked(class_label(self.reader.read_header(key)), key)
 
     def labels(self):
         """The classes of all rows, int64 [N]. Scans all headers once, then remembers."""
         if self._labels is None:
             labels = np.empty(self.num_image, np.int64)
-            step = 1 << 16
+            step = 1 << 14
             with tqdm(total=len(labels), desc=f"labels of {self.path.name}", unit="rec", disable=None) as bar:
                 for start in range(0, len(labels), step):
-                    found = self._reader.read_labels(self.keys[start:start + step])
+                    found = self.reader.read_labels(self.keys[start:start + step])
                     wrong = ~((found >= 0) & (found < (self.num_classes or np.inf)) & (np.mod(found, 1) == 0))
                     for i in np.flatnonzero(wrong)[:1]:
                         self._checked(float(found[i]), self.keys[start + i])
                     labels[start:start + step] = found
-                    self._reader.release()
+                    self.reader.release()
                     bar.update(len(found))
             self._labels = labels
         return self._labels
 
     def _load(self, key):
-        header, payload = self._reader.read_record(key)
+        header, payload = self.reader.read_record(key)
         try:
             bgr = decode_bgr(payload)
         except (ValueError, cv2.error) as error:
-            raise RecordError(f"{self.path}: key {key} at offset {self._reader.offset(key)}: {error}") from None
+            raise RecordError(f"{self.path}: key {key} at offset {self.reader.offset(key)}: {error}") from None
         return bgr, self._checked(class_label(header), key)
 
     def _checked(self, label, key):
         if label >= 0 and label % 1 == 0 and (label < self.num_classes or not self.num_classes):
             return int(label)
         raise RecordError(
-            f"{self.path}: key {key} at offset {self._reader.offset(key)}: label {label:.10g} is not a class"
+            f"{self.path}: key {key} at offset {self.reader.offset(key)}: label {label:.10g} is not a class"
             + (f"; there are {self.num_classes}, 0 to {self.num_classes - 1}" if self.num_classes else "")
         )
 
@@ -215,11 +215,27 @@ def to_input(images, mirrored=None):
 
     Images whose entry in `mirrored`, bool [B], is True are flipped left to right.
     """
+    if images.device.type == "cpu":
+        return _to_input_by_image(images, [False] * len(images) if mirrored is None else mirrored.tolist())
+    return _to_input_by_batch(images, mirrored)
+
+
+def _to_input_by_batch(images, mirrored):
     if mirrored is not None:
-        # Choosing rows copies whole images: ten times as fast on the CPU as torch.where, and no wait on CUDA.
-        place = torch.arange(len(images), device=images.device)
-        images = torch.cat([images, images.flip(-1)]).index_select(0, place + len(images) * mirrored)
+        # Choosing among both versions by row number, unlike by mask, copies whole images and waits for nothing.
+        row = torch.arange(len(images), device=images.device)
+        images = torch.cat([images, images.flip(-1)]).index_select(0, row + len(images) * mirrored)
     return images.to(torch.float32).mul_(1 / 127.5).sub_(1)
+
+
+def _to_input_by_image(images, mirrored):
+    """On the CPU half as much work, for an image stays in the cache, and no threads that wait for each other."""
+    result = torch.empty(images.shape, dtype=torch.float32)
+    for image, mirror, out in zip(images.numpy(), mirrored, result.numpy()):
+        np.copyto(out, cv2.flip(image.reshape(-1, image.shape[-1]), 1).reshape(image.shape) if mirror else image)
+        out *= np.float32(1 / 127.5)
+        out -= 1
+    return result
 
 
 class ShuffledRows:

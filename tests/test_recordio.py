@@ -1,0 +1,295 @@
+"""recordio.py by itself; test_recordio_mxnet.py holds it against MXNet."""
+
+import multiprocessing
+import os
+import pickle
+import random
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies
+
+from recordio import MAGIC, IRHeader, RecordError, RecordReader, RecordWriter, class_label, pack, unpack
+
+WORD = struct.pack("<I", MAGIC)
+
+
+def write(path, payloads):
+    with RecordWriter(path) as writer:
+        for key, payload in payloads.items():
+            writer.write(key, payload)
+    return path
+
+
+def plain_parts(payload):
+    """The bytes of a record as the format's description says, word by word."""
+    out, part, flags = b"", b"", 0
+    for at in range(0, len(payload) // 4 * 4, 4):
+        word = payload[at:at + 4]
+        if word == WORD:
+            out += struct.pack("<II", MAGIC, (2 if flags else 1) << 29 | len(part)) + part
+            part, flags = b"", 1
+        else:
+            part += word
+    part += payload[len(payload) // 4 * 4:]
+    out += struct.pack("<II", MAGIC, (3 if flags else 0) << 29 | len(part)) + part
+    return out + b"\0" * (-len(out) % 4)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A file of three records with 40, 41 and 42 bytes at 0, 48 and 100."""
+    return write(tmp_path / "a.rec", {key: bytes([key]) * (40 + key) for key in range(3)})
+
+
+@pytest.mark.parametrize("label", [0, 7.0, np.float32(3), [1.0, 2.0], np.array([5, 6, 7], np.float64), []])
+def test_pack_and_unpack_are_inverse(label):
+    header, payload = unpack(pack(IRHeader(99, label, 2**40, 2**63), b"jpeg"))
+    many = np.ndim(label) == 1 and len(label) > 0
+    assert payload == b"jpeg" and header.id == 2**40 and header.id2 == 2**63
+    assert header.flag == (len(label) if many else 0)
+    assert np.array_equal(header.label, np.asarray(label, np.float32) if many else 0.0 if np.ndim(label) else label)
+    assert class_label(header) == np.ravel(header.label)[0]
+
+
+def test_pack_lays_out_the_header_as_the_format_says():
+    assert pack((0, 3.0, 4, 5), b"x") == struct.pack("<IfQQ", 0, 3.0, 4, 5) + b"x"
+    assert pack((0, [3.0, 9.0], 4, 5), b"x") == struct.pack("<IfQQff", 2, 0.0, 4, 5, 3.0, 9.0) + b"x"
+
+
+@pytest.mark.parametrize("broken", [b"", b"\0" * 23, struct.pack("<IfQQ", 2**31, 0, 0, 0)])
+def test_unpack_refuses_a_short_header(broken):
+    with pytest.raises(RecordError):
+        unpack(broken)
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.lists(strategies.one_of(strategies.just(WORD), strategies.binary(max_size=6)), max_size=8))
+def test_payloads_survive_and_lie_in_the_file_as_described(tmp_path_factory, pieces):
+    payload = b"".join(pieces)
+    path = write(tmp_path_factory.mktemp("any") / "a.rec", {5: payload, 3: b"after"})
+    with RecordReader(path) as reader:
+        assert reader.read(5) == payload and reader.read(3) == b"after"
+        assert reader.read_raw(5) == plain_parts(payload)
+        assert path.read_bytes() == plain_parts(payload) + plain_parts(b"after")
+        assert reader.idx_path.read_text() == f"5\t0\n3\t{len(plain_parts(payload))}\n"
+
+
+def test_bytes_like_payloads_are_written_alike(tmp_path):
+    data = np.arange(7, dtype=np.uint8)
+    with RecordReader(write(tmp_path / "a.rec", dict(enumerate([data, bytearray(data), memoryview(data)])))) as reader:
+        assert {reader.read(key) for key in range(3)} == {bytes(range(7))}
+    with pytest.raises(TypeError):
+        write(tmp_path / "b.rec", {0: 5})
+
+
+def test_a_raw_copy_is_the_same_file(tmp_path):
+    path = write(tmp_path / "a.rec", {0: b"abcd" + WORD + b"x", 1: b"", 2: WORD})
+    with RecordReader(path) as reader, RecordWriter(tmp_path / "b.rec") as writer:
+        for key in reader.keys.tolist():
+            writer.write_raw(key, reader.read_raw(key))
+    assert (tmp_path / "b.rec").read_bytes() == path.read_bytes()
+    assert (tmp_path / "b.idx").read_text() == path.with_suffix(".idx").read_text()
+
+
+@pytest.mark.parametrize("keys", [[0, 1, 2, 3], [4, 5, 6], [3, 1, 2, 0], [10**12, 5, 700], [8]])
+def test_any_set_of_keys(tmp_path, keys):
+    path = write(tmp_path / "a.rec", {key: str(key).encode() for key in keys})
+    with RecordReader(path) as reader:
+        assert reader.keys.tolist() == keys and reader.keys.dtype == np.int64 and len(reader) == len(keys)
+        for key in keys:
+            assert reader.read(key) == reader.read(np.int64(key)) == str(key).encode() and key in reader
+        for absent in (-1, max(keys) + 1, min(keys) - 1, 2**70):
+            assert absent not in reader
+            with pytest.raises(RecordError, match=rf"a\.rec: key {absent} is not in its index a\.idx"):
+                reader.read(absent)
+        with pytest.raises((TypeError, RecordError)):
+            reader.read(keys[0] + 0.5)
+
+
+def test_an_empty_file_has_no_records(tmp_path):
+    with RecordReader(write(tmp_path / "a.rec", {})) as reader:
+        assert len(reader) == 0 and 0 not in reader and reader.first_missing_key() is None
+        reader.check()
+        with pytest.raises(RecordError, match="key 0"):
+            reader.read_labels([0])
+
+
+def test_first_missing_key(tmp_path):
+    for keys, missing in (([0, 1, 2], None), ([1, 2], 0), ([0, 1, 3], 2), ([2, 0, 1], None)):
+        assert RecordReader(write(tmp_path / "a.rec", dict.fromkeys(keys, b""))).first_missing_key() == missing
+
+
+def test_index_larger_than_a_block_and_with_other_line_ends(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.rec", {key: b"" for key in range(2000)})
+    index = path.with_suffix(".idx")
+    from recordio import _read_index
+
+    for text in (index.read_bytes(), index.read_bytes().rstrip(b"\n"), index.read_bytes().replace(b"\n", b"\r\n")):
+        index.write_bytes(text)
+        keys, offsets = _read_index(index, block=1000)
+        assert (keys == np.arange(2000)).all() and (offsets == 8 * np.arange(2000)).all()
+
+
+@pytest.mark.parametrize(
+    "line", ["x\t5", "5", "5\t", "\t5", "", "1\t2\t3", "-1\t0", "1 0", "1.0\t0", "1\t" + "9" * 30, "é\t1"]
+)
+def test_a_bad_index_line_is_named(three, line):
+    index = three.with_suffix(".idx")
+    index.write_text(f"0\t0\n1\t48\n{line}\n2\t100\n", encoding="utf-8")
+    with pytest.raises(RecordError, match=r"a\.idx: line 3 is"):
+        RecordReader(three)
+
+
+def test_a_key_twice_in_the_index_is_named(three):
+    three.with_suffix(".idx").write_text("0\t0\n7\t48\n7\t100\n")
+    with pytest.raises(RecordError, match=r"a\.idx: key 7 stands there more than once"):
+        RecordReader(three)
+
+
+def test_missing_files_are_named(tmp_path, three):
+    with pytest.raises(FileNotFoundError, match=r"b\.rec"):
+        RecordReader(tmp_path / "b.rec")
+    three.with_suffix(".idx").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.idx"):
+        RecordReader(three)
+
+
+def refuses(path, key, offset, why):
+    """Each way of reading names file, key and offset."""
+    with RecordReader(path) as reader:
+        ways = [reader.read, reader.read_raw, reader.read_record, reader.read_header, lambda key: reader.read_labels([key])]
+        for read in ways:
+            with pytest.raises(RecordError, match=rf"a\.rec: key {key} at offset {offset}: .*{why}"):
+                read(key)
+
+
+def test_a_truncated_file_is_refused_where_it_ends(three):
+    whole = three.read_bytes()
+    for length in (len(whole) - 1, len(whole) - 2, 110, 107, 101, 100):  # 150 bytes of record 2 and its padding
+        three.write_bytes(whole[:length])
+        refuses(three, 2, 100, "truncated|no record can begin")
+        with RecordReader(three) as reader:
+            assert reader.read(1) == b"\1" * 41
+            with pytest.raises(RecordError, match="key 2 at offset 100"):
+                reader.check()
+
+
+def test_offsets_outside_or_beside_the_records_are_refused(three):
+    index = three.with_suffix(".idx")
+    for offset, why in ((10**17, "no record"), (152, "no record"), (50, "no record"), (56, "found 0x01010101")):
+        index.write_text(f"0\t0\n1\t{offset}\n")
+        refuses(three, 1, offset, why)
+
+
+def test_a_wrong_magic_word_is_refused(three):
+    data = bytearray(three.read_bytes())
+    data[48] ^= 1
+    three.write_bytes(data)
+    refuses(three, 1, 48, "found 0xced7230b")
+
+
+@pytest.mark.parametrize("flag", range(1, 8))
+def test_continuation_flags_out_of_turn_are_refused(three, flag):
+    data = bytearray(three.read_bytes())
+    data[48 + 7] |= flag << 5
+    three.write_bytes(data)
+    refuses(three, 1, 48, "continuation flag")  # flag 1: the next record does not continue it
+
+
+def test_an_index_into_the_middle_of_a_record_is_refused(tmp_path):
+    path = write(tmp_path / "a.rec", {0: b"abcd" + WORD + b"efgh"})
+    path.with_suffix(".idx").write_text("0\t12\n")
+    refuses(path, 0, 12, "continuation flag 3")
+
+
+def test_an_absurd_length_is_refused_without_reserving_it(three):
+    data = bytearray(three.read_bytes())
+    data[52:56] = struct.pack("<I", (1 << 29) - 1)
+    three.write_bytes(data)
+    refuses(three, 1, 48, "536870911 bytes from 56 end outside the file")
+
+
+def test_a_record_without_a_whole_header_is_named(tmp_path):
+    path = write(tmp_path / "a.rec", {0: b"short", 1: struct.pack("<IfQQ", 10**9, 0, 0, 0)})
+    with RecordReader(path) as reader:
+        for key, offset in ((0, 0), (1, 16)):
+            for read in (reader.read_record, reader.read_header, lambda k: reader.read_labels([k])):
+                with pytest.raises(RecordError, match=rf"a\.rec: key {key} at offset {offset}: .*bytes long"):
+                    read(key)
+
+
+def test_headers_and_labels_are_read_alone(tmp_path):
+    magic_id = MAGIC << 32 | 1  # puts the magic word into the header, which is then cut into parts
+    headers = [IRHeader(0, 3.0, 9, 0), IRHeader(0, [4.0, 8.0], 9, 0), IRHeader(0, 5.0, magic_id, 0),
+               IRHeader(0, [6.0], magic_id, 0), IRHeader(0, 7.0, 9, 0)]
+    path = write(tmp_path / "a.rec", {key: pack(header, b"image") for key, header in zip((0, 4, 3, 2, 1), headers)})
+    with RecordReader(path) as reader:
+        for key in range(5):
+            ours, both = reader.read_header(key), reader.read_record(key)[0]
+            assert ours._replace(label=0) == both._replace(label=0) and np.array_equal(ours.label, both.label)
+        assert reader.read_labels([4, 4, 0, 1, 2, 3]).tolist() == [4, 4, 3, 7, 6, 5]
+        assert reader.read_labels(range(5)).dtype == np.float32
+        with pytest.raises(RecordError, match="key 5"):
+            reader.read_labels([0, 5])
+
+
+def test_writing_publishes_only_when_whole(tmp_path):
+    path = write(tmp_path / "a.rec", {0: b"old"})
+    with pytest.raises(RuntimeError), RecordWriter(path) as writer:
+        writer.write(0, b"new")
+        raise RuntimeError
+    assert RecordReader(path).read(0) == b"old" and sorted(os.listdir(tmp_path)) == ["a.idx", "a.rec"]
+    writer = RecordWriter(path)
+    writer.write(0, b"new")
+    assert RecordReader(path).read(0) == b"old"
+    writer.close()
+    writer.close()
+    assert RecordReader(path).read(0) == b"new" and sorted(os.listdir(tmp_path)) == ["a.idx", "a.rec"]
+
+
+def test_a_key_written_twice_publishes_nothing(tmp_path):
+    with pytest.raises(RecordError, match=r"a\.rec: key 1 was written more than once"), \
+            RecordWriter(tmp_path / "a.rec") as writer:
+        for key in (0, 1, 2, 1):
+            writer.write(key, b"")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_the_format_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(RecordError, match="key -1"):
+        write(tmp_path / "a.rec", {-1: b""})
+    with pytest.raises(RecordError, match="key 3: .*too long"):
+        write(tmp_path / "a.rec", {3: bytes(1 << 29)})
+    assert os.listdir(tmp_path) == []
+
+
+def read_some(reader, keys):
+    return [reader.read(key) for key in keys]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_readers_work_in_other_processes(tmp_path, method):
+    payloads = {key: random.Random(key).randbytes(300) for key in range(40)}
+    reader = RecordReader(write(tmp_path / "a.rec", payloads))
+    copy = pickle.loads(pickle.dumps(reader))
+    assert read_some(copy, payloads) == list(payloads.values())
+    if method == "spawn":  # the test module cannot be imported by name in a spawned process, the reader can
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            assert pool.map(reader.read, range(40)) == list(payloads.values())
+        return
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        halves = pool.starmap(read_some, [(reader, range(20)), (reader, range(20, 40))])
+    assert halves[0] + halves[1] == list(payloads.values())
+
+
+def test_errors_can_be_pickled():
+    error = pickle.loads(pickle.dumps(RecordError("a.rec: key 1 at offset 2: wrong")))
+    assert type(error) is RecordError and str(error) == "a.rec: key 1 at offset 2: wrong"
+
+
+def test_release_keeps_the_file_readable(three):
+    with RecordReader(three) as reader:
+        reader.release()
+        assert reader.read(1) == b"\1" * 41

@@ -1,0 +1,195 @@
+"""ijbc_eval.py from the command line, held against plain loops."""
+
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_curve
+
+from tools.ijbc_eval import ijbc_eval
+from tools.ijbc_eval.identification import FPIRS, TOP
+from tools.ijbc_eval.verification import FPRS
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / "tools" / "ijbc_eval" / "ijbc_eval.py"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, shared_set, shared_models, shared_cache):
+    """Run in an empty directory with the shared cache; gives the arrays of the result file."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options, made=shared_set, result=None):
+        arguments = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "-s", made.subset]
+        ijbc_eval.main([*arguments, "--workers", "0", "--cache-dir", str(shared_cache), *map(str, options)])
+        [path] = [result] if result else pathlib.Path("IJB_result").glob("*.npz")
+        with np.load(path) as saved:
+            return {key: saved[key] for key in saved.files}
+
+    return call
+
+
+@pytest.fixture
+def cross(shared_models):
+    return ["-m_old", str(shared_models["old_model"]), "-old_net", "tiny"]
+
+
+def check_verification(plain_class, made, found, row, first, second):
+    expected = plain_class.pair_scores(made, first, second)
+    label = np.array([label for *_, label in made.pairs])
+    np.testing.assert_allclose(found["scores"][row], expected, atol=2e-5)
+    np.testing.assert_array_equal(found["label"], label == 1)
+    # The rates are checked on the scores of the file: rounding may swap two that lie within 1e-6 of one another.
+    scores = found["scores"][row]
+    assert found["tprs"][row].tolist() == pytest.approx([plain_class.tpr_at(scores, label, fpr) for fpr in FPRS])
+    wins = [(a > b) + (a == b) / 2 for a in scores[label == 1] for b in scores[label == 0]]
+    assert found["auc"][row] == pytest.approx(np.mean(wins), abs=1e-9)
+
+
+def check_identification(plain_class, made, found, row, gallery_features, probe_features):
+    parts = [
+        plain_class.search(gallery, made.probes, gallery_features, probe_features, TOP, FPIRS)
+        for gallery in made.galleries.values()
+    ]
+    tops, tpirs = (np.array([part[kind] for part in parts]) for kind in range(2))
+    np.testing.assert_allclose(found["top_rates"][row], np.vstack([tops, tops.mean(axis=0)]), atol=1e-9)
+    np.testing.assert_allclose(found["tpirs"][row], np.vstack([tpirs, tpirs.mean(axis=0)]), atol=1e-9)
+    assert found["galleries"].tolist() == list(made.galleries)
+
+
+def test_self_test(run, plain_class, shared_set, shared_plain, capsys):
+    features = shared_plain["new_model"].templates()
+    found = run()
+    check_verification(plain_class, shared_set, found, 0, features, features)
+    assert found["names"].tolist() == ["new_model"]
+    assert found["scores"].dtype == np.float32 and str(found["task"]) == "11"
+    shown = capsys.readouterr().out
+    assert "0.0001" in shown and "AUC" in shown and f"{found['auc'][0]:.6f}" in shown
+    for name in ("new_model_IJBC_11.npz", "new_model_IJBC_11_roc.png", "new_model_IJBC_11_det.png"):
+        assert (pathlib.Path("IJB_result") / name).stat().st_size > 1000
+
+
+def test_self_test_one_to_n(run, plain_class, shared_set, shared_plain, capsys):
+    features = shared_plain["new_model"].templates()
+    check_identification(plain_class, shared_set, run("-N"), 0, features, features)
+    assert "top-10" in capsys.readouterr().out
+    assert pathlib.Path("IJB_result/new_model_IJBC_1N.npz").exists()
+    assert pathlib.Path("IJB_result/new_model_IJBC_1N_tpir.png").stat().st_size > 1000
+
+
+def test_cross_test(run, cross, plain_class, shared_set, shared_plain):
+    old, new = shared_plain["old_model"].templates(), shared_plain["new_model"].templates()
+    check_verification(plain_class, shared_set, run(*cross), 0, old, new)
+    assert pathlib.Path("IJB_result/new_model_to_old_model_IJBC_11.npz").exists()
+
+
+def test_cross_test_one_to_n(run, cross, plain_class, shared_set, shared_plain):
+    old, new = shared_plain["old_model"].templates(), shared_plain["new_model"].templates()
+    check_identification(plain_class, shared_set, run(*cross, "-N"), 0, old, new)
+
+
+@pytest.mark.parametrize("one_to_n", [False, True])
+def test_bunch_has_all_eight_settings(run, cross, plain_class, shared_set, shared_plain, one_to_n):
+    found = run(*cross, "-B", *(["-N"] if one_to_n else []))
+    settings = list(itertools.product((False, True), repeat=3))
+    assert found["names"].tolist() == [f"new_model_to_old_model N{n:d}D{d:d}F{f:d}" for n, d, f in settings]
+    check = check_identification if one_to_n else check_verification
+    for row, setting in enumerate(settings):
+        old, new = (shared_plain[name].templates(*setting) for name in ("old_model", "new_model"))
+        check(plain_class, shared_set, found, row, old, new)
+    for one, other in itertools.combinations(found["scores"], 2):
+        assert not np.array_equal(one, other)
+
+
+def test_ijbb(run, tmp_path, make_ijb, plain_class, shared_models):
+    made = make_ijb(tmp_path / "data", "IJBB", subjects=6, seed=5)
+    features = plain_class(made, shared_models["new_model"]).templates()
+    found = run(made=made, result="IJB_result/new_model_IJBB_11.npz")
+    check_verification(plain_class, made, found, 0, features, features)
+    found = run("-N", made=made, result="IJB_result/new_model_IJBB_1N.npz")
+    check_identification(plain_class, made, found, 0, features, features)
+    assert found["galleries"].tolist() == ["S1", "S2"]
+
+
+def test_embeddings_and_labels_are_saved(run, cross, shared_set, shared_plain):
+    found = run(*cross, "-E", "-L", "-R", "there/result.npz", result="there/result.npz")
+    plain_new, plain_old = shared_plain["new_model"].embs, shared_plain["old_model"].embs
+    names = [name for name, *_ in shared_set.faces]
+    assert found["image_names"].tolist() == names
+    for end, plain in (("", plain_new), ("_old", plain_old)):
+        np.testing.assert_allclose(found[f"embs{end}"], [plain[name][0] for name in names], atol=1e-4)
+        np.testing.assert_allclose(found[f"embs_f{end}"], [plain[name][1] for name in names], atol=1e-4)
+    assert list(zip(found["first_template"], found["second_template"])) == [pair[:2] for pair in shared_set.pairs]
+    found = run("-N", "-L", "-R", "there/1n.npz", result="there/1n.npz")
+    assert list(zip(found["probe_template"], found["probe_subject"])) == shared_set.probes
+    for name, gallery in shared_set.galleries.items():
+        assert list(zip(found[f"gallery_{name}_template"], found[f"gallery_{name}_subject"])) == gallery
+    assert "embs" not in found
+
+
+def test_nearest_point(run):
+    exact, nearest = run(), run("--fpr-point", "nearest")
+    np.testing.assert_array_equal(exact["scores"], nearest["scores"])
+    fprs, tprs, _ = roc_curve(nearest["label"], nearest["scores"][0])
+    expected = [tprs[::-1][np.argmin(np.abs(fprs[::-1] - fpr))] for fpr in FPRS]
+    assert nearest["tprs"][0].tolist() == pytest.approx(expected)
+    assert str(nearest["fpr_point"]) == "nearest" and str(exact["fpr_point"]) == "exact"
+
+
+def test_saved_results_are_tabulated_without_a_model(run, cross, capsys, monkeypatch):
+    run("-R", "a.npz", result="a.npz")
+    run(*cross, "-R", "b.npz", result="b.npz")
+    run("-N", "-R", "c.npz", result="c.npz")
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    monkeypatch.setattr("tools.ijbc_eval.embed.load_model", None)
+    ijbc_eval.main(["-P", "a.npz", "b.npz", "c.npz"])
+    again = capsys.readouterr().out
+    assert [line for line in again.splitlines() if line.startswith("|")] == tables
+    for end in ("roc", "det", "tpir"):
+        assert pathlib.Path(f"IJB_result/compared_{end}.png").stat().st_size > 1000
+
+
+def test_other_tools_results_can_be_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.savez("theirs.npz", scores=rng.normal(size=(2, 50)), names=np.array(["x", "y"]), label=np.arange(50) % 2)
+    ijbc_eval.main(["-P", "theirs.npz"])
+    assert capsys.readouterr().out.count("| ") >= 3
+
+
+def test_as_a_script_from_another_directory(tmp_path, shared_set, shared_models, shared_cache):
+    """With worker processes, and the error as one line."""
+    command = [sys.executable, str(SCRIPT), "-net", "tiny", "-d", str(shared_set.data_dir), "--workers", "2", "-b", "7"]
+    environment = {**os.environ, "DISPLAY": "", "OMP_NUM_THREADS": "1"}
+
+    def start(*options):
+        return subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    good = start("-m", str(shared_models["new_model"]), "-N")
+    assert good.returncode == 0, good.stderr
+    assert (tmp_path / "IJB_result" / "new_model_IJBC_1N.npz").exists()
+    bad = start("-m", "absent.pt", "--cache-dir", str(shared_cache))
+    assert bad.returncode == 1
+    assert "absent.pt" in bad.stderr and "Traceback" not in bad.stderr and len(bad.stderr.splitlines()) == 1
+
+
+def test_scores_do_not_depend_on_the_order_of_lines(run, tmp_path, make_ijb, rewrite_meta):
+    made = make_ijb(tmp_path / "data", subjects=6, seed=4)
+    straight = run("-R", "a.npz", made=made, result="a.npz"), run("-N", "-R", "b.npz", made=made, result="b.npz")
+    rng = np.random.default_rng(0)
+    pairs = rng.permutation(len(made.pairs))
+    made.pairs = [made.pairs[row] for row in pairs]
+    made.faces = [made.faces[row] for row in rng.permutation(len(made.faces))]
+    probes = rng.permutation(len(made.probes))
+    made.probes = [made.probes[row] for row in probes]
+    rewrite_meta(made)
+    lines = made.meta("name_5pts_score.txt").read_text().splitlines()
+    made.meta("name_5pts_score.txt").write_text("\n".join(lines[::-1]) + "\n")  # the two face files in unlike order
+    mixed = run("-R", "a.npz", made=made, result="a.npz"), run("-N", "-R", "b.npz", made=made, result="b.npz")
+    np.testing.assert_allclose(mixed[0]["scores"][0], straight[0]["scores"][0][pairs], atol=1e-5)
+    np.testing.assert_allclose(mixed[1]["scores"][0], straight[1]["scores"][0][:, probes], atol=1e-5)
+    np.testing.assert_allclose(mixed[1]["top_rates"], straight[1]["top_rates"])

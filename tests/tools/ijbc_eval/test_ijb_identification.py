@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tools.ijbc_eval.identification import FPIRS, TOP, Search, search, summary
+from tools.ijbc_eval.templates import l2_normalise
+
+
+def random_features(rng, count, width=4):
+    return l2_normalise(rng.normal(size=(count, width)).astype(np.float32))
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), subjects=st.integers(1, 8), probes=st.integers(4, 30), chunk=st.integers(1, 40))
+def test_equals_sorting_every_row(plain_class, seed, subjects, probes, chunk):
+    rng = np.random.default_rng(seed)
+    subject = rng.permutation(20)[:subjects] * 7
+    asked = np.concatenate([subject[:1], [1], rng.integers(0, 20, probes - 2) * 7])  # one mated, one not, at least
+    gallery, probe = random_features(rng, subjects), random_features(rng, probes)
+    found = search(gallery, subject, probe, asked, chunk)
+    tops, tpirs = plain_class.search(
+        list(enumerate(subject.tolist())), list(enumerate(asked.tolist())), gallery.astype(np.float64),
+        probe.astype(np.float64), TOP, FPIRS,
+    )
+    assert [found.top(k) for k in TOP] == pytest.approx(tops)
+    assert [found.tpir_at(fpir) for fpir in FPIRS] == pytest.approx(tpirs)
+
+
+def test_a_tie_with_another_subject_is_not_found():
+    gallery = np.eye(3, dtype=np.float32)[[0, 0, 1]]
+    found = search(gallery, np.array([4, 5, 6]), np.eye(3, dtype=np.float32)[[0, 1, 2]], np.array([4, 6, 99]))
+    assert found.rank.tolist() == [2, 1, 0]
+    assert found.mated.tolist() == [True, True, False]
+    assert found.top(1) == 0.5 and found.top(5) == 1.0
+    assert found.score.tolist() == [-np.inf, 1.0, 0.0]
+
+
+def test_a_score_equal_to_the_threshold_is_not_above_it():
+    score = np.array([0.5, 0.7, 0.5, 0.3], np.float32)
+    found = Search(np.array([True, True, False, False]), np.array([1, 1, 0, 0]), score)
+    assert found.tpir_at(0.49) == 0.5  # no false alarm allowed: the threshold is 0.5, and 0.5 is not above it
+    assert found.tpir_at(0.5) == 1.0
+    assert found.tpir_at(1.0) == found.top(1) == 1.0
+
+
+def test_fpir_one_gives_the_top_1_rate():
+    rng = np.random.default_rng(5)
+    found = search(random_features(rng, 9), np.arange(9), random_features(rng, 60), rng.integers(0, 18, 60))
+    assert 0 < found.top(1) < 1
+    assert found.tpir_at(1.0) == found.top(1)
+
+
+def test_the_best_of_a_subjects_templates_counts():
+    rng = np.random.default_rng(6)
+    gallery, probe = random_features(rng, 6), random_features(rng, 40)
+    subject, asked = np.array([3, 8, 3, 8, 3, 9]), rng.choice([3, 8, 9, 50], 40)
+    found = search(gallery, subject, probe, asked)
+    scores = probe @ gallery.T
+    for row, one in enumerate(asked):
+        best = {s: scores[row, subject == s].max() for s in (3, 8, 9)}
+        if one == 50:
+            assert found.score[row] == max(best.values())
+        else:
+            assert found.rank[row] == sorted(best, key=best.get, reverse=True).index(one) + 1
+
+
+def test_the_order_of_gallery_and_probes_does_not_matter():
+    rng = np.random.default_rng(7)
+    gallery, probe = random_features(rng, 12), random_features(rng, 50)
+    subject, asked = np.arange(12), rng.integers(0, 24, 50)
+    expected = search(gallery, subject, probe, asked)
+    g, p = rng.permutation(12), rng.permutation(50)
+    found = search(gallery[g], subject[g], probe[p], asked[p])
+    np.testing.assert_array_equal(found.rank, expected.rank[p])
+    np.testing.assert_allclose(found.score, expected.score[p], atol=1e-6)
+
+
+def test_the_last_row_is_the_mean_of_the_galleries():
+    rng = np.random.default_rng(8)
+    runs = [
+        search(random_features(rng, 9), np.arange(9), random_features(rng, 60), rng.integers(0, 18, 60)) for _ in range(2)
+    ]
+    tops, tpirs = summary(runs)
+    assert tops.shape == (3, 3) and tpirs.shape == (3, 5)
+    np.testing.assert_allclose(tops[2], (tops[0] + tops[1]) / 2)
+    np.testing.assert_allclose(tpirs[2], (tpirs[0] + tpirs[1]) / 2)
+    assert tops[0, 0] != tops[1, 0]
+
+
+def test_without_non_mated_probes_tpir_is_not_defined():
+    found = search(np.eye(2, dtype=np.float32), np.array([0, 1]), np.eye(2, dtype=np.float32), np.array([0, 1]))
+    assert np.isnan(found.tpir_at(0.1)) and found.top(1) == 1.0

@@ -1,0 +1,162 @@
+"""Model files of all kinds; packages that are not installed are simulated or skipped."""
+
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from tools.ijbc_eval.files import EvalError
+from tools.ijbc_eval.models import ModelFile, load_model
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(("file", "name", "kind"), [
+    ("work_dirs/f512_r18/model.pt", "f512_r18", "torch"), ("nets/r50.pth", "r50", "torch"),
+    ("nets/w600k_r50.onnx", "w600k_r50", "onnx"),
+    ("models/r100-arcface/model,12", "r100-arcface", "mxnet"), ("nets/resnet.v2,0", "resnet.v2", "mxnet"),
+])
+def test_names_and_kinds(file, name, kind):
+    assert (ModelFile(file).name, ModelFile(file).kind) == (name, kind)
+
+
+def test_mxnet_file_names():
+    assert [path.name for path in ModelFile("a/model,12").paths] == ["model-symbol.json", "model-0012.params"]
+
+
+@pytest.mark.parametrize("file", ["model.txt", "model", "model,x"])
+def test_unknown_kinds(file):
+    with pytest.raises(EvalError, match="unknown kind"):
+        load_model(ModelFile(file))
+
+
+def test_state_dict_input_and_output(shared_models, shared_plain):
+    model = load_model(ModelFile(str(shared_models["new_model"]), "tiny"), "cpu")
+    images = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3)).astype(np.uint8)
+    found = model(torch.from_numpy(images))
+    assert found.dtype == np.float32 and found.shape == (3, model.num_features) == (3, 16)
+    np.testing.assert_allclose(found, [shared_plain["new_model"].embed(image) for image in images], atol=1e-5)
+
+
+def test_a_state_dict_needs_its_network(shared_models):
+    with pytest.raises(EvalError, match="-net"):
+        load_model(ModelFile(str(shared_models["new_model"])))
+
+
+def test_absent_onnxruntime_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EvalError, match="pip install onnxruntime"):
+        load_model(ModelFile(str(tmp_path / "a.onnx")))
+
+
+def test_absent_mxnet_is_one_line(tmp_path, monkeypatch):
+    for name in ("a-symbol.json", "a-0003.params"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(vars(np), "bool", bool)  # what the import puts there is gone after the test
+    monkeypatch.setitem(sys.modules, "mxnet", None)
+    with pytest.raises(EvalError, match="mxnet 1.9.1"):
+        load_model(ModelFile(str(tmp_path / "a,3")))
+
+
+class FakeSession:
+    """Stands for onnxruntime.InferenceSession: the mean over height and width, and a batch size that must be kept."""
+
+    batch = "N"
+
+    def __init__(self, file, providers):
+        assert providers == ["CPUExecutionProvider"]
+
+    def get_inputs(self):
+        return [type("Input", (), {"name": "input.1", "shape": [self.batch, 3, 112, 112]})]
+
+    def get_outputs(self):
+        return [type("Output", (), {"name": "683"})]
+
+    def run(self, names, feed):
+        [(name, images)] = feed.items()
+        assert (names, name, images.dtype) == (["683"], "input.1", np.float32)
+        if isinstance(self.batch, int):
+            assert len(images) == self.batch
+        return [images.mean(axis=(2, 3))]
+
+
+@pytest.mark.parametrize("batch", ["N", None, 1, 4])
+def test_onnx_input_and_batches(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(FakeSession, "batch", batch)
+    module = types.SimpleNamespace(
+        InferenceSession=FakeSession, get_available_providers=lambda: ["CPUExecutionProvider"]
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    model = load_model(ModelFile(str(tmp_path / "a.onnx")))
+    assert model.num_features == 3
+    images = np.random.default_rng(0).integers(0, 256, (6, 112, 112, 3)).astype(np.uint8)
+    expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2))
+    np.testing.assert_allclose(model(torch.from_numpy(images)), expected, atol=1e-5)
+
+
+def test_onnx_for_real(tmp_path):
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)], "mean",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3, 112, 112])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "a.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3)).astype(np.uint8)
+    expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2))
+    np.testing.assert_allclose(load_model(ModelFile(str(tmp_path / "a.onnx")))(images), expected, atol=1e-5)
+    (tmp_path / "b.onnx").write_bytes(b"torn")
+    with pytest.raises(EvalError, match=r"b\.onnx: onnxruntime cannot load it"):
+        load_model(ModelFile(str(tmp_path / "b.onnx")))
+
+
+# In a process of its own: MXNet needs a name put back into NumPy, and brings its own OpenMP.
+MXNET_CHECK = """
+import sys
+import numpy as np, torch
+from tools.ijbc_eval import models
+from tools.ijbc_eval.files import EvalError
+
+prefix, scales_itself = sys.argv[1], sys.argv[2] == "True"
+try:
+    mx = models._import_mxnet(models.ModelFile("a,0"))
+except EvalError as error:
+    print("skip:", error)
+    raise SystemExit
+data = mx.sym.Variable("data")
+scaled = (data - 127.5) * 0.0078125 if scales_itself else data
+pooled = mx.sym.Flatten(mx.sym.Pooling(scaled, global_pool=True, pool_type="avg", kernel=(1, 1)))
+weight = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+embedding = mx.sym.FullyConnected(pooled, num_hidden=7, no_bias=True, name="fc1")
+head = mx.sym.FullyConnected(embedding, num_hidden=2, no_bias=True, name="head")  # as checkpoints of training have
+arrays = {"fc1_weight": mx.nd.array(weight), "head_weight": mx.nd.zeros((2, 7))}
+mx.model.save_checkpoint(prefix, 3, head, arrays, {})
+model = models.load_model(models.ModelFile(prefix + ",3"))
+assert model.num_features == 7
+images = np.random.default_rng(1).integers(0, 256, (4, 112, 112, 3)).astype(np.uint8)
+expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2)) @ weight.T
+np.testing.assert_allclose(model(torch.from_numpy(images)), expected, atol=1e-4)
+open(prefix + "-0003.params", "wb").write(b"torn")
+try:
+    models.load_model(models.ModelFile(prefix + ",3"))
+except EvalError as error:
+    assert "MXNet cannot load it" in str(error)
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("scales_itself", [True, False])
+def test_mxnet_for_real(tmp_path, scales_itself):
+    command = [sys.executable, "-c", MXNET_CHECK, str(tmp_path / "net"), str(scales_itself)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("skip:"):
+        pytest.skip(done.stdout)
+    assert done.stdout.endswith("done\n")

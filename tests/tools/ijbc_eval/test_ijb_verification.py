@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from tools.ijbc_eval import verification
+from tools.ijbc_eval.templates import l2_normalise
+from tools.ijbc_eval.verification import Roc, most_allowed, pair_scores
+
+# Few different scores, so that ties are everywhere.
+tied = st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=2, max_size=60).filter(
+    lambda rows: 0 < sum(label for _, label in rows) < len(rows)
+)
+rates = st.sampled_from([0.0, 1e-6, 0.01, 0.1, 0.2, 0.25, 1 / 3, 0.5, 0.9, 1.0])
+
+
+def unpack(rows):
+    return np.array([score for score, _ in rows], np.float32), np.array([label for _, label in rows])
+
+
+@settings(deadline=None)
+@given(rows=tied, fpr=rates)
+def test_tpr_is_the_largest_whose_fpr_does_not_exceed(plain_class, rows, fpr):
+    scores, label = unpack(rows)
+    assert Roc(scores, label).tpr_at(fpr) == pytest.approx(plain_class.tpr_at(scores, label, fpr), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(rows=tied)
+def test_auc_equals_sklearn(rows):
+    scores, label = unpack(rows)
+    assert Roc(scores, label).auc == pytest.approx(roc_auc_score(label, scores), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(rows=tied, fpr=rates)
+def test_nearest_reads_like_other_tools(rows, fpr):
+    scores, label = unpack(rows)
+    fprs, tprs, _ = roc_curve(label, scores)
+    fprs, tprs = np.flipud(fprs), np.flipud(tprs)
+    _, place = min(zip(np.abs(fprs - fpr), range(len(fprs))))
+    assert Roc(scores, label).nearest_tpr(fpr) == pytest.approx(tprs[place], abs=1e-12)
+
+
+def test_nearest_may_exceed_the_fpr_asked_for():
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], np.float32)
+    label = np.array([1, 0, 1, 0, 0, 0], bool)
+    roc = Roc(scores, label)
+    assert roc.tpr_at(0.2) == 0.5  # one of four impostors is already 0.25
+    assert roc.nearest_tpr(0.2) == 1.0  # the point at 0.25 is nearer than the one at 0
+    exact, _ = verification.summary(scores, label, (0.2,))
+    nearest, _ = verification.summary(scores, label, (0.2,), "nearest")
+    assert (exact[0], nearest[0]) == (0.5, 1.0)
+
+
+@given(total=st.integers(1, 400), count=st.integers(0, 400))
+def test_most_allowed_is_exact_at_every_step(total, count):
+    count = min(count, total)
+    assert most_allowed(count / total, total) == count
+    if count:
+        assert most_allowed(np.nextafter(count / total, 0), total) == count - 1
+
+
+@pytest.mark.parametrize("label", [[True, True], [False, False]])
+def test_one_class_alone_is_an_error(label):
+    with pytest.raises(ValueError, match="genuine"):
+        Roc(np.array([0.1, 0.2], np.float32), label)
+
+
+def test_nan_is_an_error():
+    with pytest.raises(ValueError, match="NaN"):
+        Roc(np.array([0.1, np.nan, 0.3], np.float32), [True, False, False])
+
+
+# Dense: a matrix whole and in blocks; gathered: few pairs of many templates.
+@pytest.mark.parametrize(("block", "dense_cost"), [(1 << 28, 32), (40, 32), (1 << 28, 0)])
+@pytest.mark.parametrize("pairs", [1, 700])
+def test_pair_scores_equal_single_products(monkeypatch, block, dense_cost, pairs):
+    monkeypatch.setattr(verification, "_BLOCK", block)
+    monkeypatch.setattr(verification, "_DENSE_COST", dense_cost)
+    rng = np.random.default_rng(3)
+    old, new = (l2_normalise(rng.normal(size=(30, 8)).astype(np.float32)) for _ in range(2))
+    first, second = rng.integers(0, 12, pairs).astype(np.int32), rng.integers(5, 30, pairs).astype(np.int32)
+    found = pair_scores(old, new, first, second)
+    assert found.dtype == np.float32
+    expected = [float(old[a].astype(float) @ new[b].astype(float)) for a, b in zip(first, second)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_pairs_over_many_parts(monkeypatch):
+    rng = np.random.default_rng(4)
+    features = l2_normalise(rng.normal(size=(50, 4)).astype(np.float32))
+    first, second = rng.integers(0, 50, (2, 200_001)).astype(np.int32)  # more than a thread's part, and not a multiple
+    expected = np.einsum("pd,pd->p", features[first], features[second])
+    np.testing.assert_allclose(pair_scores(features, features, first, second), expected, atol=1e-6)

@@ -1,0 +1,243 @@
+"""Each mistake in the data is one error that names file and line; no result is written."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from engine.errors import UserError
+from tools.ijbc_eval import compat_report, ijbc_eval
+
+
+@pytest.fixture
+def made(tmp_path, make_ijb):
+    return make_ijb(tmp_path / "data", subjects=6, seed=3)
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, shared_models):
+    """Check that an evaluation stops with a message that matches every one of the patterns, and leaves no result."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(made, *patterns, options=()):
+        arguments = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
+        with pytest.raises(UserError) as caught:
+            ijbc_eval.main([*arguments, *map(str, options)])
+        for pattern in patterns:
+            assert re.search(pattern, str(caught.value)), f"{pattern!r} not in: {caught.value}"
+        assert not list(pathlib.Path().glob("IJB_result/*.*"))
+        assert not list(pathlib.Path().rglob("*.partial*"))
+
+    return check
+
+
+def edit(path, number, change):
+    """Replace line `number` (from 1) of a file by change(line); None takes it out."""
+    lines = path.read_text().splitlines()
+    changed = change(lines[number - 1])
+    lines[number - 1:number] = [] if changed is None else [changed]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_a_landmark_line_without_an_image(made, fails):
+    (made.root / "loose_crop" / "4.jpg").unlink()
+    fails(made, r"ijbc_name_5pts_score\.txt line 4", r"loose_crop/4\.jpg does not exist")
+    fails(made, r"line 4", options=["--skip-bad-images"])  # that option is for unreadable images alone
+
+
+def test_a_face_without_landmarks(made, fails):
+    edit(made.meta("name_5pts_score.txt"), 5, lambda line: None)
+    fails(made, r"ijbc_face_tid_mid\.txt line 5", r"5\.jpg has no line in ijbc_name_5pts_score\.txt")
+
+
+def test_landmarks_without_a_face(made, fails):
+    edit(made.meta("face_tid_mid.txt"), 6, lambda line: None)
+    fails(made, r"ijbc_name_5pts_score\.txt line 6", r"6\.jpg has no line in ijbc_face_tid_mid\.txt")
+
+
+def test_an_image_listed_twice(made, fails):
+    edit(made.meta("name_5pts_score.txt"), 3, lambda line: f"{line}\n{line}")
+    fails(made, r"ijbc_name_5pts_score\.txt line 3", r"3\.jpg is listed again")
+
+
+@pytest.mark.parametrize("change", [
+    lambda line: " ".join(line.split()[:-1]), lambda line: f"{line} 7", lambda line: line.replace(".", "x", 3),
+    lambda line: "", lambda line: "n" * 70 + line,
+])
+def test_a_damaged_landmark_line(made, fails, change):
+    edit(made.meta("name_5pts_score.txt"), 7, change)
+    fails(made, r"ijbc_name_5pts_score\.txt line 7: expected `name x1 y1")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_landmarks_that_are_no_numbers(made, fails, value):
+    edit(made.meta("name_5pts_score.txt"), 2, lambda line: " ".join([line.split()[0], value, *line.split()[2:]]))
+    fails(made, r"ijbc_name_5pts_score\.txt line 2", "finite")
+
+
+def test_landmarks_in_one_point(made, fails):
+    edit(made.meta("name_5pts_score.txt"), 2, lambda line: f"{line.split()[0]} {'50.0 ' * 10}0.9")
+    fails(made, r"ijbc_name_5pts_score\.txt line 2", "one point")
+
+
+@pytest.mark.parametrize("line", ["4.jpg 12", "4.jpg 12 a", "4.jpg -3 1", "4.jpg 3 1 9"])
+def test_a_damaged_face_line(made, fails, line):
+    edit(made.meta("face_tid_mid.txt"), 4, lambda _: line)
+    fails(made, r"ijbc_face_tid_mid\.txt line 4")
+
+
+@pytest.mark.parametrize(("line", "pattern"), [
+    ("99999 {1} {2}", "template 99999 has no face in ijbc_face_tid_mid"), ("{0} 3 {2}", "template 3 has no face"),
+    ("{0} {1}", "expected `template template label`"), ("{0} {1} 2", "label 2"), ("{0} {1} x", "expected"),
+])
+def test_a_wrong_pair(made, fails, line, pattern):
+    edit(made.meta("template_pair_label.txt"), 3, lambda old: line.format(*old.split()))
+    fails(made, r"ijbc_template_pair_label\.txt line 3", pattern)
+
+
+def test_pairs_of_one_kind_only(made, fails):
+    path = made.meta("template_pair_label.txt")
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if line.endswith(" 0")))
+    fails(made, r"ijbc_template_pair_label\.txt", "no genuine")
+
+
+@pytest.mark.parametrize("end", ["gallery_G1", "gallery_G2", "probe_mixed"])
+def test_a_template_without_faces(made, fails, end):
+    path = made.meta(f"1N_{end}.csv")
+    edit(path, 3, lambda line: f"5,{line.split(',', 1)[1]}")
+    fails(made, rf"1N_{end}\.csv line 3", "template 5 has no face", options=["-N"])
+
+
+@pytest.mark.parametrize("end", ["gallery_G2", "probe_mixed"])
+def test_a_truncated_csv(made, fails, end):
+    path = made.meta(f"1N_{end}.csv")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:4])[:-len(lines[3]) // 2])
+    fails(made, rf"1N_{end}\.csv line 4", "truncated", options=["-N"])
+
+
+@pytest.mark.parametrize("text", ["TEMPLATE_ID,SUBJECT_ID,FILENAME,FRAME\n", "TEMPLATE_ID,SUBJECT_ID,FILENAME,FRAME"])
+def test_an_empty_gallery(made, fails, text):
+    made.meta("1N_gallery_G1.csv").write_text(text)
+    fails(made, r"1N_gallery_G1\.csv", "empty", options=["-N"])
+
+
+def test_a_csv_without_header(made, fails):
+    edit(made.meta("1N_gallery_G1.csv"), 1, lambda line: None)
+    fails(made, r"1N_gallery_G1\.csv line 1", "TEMPLATE_ID,SUBJECT_ID", options=["-N"])
+
+
+def test_a_template_of_two_subjects(made, fails):
+    path = made.meta("1N_probe_mixed.csv")
+    template, subject, rest = path.read_text().splitlines()[1].split(",", 2)
+    edit(path, 2, lambda line: f"{line}\n{template},{int(subject) + 1},{rest}")
+    fails(made, r"1N_probe_mixed\.csv line 3", f"subject {subject} in line 2", options=["-N"])
+
+
+def test_a_gallery_that_no_probe_is_in(made, fails):
+    path = made.meta("1N_gallery_G2.csv")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *(re.sub(r"^(\d+),\d+", r"\1,9", line) for line in lines[1:])]) + "\n")
+    fails(made, "no probe is of a subject in ijbc_1N_gallery_G2", options=["-N"])
+
+
+def test_a_list_cut_off_at_a_lines_end_is_pointed_out(made, tmp_path, monkeypatch, shared_models, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = made.meta("1N_probe_mixed.csv")
+    path.write_text("\n".join(path.read_text().splitlines()[:-4]) + "\n")
+    options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
+    ijbc_eval.main([*options, "-N"])
+    assert re.search(r"\d+ templates are in no 1:N list", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "half"])
+def test_an_unreadable_image(made, fails, tmp_path, shared_models, plain_class, capsys, content):
+    faces = [face for face in made.faces if sum(other[1] == face[1] for other in made.faces) > 1]
+    name = faces[0][0]
+    path = made.root / "loose_crop" / name
+    path.write_bytes(path.read_bytes()[:1500] if content == "half" else content)
+    line = [face[0] for face in made.faces].index(name) + 1
+    fails(made, re.escape(name), rf"ijbc_name_5pts_score\.txt line {line}", "--skip-bad-images")
+    options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
+    ijbc_eval.main([*options, "--skip-bad-images", "-R", "result.npz"])
+    with np.load("result.npz") as saved:
+        assert saved["bad_images"].tolist() == [name]
+        features = plain_class(made, shared_models["new_model"], skip=[name]).templates()
+        expected = plain_class.pair_scores(made, features, features)
+        np.testing.assert_allclose(saved["scores"][0], expected, atol=2e-5)
+    assert "1 unreadable image" in capsys.readouterr().out
+    pathlib.Path("result.npz").unlink()
+    for left in pathlib.Path().glob("result_*.png"):
+        left.unlink()
+    fails(made, re.escape(name))  # also when the embeddings come from the cache
+
+
+def test_a_template_whose_images_are_all_unreadable(made, fails):
+    template = made.faces[0][1]
+    for face in made.faces:
+        if face[1] == template:
+            (made.root / "loose_crop" / face[0]).write_bytes(b"")
+    fails(made, r"ijbc_face_tid_mid\.txt line 1", f"template {template} are", options=["--skip-bad-images"])
+
+
+def test_models_of_unlike_width(made, fails, tmp_path, save_model):
+    wide = save_model(tmp_path / "wide.pt", num_features=24)
+    fails(made, "16-dimensional", "24-dimensional", options=["-m_old", wide, "-old_net", "tiny"])
+
+
+def test_a_model_that_cannot_be_loaded(made, fails, tmp_path, save_model):
+    fails(made, "-old_net", options=["-m_old", save_model(tmp_path / "old.pt")])
+    (tmp_path / "torn.pt").write_bytes(b"PK torn")
+    fails(made, r"torn\.pt", options=["-m_old", tmp_path / "torn.pt", "-old_net", "tiny"])
+    fails(made, r"model\.ckpt: unknown kind", options=["-m", "model.ckpt"])
+
+
+def test_a_missing_directory_or_file(made, fails, tmp_path):
+    fails(made, "IJBB/meta", "-d takes", options=["-s", "IJBB"])
+    made.meta("template_pair_label.txt").unlink()
+    fails(made, r"ijbc_template_pair_label\.txt: cannot be read")
+
+
+@pytest.mark.parametrize("content", [b"no npz", None])
+def test_a_result_file_that_is_none(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    if content:
+        pathlib.Path("a.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.npz"):
+        ijbc_eval.main(["-P", "a.npz"])
+    np.savez("b.npz", scores=np.zeros(3), label=np.zeros(3))
+    with pytest.raises(UserError, match=r"b\.npz: has no array 'names'"):
+        ijbc_eval.main(["-P", "b.npz"])
+
+
+def test_an_earlier_result_survives_a_failure(made, tmp_path, monkeypatch, shared_models):
+    monkeypatch.chdir(tmp_path)
+    options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
+    options += ["-R", "r.npz"]
+    ijbc_eval.main(options)
+    before = pathlib.Path("r.npz").read_bytes()
+
+    def fill(file, **arrays):
+        file.write(b"half a result")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", fill)
+    with pytest.raises(OSError, match="no space"):
+        ijbc_eval.main(options)
+    assert pathlib.Path("r.npz").read_bytes() == before
+    assert not list(pathlib.Path().glob("*partial*"))
+
+
+@pytest.mark.parametrize(("lines", "pattern"), [
+    (["5"], "no gallery template"), (["{0}", "{0}"], "line 2: .* listed twice"), (["{0}"], "lists 1 of"),
+])
+def test_a_wrong_backfill_order(made, tmp_path, monkeypatch, shared_models, lines, pattern):
+    monkeypatch.chdir(tmp_path)
+    template = made.galleries["G1"][0][0]
+    pathlib.Path("order.txt").write_text("\n".join(lines).format(template))
+    old, new = shared_models["old_model"], shared_models["new_model"]
+    with pytest.raises(UserError, match=pattern):
+        compat_report.main(["--old", str(old), "--old_net", "tiny", "--new", f"n={new}:tiny", "-d", str(made.data_dir),
+                            "--workers", "0", "--order", "order.txt"])
+    assert not pathlib.Path("compat_report").exists()

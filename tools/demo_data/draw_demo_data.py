@@ -1,0 +1,163 @@
+"""Draw the demo data: procedural faces as a training set (.rec) and as an evaluation set shaped like IJB-C.
+
+    python tools/demo_data/draw_demo_data.py --root demo/dataset --seed 0
+    python tools/demo_data/draw_demo_data.py --sheet faces.png
+
+writes ROOT/ms1m-retinaface-t1/train.{rec,idx}, ROOT/ms1m-retinaface-t1/demo.bin and ROOT/IJBC/{meta,loose_crop}.
+The files depend on the options and on the seed, not on the number of processes. What a run with the same options
+has drawn is kept: ROOT/demo_data.json records the options and a digest of the code that draws.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from tools.demo_data import ijb, records
+
+TRAINING_DIR = "ms1m-retinaface-t1"
+STAMP = "demo_data.json"
+SHEET_ROWS, SHEET_COLUMNS = 6, 10
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    count = _at_least(1)
+    parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path("demo/dataset"), help="directory to write (default: %(default)s)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of everything that is drawn (default: %(default)s)")
+    parser.add_argument("--identities", type=_at_least(2), default=1000, help="people in the training set (default: %(default)s)")
+    parser.add_argument("--images", type=count, default=9, help="images of each of them (default: %(default)s)")
+    parser.add_argument("--eval-identities", type=_at_least(4), default=200, help="other people, in the IJB-C set (default: %(default)s)")
+    parser.add_argument("--probes", type=count, default=5, help="probe templates of each of those (default: %(default)s)")
+    parser.add_argument("--pairs", type=count, default=200_000, help="most lines of the 1:1 pair list (default: %(default)s)")
+    parser.add_argument("--verification-pairs", type=_at_least(0), default=300, help="pairs in demo.bin; 0 = no such file (default: %(default)s)")
+    parser.add_argument("--variation", type=float, default=1.0, help="factor on how much images of one person differ (default: %(default)s)")
+    parser.add_argument("--processes", type=count, default=os.cpu_count() or 1, help="that draw at once (default: the CPU cores)")
+    parser.add_argument("--sheet", type=pathlib.Path, metavar="FILE.png", help="draw only a contact sheet of the training set: a row a person")
+    return parser.parse_args(argv)
+
+
+def _at_least(low):
+    def number(text):
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        return value
+    return number
+
+
+@contextlib.contextmanager
+def _workers(processes):
+    """A map in order, `over(function, tasks)`, with a progress bar on a terminal, in one process or several."""
+    def bar(results, tasks):
+        return tqdm(results, total=len(tasks), unit=" people", disable=None)
+
+    if processes == 1:
+        yield lambda function, tasks: bar(map(function, tasks), tasks)
+        return
+    # Spawned, not forked: OpenCV's and BLAS's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context, cv2.setNumThreads, (1,)) as pool:
+        yield lambda function, tasks: bar(pool.map(function, tasks, chunksize=4), tasks)
+
+
+def _stamp(args):
+    """What decides the files: the options, and the code that draws them."""
+    digest = hashlib.sha256()
+    for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    free = ("root", "processes", "sheet")
+    return {"options": {k: v for k, v in vars(args).items() if k not in free}, "code": digest.hexdigest()}
+
+
+def _read_stamp(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _write_stamp(path, stamp, complete):
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part.write_text(json.dumps({**stamp, "complete": complete}, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def outputs(args):
+    """The paths that a run publishes."""
+    training = args.root / TRAINING_DIR
+    paths = [training / "train.rec", training / "train.idx", args.root / "IJBC"]
+    return paths + [training / "demo.bin"] * (args.verification_pairs > 0)
+
+
+def draw(args):
+    """Draw what is not there yet. Returns whether anything was drawn; refuses to replace files that it did not draw."""
+    stamp, path = _stamp(args), args.root / STAMP
+    found = _read_stamp(path)
+    if found == {**stamp, "complete": True} and all(p.exists() for p in outputs(args)):
+        return False
+    foreign = [p for p in outputs(args) if p.exists()] if not path.exists() else []
+    if foreign:
+        raise SystemExit(f"{foreign[0]} exists and {path} does not say that it is demo data: choose another --root, or move it away")
+    args.root.mkdir(parents=True, exist_ok=True)
+    _write_stamp(path, stamp, complete=False)
+    with _workers(args.processes) as over:
+        _draw_all(args, over)
+    _write_stamp(path, stamp, complete=True)
+    return True
+
+
+def _draw_all(args, over):
+    """The IJB-C set comes last: where it is, all is."""
+    training = args.root / TRAINING_DIR
+    shutil.rmtree(args.root / "IJBC", ignore_errors=True)
+    (training / "demo.bin").unlink(missing_ok=True)
+    records.write_training_set(training / "train.rec", args.seed, args.identities, args.images, args.variation, over)
+    if args.verification_pairs:
+        records.write_verification_set(training / "demo.bin", args.seed, args.verification_pairs, args.variation, over)
+    ijb.write_ijb(args.root / "IJBC", args.seed, args.eval_identities, args.probes, args.pairs, args.variation, over)
+
+
+def draw_sheet(args):
+    """Write the first people of the training set, a row each, their first images beside each other."""
+    rows = [
+        np.concatenate([image for image, _ in records.aligned_images(args.seed, records.TRAINING, k, SHEET_COLUMNS, args.variation)], axis=1)
+        for k in range(min(SHEET_ROWS, args.identities))
+    ]
+    args.sheet.parent.mkdir(parents=True, exist_ok=True)
+    part = args.sheet.with_name(f"{args.sheet.stem}.{os.getpid()}.tmp.png")
+    if not cv2.imwrite(str(part), np.concatenate(rows)):
+        raise SystemExit(f"{args.sheet} cannot be written")
+    os.replace(part, args.sheet)
+    print(f"{args.sheet}: {len(rows)} people, {SHEET_COLUMNS} images each")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    cv2.setNumThreads(1)
+    if args.sheet:
+        draw_sheet(args)
+        return
+    started = time.perf_counter()
+    if draw(args):
+        print(f"{args.root}: {args.identities} people × {args.images} images to train on, {args.eval_identities} others to "
+              f"evaluate on, drawn in {time.perf_counter() - started:.0f} s")
+    else:
+        print(f"{args.root}: drawn already with these options, kept")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Five-point alignment to 112×112: the least-squares similarity for all images at once, then one warp an image."""
+
+import cv2
+import numpy as np
+
+# Where the two eyes, the nose and the two corners of the mouth go, as ArcFace-family models were trained (pixels).
+REFERENCE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.729904, 92.2041]]
+)
+SIZE = 112
+
+
+def similarity_matrices(landmarks, reference=REFERENCE):
+    """Similarity transforms [N, 2, 3] (float64) that carry `landmarks` [N, 5, 2] (pixels) onto `reference` [5, 2].
+
+    This is Umeyama's least-squares solution (PAMI 1991, eq. 40-42). In the plane it needs no singular values: with
+    points as complex numbers a similarity without reflection is z → a·z + b, and least squares for a is a linear
+    problem, a = Σ conj(z − z̄)(w − w̄) / Σ |z − z̄|². Umeyama's sign correction chooses the same, best proper rotation.
+    Rows whose five points coincide have no solution and come out as NaN.
+    """
+    landmarks = np.asarray(landmarks, np.float64)
+    source = landmarks[..., 0] + 1j * landmarks[..., 1]  # [N, 5]
+    target = reference[:, 0] + 1j * reference[:, 1]  # [5]
+    centre = source.mean(axis=1, keepdims=True)
+    spread = source - centre
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = (spread.conj() * (target - target.mean())).sum(axis=1) / (np.abs(spread) ** 2).sum(axis=1)
+    shift = target.mean() - factor * centre[:, 0]
+    return np.stack(
+        [
+            np.stack([factor.real, -factor.imag, shift.real], axis=1),
+            np.stack([factor.imag, factor.real, shift.imag], axis=1),
+        ],
+        axis=1,
+    )
+
+
+def align(image, matrix):
+    """Warp an image [H, W, 3] by `matrix` [2, 3] to [112, 112, 3]: bilinear, zero outside."""
+    return cv2.warpAffine(image, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderValue=0)

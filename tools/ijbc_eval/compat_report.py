@@ -1,0 +1,206 @@
+"""May I ship this model? Self-tests, cross-tests, the compatibility criterion, update gain and the backfill curve.
+
+    python tools/ijbc_eval/compat_report.py --old work_dirs/old/model.pt --old_net r18 \\
+        --new MixBCT=work_dirs/a/model.pt:r50 --new BCT=work_dirs/b/model.pt:r50 \\
+        --independent r50=work_dirs/c/model.pt:r50 -d IJB_release --out report
+
+Writes report.json, report.md, models.png and backfill.png into --out, and a table to the terminal. Embeddings are
+shared with ijbc_eval.py through the cache.
+
+Criterion (BCT, Shen et al., CVPR 2020): M(new query, old gallery) > M(old, old), here in the 1:1 TPR at --fpr and in
+the 1:N TPIR at --fpir. Update gain, from the same paper: (M(new, old) − M(old, old)) / (M(independent, independent) −
+M(old, old)), the share of what an incompatible update with a new gallery would bring.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
+
+from engine.errors import report_errors
+from tools.ijbc_eval import compat_text, identification, plots, verification
+from tools.ijbc_eval.files import EvalError, publish
+from tools.ijbc_eval.ijbc_eval import add_data_arguments, open_evaluation
+from tools.ijbc_eval.models import ModelFile
+
+STEPS = tuple(range(0, 101, 10))  # shares of the gallery re-embedded, in %
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--old", required=True, metavar="MODEL", help="the model that the gallery was made with")
+    add("--old_net", metavar="NET", help="its backbone, e.g. r18")
+    add("--new", action="append", required=True, metavar="NAME=MODEL[:NET]", help="a new model; may be given often")
+    add("--independent", metavar="[NAME=]MODEL[:NET]",
+        help="a new model trained without regard to the old one: the ceiling")
+    add("--new_net", metavar="NET", help="backbone of the new and independent models that name none")
+    add_data_arguments(parser)
+    add("--fpr", type=float, default=1e-4, help="FPR at which 1:1 TPR is compared (default 1e-4)")
+    add("--fpir", type=float, default=1e-2, help="FPIR at which 1:N TPIR is compared (default 1e-2)")
+    add("--seed", type=int, default=0, help="of the order in which the gallery is backfilled (default 0)")
+    add("--order", type=pathlib.Path, metavar="FILE",
+        help="backfill in this order: every gallery template id, one a line")
+    add("--out", type=pathlib.Path, default=pathlib.Path("compat_report"), help="directory of the report")
+    arguments = parser.parse_args(argv)
+    if not arguments.data_path:
+        parser.error("give -d DIR")
+    for name in ("fpr", "fpir"):
+        if not 0 < getattr(arguments, name) <= 1:
+            parser.error(f"--{name} is a rate above 0 and at most 1")
+    return arguments
+
+
+def parse_model(text, network):
+    """`NAME=MODEL[:NET]` -> (name, ModelFile); without NAME= the name comes from the file."""
+    name, equals, file = text.rpartition("=")
+    path, colon, ending = file.rpartition(":")
+    if colon and ending and "/" not in ending and "." not in ending:
+        file, network = path, ending
+    model = ModelFile(file, network)
+    return (name if equals else model.name), model
+
+
+def measure(evaluation, gallery_model, probe_model, fpr, fpir):
+    """One test, gallery and first of a pair by `gallery_model`: the figures of the report as a dict of floats."""
+    roc = verification.Roc(evaluation.verify(gallery_model, probe_model), evaluation.pairs.label)
+    searches = evaluation.identify(gallery_model, probe_model)
+    return {
+        "tpr": roc.tpr_at(fpr), "auc": roc.auc, **identification_figures(searches, fpir),
+        "tpr_at": {f"{point:g}": roc.tpr_at(point) for point in verification.FPRS},
+        "tpir_at": {f"{point:g}": _mean(searches, "tpir_at", point) for point in identification.FPIRS},
+    }
+
+
+def identification_figures(searches, fpir):
+    return {"tpir": _mean(searches, "tpir_at", fpir), **{f"top{k}": _mean(searches, "top", k) for k in (1, 5)}}
+
+
+def _mean(searches, figure, point):
+    return float(np.mean([getattr(one, figure)(point) for one in searches]))
+
+
+def backfill(evaluation, old, new, order, fpir):
+    """1:N with the first 0, 10, … 100 % of the gallery templates in `order` (rows of template_ids) re-embedded.
+
+    Probes come from the new model throughout: 0 % is the cross-test, 100 % the self-test of the new model.
+    """
+    probes, gallery = evaluation.templates(new), evaluation.templates(old).copy()
+    curve = {"percent": list(STEPS), "tpir": [], "top1": []}
+    for percent in STEPS:
+        done = order[:round(len(order) * percent / 100)]
+        gallery[done] = probes[done]
+        figures = identification_figures(evaluation.identify_in(gallery, probes), fpir)
+        for key in ("tpir", "top1"):
+            curve[key].append(figures[key])
+    return curve
+
+
+def backfill_order(evaluation, seed, path=None):
+    """Rows of template_ids of all gallery templates: in the order of the file, or shuffled by the seed."""
+    rows = np.unique(np.concatenate([gallery.template for gallery in evaluation.galleries.values()]))
+    if path is None:
+        return np.random.default_rng(seed).permutation(rows)
+    row_of = {int(evaluation.faces.template_ids[row]): row for row in rows}
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(f"{path}: cannot be read ({error}); --order takes a text file of template ids") from None
+    order = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            template = int(line) if line.strip().isdigit() else None
+            if template not in row_of or template in order:
+                problem = "is listed twice" if template in order else "is no gallery template"
+                raise EvalError(f"{path} line {number}: {line.strip()[:40]!r} {problem}; correct the line")
+            order[template] = row_of[template]
+    if len(order) < len(rows):
+        absent = next(template for template in row_of if template not in order)
+        raise EvalError(f"{path}: lists {len(order)} of {len(rows)} gallery templates; add {absent} and the others")
+    return np.array(list(order.values()))
+
+
+def compare(evaluation, old, news, independent, fpr, fpir, order):
+    """The whole report as a dict that JSON can hold: old, news and independent are (name, ModelFile) or None."""
+    for _, model in news:
+        evaluation.check_widths(old[1], model)
+    base, ceiling = measure(evaluation, old[1], old[1], fpr, fpir), None
+    measured = {"old": {"name": old[0], "file": old[1].file, "self": base}}
+    if independent:
+        name, model = independent
+        ceiling = measure(evaluation, model, model, fpr, fpir)
+        measured["independent"] = {"name": name, "file": model.file, "self": ceiling}
+        if evaluation.store.width(model) == evaluation.store.width(old[1]):
+            measured["independent"]["cross"] = measure(evaluation, old[1], model, fpr, fpir)
+    measured["new"] = []
+    for name, model in news:
+        cross = measure(evaluation, old[1], model, fpr, fpir)
+        holds = {key: cross[key] > base[key] for key in ("tpr", "tpir")}
+        gain = {key: update_gain(cross[key], base[key], ceiling and ceiling[key]) for key in ("tpr", "tpir")}
+        measured["new"].append({
+            "name": name, "file": model.file, "self": measure(evaluation, model, model, fpr, fpir), "cross": cross,
+            "criterion": holds, "compatible": all(holds.values()), "update_gain": gain,
+            "backfill": backfill(evaluation, old[1], model, order, fpir),
+        })
+    return measured
+
+
+def update_gain(cross, base, ceiling):
+    """BCT's update gain; None without an independent model, or when that is no better than the old one."""
+    return (cross - base) / (ceiling - base) if ceiling is not None and ceiling > base else None
+
+
+def describe(arguments, evaluation):
+    """What the figures were measured on."""
+    probes, galleries = evaluation.probes, evaluation.galleries
+    non_mated = [np.count_nonzero(~np.isin(probes.subject, gallery.subject)) for gallery in galleries.values()]
+    return {
+        "subset": arguments.subset, "fpr": arguments.fpr, "fpir": arguments.fpir,
+        "images": len(evaluation.faces.names), "templates": len(evaluation.faces.template_ids),
+        "genuine_pairs": int(evaluation.pairs.label.sum()), "impostor_pairs": int((~evaluation.pairs.label).sum()),
+        "probe_templates": len(probes.template), "non_mated_probes": int(min(non_mated)),
+        "gallery_templates": {name: len(gallery.template) for name, gallery in galleries.items()},
+        "backfill_order": str(arguments.order) if arguments.order else f"seed {arguments.seed}",
+    }
+
+
+def without_nan(value):
+    """JSON knows no NaN: figures that are not defined become null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    old = ModelFile(arguments.old, arguments.old_net)
+    news = [parse_model(text, arguments.new_net) for text in arguments.new]
+    names = [name for name, _ in news]
+    if len(set(names)) < len(names):
+        raise EvalError(f"--new: two models are called {max(names, key=names.count)!r}; name them apart, NAME=MODEL")
+    independent = parse_model(arguments.independent, arguments.new_net) if arguments.independent else None
+    evaluation = open_evaluation(arguments)
+    order = backfill_order(evaluation, arguments.seed, arguments.order)
+    models = compare(evaluation, (old.name, old), news, independent, arguments.fpr, arguments.fpir, order)
+    bad = evaluation.bad_images(old, *(model for _, model in news), *([independent[1]] if independent else []))
+    report = without_nan({"data": describe(arguments, evaluation), **models, "bad_images": bad.tolist()})
+    plots.plot_models(report, arguments.out / "models.png")
+    plots.plot_backfill(report, arguments.out / "backfill.png")
+    texts = {"report.json": json.dumps(report, indent=2) + "\n", "report.md": compat_text.markdown(report)}
+    for name, text in texts.items():
+        with publish(arguments.out / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    print(compat_text.terminal(report))
+    print(f"report: {arguments.out / 'report.md'}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

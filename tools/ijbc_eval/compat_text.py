@@ -1,0 +1,120 @@
+"""The compatibility report in words and tables: for the terminal and as Markdown."""
+
+from prettytable import PrettyTable
+
+
+def terminal(report):
+    """Table and verdicts as plain text."""
+    header, rows = summary_rows(report)
+    table = PrettyTable(header)
+    table.align[header[0]] = table.align[header[1]] = "l"
+    table.add_rows(rows)
+    return "\n".join([table.get_string(), *verdicts(report), *caveats(report)])
+
+
+def summary_rows(report):
+    """`(header, rows of text)`: the old model, each new one in cross- and self-test, the independent one."""
+    data = report["data"]
+    header = [
+        "model", "test", f"1:1 TPR % at FPR {data['fpr']:g}", "AUC", "1:N top-1 %", f"TPIR % at FPIR {data['fpir']:g}",
+        "M(new,old) > M(old,old)", "update gain 1:1 / 1:N",
+    ]
+    rows = [_row(report["old"]["name"], "old self-test", report["old"]["self"])]
+    for model in report["new"]:
+        gain = " / ".join(_number(model["update_gain"][key], 2) for key in ("tpr", "tpir"))
+        holds = "{} ({} / {})".format(*(_yes(flag) for flag in (model["compatible"], *model["criterion"].values())))
+        rows.append(_row(model["name"], "cross-test", model["cross"], holds, gain))
+        rows.append(_row(model["name"], "new self-test", model["self"]))
+    if "independent" in report:
+        for test in ("cross", "self"):
+            if test in report["independent"]:
+                figures = report["independent"][test]
+                rows.append(_row(report["independent"]["name"], f"independent {test}-test", figures))
+    return header, rows
+
+
+def _row(name, test, figures, holds="", gain=""):
+    return [
+        name, test, _percent(figures["tpr"]), _number(figures["auc"], 5), _percent(figures["top1"]),
+        _percent(figures["tpir"]), holds, gain,
+    ]
+
+
+def verdicts(report):
+    """A sentence for each new model: compatible or not, and in which test it falls short."""
+    data, base, lines = report["data"], report["old"]["self"], []
+    places = {"tpr": f"1:1 TPR at FPR {data['fpr']:g}", "tpir": f"1:N TPIR at FPIR {data['fpir']:g}"}
+    for model in report["new"]:
+        if model["compatible"]:
+            lines.append(f"{model['name']}: compatible: it queries the old gallery better than the old model does.")
+        else:
+            short = [
+                f"{place} is {_percent(model['cross'][key])} % against {_percent(base[key])} %"
+                for key, place in places.items() if not model["criterion"][key]
+            ]
+            lines.append(f"{model['name']}: NOT compatible: in the cross-test {' and '.join(short)} of the old model.")
+        worse = [place for key, place in places.items() if not _above(model["self"][key], base[key])]
+        if worse:
+            lines.append(f"{model['name']}: in its self-test no better than the old model in {' and '.join(worse)}.")
+    return lines
+
+
+def caveats(report):
+    """What the reader must know to trust the figures."""
+    data, lines = report["data"], []
+    for count, what, name in (("impostor_pairs", "impostor pairs", "fpr"), ("non_mated_probes", "non-mated probes", "fpir")):
+        if data[count] * data[name] < 1:
+            lines.append(f"{data[count]} {what} do not resolve {name.upper()} {data[name]:g}: no error at all is allowed.")
+    if report["bad_images"]:
+        lines.append(f"{len(report['bad_images'])} unreadable images were left out; report.json names them.")
+    return lines
+
+
+def markdown(report):
+    """report.md; the plots lie beside it."""
+    header, rows = summary_rows(report)
+    data = report["data"]
+    galleries = ", ".join(f"{count} ({name})" for name, count in data["gallery_templates"].items())
+    lines = [
+        f"# Compatibility with {report['old']['name']}, {data['subset']}", "",
+        *(f"- {line}" for line in [*verdicts(report), *caveats(report)]), "",
+        _table(header, rows), "",
+        "A cross-test searches the old model's gallery with the new model's queries; a self-test has one for both. "
+        "The criterion must hold in 1:1 and in 1:N (in brackets, each). Update gain: (M(new,old) − M(old,old)) / "
+        "(M(independent,independent) − M(old,old)); it needs an independently trained model that beats the old one. "
+        "1:N figures are means over the galleries.", "",
+        "![Self- and cross-test of each model](models.png)", "",
+        "## Backfill", "",
+        f"TPIR in % at FPIR {data['fpir']:g}, queries by the new model, while a growing share of the gallery is "
+        f"re-embedded by it (order: {data['backfill_order']}). 0 % is the cross-test, 100 % the new self-test.", "",
+        _table(
+            ["re-embedded %", *map(str, report["new"][0]["backfill"]["percent"])],
+            [[model["name"], *map(_percent, model["backfill"]["tpir"])] for model in report["new"]],
+        ), "",
+        "![TPIR over the share of the gallery that is re-embedded](backfill.png)", "",
+        "## Data", "",
+        f"{data['subset']}: {data['images']} images, {data['templates']} templates, {data['genuine_pairs']} genuine "
+        f"and {data['impostor_pairs']} impostor pairs, {data['probe_templates']} probe templates (at least "
+        f"{data['non_mated_probes']} of them in no gallery searched), galleries of {galleries} templates.", "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(header, rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _percent(value):
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _number(value, places):
+    return "–" if value is None else f"{value:.{places}f}"
+
+
+def _yes(flag):
+    return "yes" if flag else "no"
+
+
+def _above(value, other):
+    return value is not None and other is not None and value > other

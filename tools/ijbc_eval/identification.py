@@ -1,0 +1,73 @@
+"""1:N, open set: rank of the own gallery entry, and TPIR at a given FPIR, without sorting a single row."""
+
+import dataclasses
+
+import numpy as np
+
+from tools.ijbc_eval.verification import most_allowed
+
+FPIRS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+TOP = (1, 5, 10)
+
+
+@dataclasses.dataclass
+class Search:
+    """All probes [Q] against one gallery.
+
+    mated bool [Q]: the probe's subject is in the gallery. rank int32 [Q]: 1 + gallery subjects that score as high as
+    the own one or higher (ties count against the probe); 0 where not mated. score float32 [Q]: of a mated probe, its
+    own entry's score if that is above all others, else −inf; of a non-mated probe, the highest score.
+    """
+
+    mated: np.ndarray
+    rank: np.ndarray
+    score: np.ndarray
+
+    def top(self, k):
+        """Share of mated probes whose own entry is among the first k; NaN without mated probes."""
+        ranks = self.rank[self.mated]
+        return float(np.mean(ranks <= k)) if len(ranks) else float("nan")
+
+    def threshold_at(self, fpir):
+        """The lowest threshold that lets at most a share `fpir` of the non-mated probes find somebody above it."""
+        highest = self.score[~self.mated]
+        allowed = most_allowed(fpir, len(highest))
+        return np.partition(highest, -1 - allowed)[-1 - allowed] if allowed < len(highest) else -np.inf
+
+    def tpir_at(self, fpir):
+        """Share of mated probes whose own entry scores above all others and above the threshold; NaN when undefined."""
+        if not self.mated.any() or self.mated.all():
+            return float("nan")
+        return float(np.mean(self.score[self.mated] > self.threshold_at(fpir)))
+
+
+def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
+    """Search probes float32 [Q, D] in a gallery float32 [G, D], both L2-normalised; subjects are integers.
+
+    A subject with several gallery templates counts once, with the best of them.
+    """
+    order = np.argsort(gallery_subject, kind="stable")
+    subjects, starts = np.unique(gallery_subject[order], return_index=True)
+    gallery = np.ascontiguousarray(gallery[order].T)
+    own = np.minimum(np.searchsorted(subjects, probe_subject), len(subjects) - 1)
+    mated = subjects[own] == probe_subject
+    rank = np.zeros(len(probes), np.int32)
+    score = np.empty(len(probes), np.float32)
+    for start in range(0, len(probes), chunk):
+        part = slice(start, start + chunk)
+        matrix = probes[part] @ gallery
+        if len(subjects) < len(order):
+            matrix = np.maximum.reduceat(matrix, starts, axis=1)
+        rows = np.arange(len(matrix))
+        own_score = matrix[rows, own[part]]
+        as_high = np.count_nonzero(matrix >= own_score[:, None], axis=1)  # the own entry is one of them
+        rank[part] = np.where(mated[part], as_high, 0)
+        score[part] = np.where(mated[part], np.where(as_high == 1, own_score, -np.inf), matrix.max(axis=1))
+    return Search(mated, rank, score)
+
+
+def summary(searches, fpirs=FPIRS, top=TOP):
+    """Top-k [G + 1, len(top)] and TPIR [G + 1, len(fpirs)] of each gallery, and as last row their mean."""
+    tops = np.array([[one.top(k) for k in top] for one in searches])
+    tpirs = np.array([[one.tpir_at(fpir) for fpir in fpirs] for one in searches])
+    return np.vstack([tops, tops.mean(axis=0)]), np.vstack([tpirs, tpirs.mean(axis=0)])

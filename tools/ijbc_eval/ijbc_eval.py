@@ -1,0 +1,154 @@
+"""IJB-B and IJB-C: 1:1 verification and 1:N identification of a model, or of a new model against an old one's gallery.
+
+    python tools/ijbc_eval/ijbc_eval.py -m work_dirs/new/model.pt -net r50 -d IJB_release          (self-test, 1:1)
+    python tools/ijbc_eval/ijbc_eval.py -m new.pt -net r50 -m_old old.pt -old_net r18 -d IJB_release -N
+                                                                                                   (cross-test, 1:N)
+    python tools/ijbc_eval/ijbc_eval.py -P IJB_result/a_IJBC_11.npz IJB_result/b_IJBC_11.npz       (saved results)
+
+In a cross-test the gallery, and the first template of each 1:1 pair, come from the old model; the probe and the second
+from the new. TPR at a given FPR is the largest TPR whose FPR does not exceed it, ties handled exactly.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
+
+from engine.errors import report_errors
+from tools.ijbc_eval import plots, results
+from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
+from tools.ijbc_eval.meta import GALLERIES
+from tools.ijbc_eval.models import ModelFile
+from tools.ijbc_eval.templates import Setting
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-m", "--model_file", help="new model: x.pt / x.pth with -net, x.onnx, or MXNet's prefix,epoch")
+    add("-net", "--network", help="backbone of the new model, e.g. r50")
+    add("-m_old", "--old_model_file", help="old model; given, the test is a cross-test")
+    add("-old_net", "--old_network", help="backbone of the old model, e.g. r18")
+    add_data_arguments(parser)
+    add("-N", "--is_one_2_N", action="store_true", help="1:N identification instead of 1:1 verification")
+    add("-B", "--is_bunch", action="store_true",
+        help="all eight settings N{0,1}D{0,1}F{0,1}: normalise embeddings, times detection score, plus flipped image")
+    add("-R", "--save_result", type=pathlib.Path,
+        help="result file (default IJB_result/{model_name}_{subset}_{11|1N}.npz); plots go beside it")
+    add("-E", "--save_embeddings", action="store_true",
+        help="add embs and embs_f to the result (cross-test: also embs_old, embs_f_old)")
+    add("-L", "--save_label", action="store_true",
+        help="add the template (1:N: and subject) ids that each score belongs to; label itself is always there")
+    add("-P", "--plot_only", nargs="+", type=pathlib.Path, metavar="NPZ",
+        help="plot and tabulate saved results; no model")
+    add("--fpr-point", choices=["exact", "nearest"], default="exact",
+        help="exact: the largest TPR whose FPR does not exceed the one asked for; nearest: the ROC point nearest to "
+        "it, as insightface-derived scripts read it, for comparison with published numbers")
+    arguments = parser.parse_args(argv)
+    if not arguments.plot_only and not (arguments.model_file and arguments.data_path):
+        parser.error("give -m MODEL and -d DIR, or -P with saved results")
+    return arguments
+
+
+def add_data_arguments(parser):
+    """The options that say where the data is and how it is read; compat_report.py has them too."""
+    add = parser.add_argument
+    add("-d", "--data_path", type=pathlib.Path, help="directory that holds IJBC/ and/or IJBB/")
+    add("-s", "--subset", choices=list(GALLERIES), default="IJBC")
+    add("-b", "--batch_size", type=int, default=128, help="images at once (default 128)")
+    add("-F", "--force_reload", action="store_true", help="recompute everything, ignoring what is cached")
+    add("--skip-bad-images", action="store_true", help="leave unreadable images out, and name them in the result")
+    add("--workers", type=int, default=min(os.cpu_count() or 1, 16),
+        help="processes that read and align images (default: the number of cores, at most 16)")
+    add("--cache-dir", type=pathlib.Path, default=DEFAULT_CACHE,
+        help=f"kept embeddings and parsed lists (default {DEFAULT_CACHE} in the current directory)")
+
+
+def open_evaluation(arguments):
+    return Evaluation(
+        arguments.data_path, arguments.subset, arguments.cache_dir, arguments.batch_size, arguments.workers,
+        arguments.skip_bad_images, arguments.force_reload,
+    )
+
+
+def evaluate(arguments):
+    """Run what the command line asks for; returns (name for the result file, result arrays)."""
+    new = ModelFile(arguments.model_file, arguments.network)
+    old = ModelFile(arguments.old_model_file, arguments.old_network) if arguments.old_model_file else new
+    evaluation = open_evaluation(arguments)
+    evaluation.check_widths(old, new)
+    name = new.name if old == new else f"{new.name}_to_{old.name}"
+    settings = Setting.all() if arguments.is_bunch else [Setting()]
+    names = [f"{name} {setting.name}" if arguments.is_bunch else name for setting in settings]
+    subset = arguments.subset
+    if arguments.is_one_2_N:
+        galleries = list(evaluation.galleries)
+        runs = [evaluation.identify(old, new, setting) for setting in settings]
+        result = results.identification_result(names, runs, subset, galleries)
+    else:
+        label = evaluation.pairs.label
+        scores = np.stack([evaluation.verify(old, new, setting) for setting in settings])
+        result = results.verification_result(names, scores, label, subset, arguments.fpr_point)
+    result["bad_images"] = evaluation.bad_images(old, new)
+    if arguments.save_embeddings:
+        result |= embeddings(evaluation, old, new)
+    if arguments.save_label:
+        result |= origins(evaluation, arguments.is_one_2_N)
+    return name, result
+
+
+def embeddings(evaluation, old, new):
+    """-E: the embeddings of all images and of their mirror images, rows in the order of `image_names`."""
+    found = evaluation.store.get(new)
+    arrays = {"embs": found.embs, "embs_f": found.embs_f, "image_names": evaluation.faces.names.astype(str)}
+    if old != new:
+        found = evaluation.store.get(old)
+        arrays |= {"embs_old": found.embs, "embs_f_old": found.embs_f}
+    return arrays
+
+
+def origins(evaluation, one_to_n):
+    """-L: what each score belongs to."""
+    ids = evaluation.faces.template_ids
+    if not one_to_n:
+        return {"first_template": ids[evaluation.pairs.first], "second_template": ids[evaluation.pairs.second]}
+    arrays = {"probe_template": ids[evaluation.probes.template], "probe_subject": evaluation.probes.subject}
+    for name, gallery in evaluation.galleries.items():
+        arrays |= {f"gallery_{name}_template": ids[gallery.template], f"gallery_{name}_subject": gallery.subject}
+    return arrays
+
+
+def show(tables_of, prefix):
+    """Print the tables of results and write their plots: 1:1 and 1:N apart."""
+    for task, plot in (("11", plots.plot_verification), ("1N", plots.plot_identification)):
+        chosen = [result for result in tables_of if result["task"] == task]
+        for result in chosen:
+            print(results.tables(result))
+        if chosen:
+            for path in plot(chosen, prefix):
+                print(f"plot: {path}")
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    if arguments.plot_only:
+        prefix = arguments.save_result.with_suffix("") if arguments.save_result else pathlib.Path("IJB_result/compared")
+        show([results.load(path, arguments.fpr_point) for path in arguments.plot_only], prefix)
+        return
+    name, result = evaluate(arguments)
+    test = "1N" if arguments.is_one_2_N else "11"
+    path = arguments.save_result or pathlib.Path("IJB_result") / f"{name}_{arguments.subset}_{test}.npz"
+    results.save(path, result)
+    if len(result["bad_images"]):
+        print(f"{len(result['bad_images'])} unreadable images were left out; bad_images in the result names them")
+    show([result], path.with_suffix(""))
+    print(f"result: {path}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

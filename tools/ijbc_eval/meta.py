@@ -1,0 +1,281 @@
+"""The protocol files of IJB-B and IJB-C: faces, pairs, galleries and probes, checked line by line and cached.
+
+    {subset}_name_5pts_score.txt       name x1 y1 … x5 y5 score      a cropped image, its landmarks, its detection score
+    {subset}_face_tid_mid.txt          name template medium          which template and medium the image belongs to
+    {subset}_template_pair_label.txt   template template label       1:1; label 1 = same person
+    {subset}_1N_gallery_*.csv, {subset}_1N_probe_mixed.csv           TEMPLATE_ID,SUBJECT_ID,…  a row an image
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+import zipfile
+
+import numpy as np
+
+from tools.ijbc_eval.ascii_table import read_int_table
+from tools.ijbc_eval.files import EvalError, publish, stamp
+
+GALLERIES = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}
+_CACHE_VERSION = 1  # raise it when the meaning of a cached array changes
+
+
+@dataclasses.dataclass
+class Faces:
+    """names [N] (bytes), landmarks float32 [N, 5, 2] (pixels), scores float32 [N]: an entry an image.
+
+    image, template, medium int32 [F]: an entry a line of face_tid_mid; rows of the arrays above, rows of
+    `template_ids` (int64 [T], ascending) and a number for each medium of a template.
+    """
+
+    names: np.ndarray
+    landmarks: np.ndarray
+    scores: np.ndarray
+    image: np.ndarray
+    template: np.ndarray
+    medium: np.ndarray
+    template_ids: np.ndarray
+
+
+@dataclasses.dataclass
+class Pairs:
+    """first, second int32 [P]: rows of Faces.template_ids; label bool [P]: same person."""
+
+    first: np.ndarray
+    second: np.ndarray
+    label: np.ndarray
+
+
+@dataclasses.dataclass
+class Subjects:
+    """One gallery, or the probes: template int32 [Q] (rows of Faces.template_ids, each once), subject int64 [Q]."""
+
+    template: np.ndarray
+    subject: np.ndarray
+
+
+class Protocol:
+    """The files of one subset ("IJBC" or "IJBB") under `data_dir`; each is read when asked for.
+
+    The data directory is only read. A cached part is used while every file it was made from has the size, the
+    modification time and the inode change time it had then. `fresh=True` reads the files in any case.
+    """
+
+    def __init__(self, data_dir, subset, cache_dir, fresh=False):
+        if subset not in GALLERIES:
+            raise EvalError(f"unknown subset {subset!r}; -s takes {' or '.join(GALLERIES)}")
+        self.subset, self.fresh = subset, fresh
+        self.root = pathlib.Path(data_dir).resolve() / subset
+        self.cache_dir = pathlib.Path(cache_dir)
+        self.image_dir = self.root / "loose_crop"
+        prefix = self.root / "meta" / subset.lower()
+        self.landmark_file = pathlib.Path(f"{prefix}_name_5pts_score.txt")
+        self.face_file = pathlib.Path(f"{prefix}_face_tid_mid.txt")
+        self.pair_file = pathlib.Path(f"{prefix}_template_pair_label.txt")
+        self.probe_file = pathlib.Path(f"{prefix}_1N_probe_mixed.csv")
+        self.gallery_files = {name: pathlib.Path(f"{prefix}_1N_gallery_{name}.csv") for name in GALLERIES[subset]}
+        if not (self.root / "meta").is_dir():
+            raise EvalError(
+                f"{self.root / 'meta'}: no such directory; -d takes the directory that holds {subset}/meta and "
+                f"{subset}/loose_crop"
+            )
+
+    def faces(self):
+        sources = [self.landmark_file, self.face_file]
+        return Faces(**self._cached("faces", sources, lambda: vars(read_faces(*sources))))
+
+    def pairs(self, faces):
+        def read():
+            return vars(read_pairs(self.pair_file, self.face_file, faces.template_ids))
+
+        return Pairs(**self._cached("pairs", [self.pair_file, self.face_file], read))
+
+    def gallery(self, name, faces):
+        return self._subjects(self.gallery_files[name], f"gallery_{name}", faces)
+
+    def probes(self, faces):
+        return self._subjects(self.probe_file, "probe", faces)
+
+    def _subjects(self, path, part, faces):
+        def read():
+            return vars(read_subjects(path, self.face_file, faces.template_ids))
+
+        return Subjects(**self._cached(part, [path, self.face_file], read))
+
+    def _cached(self, part, sources, read):
+        stamps = json.dumps([_CACHE_VERSION, [stamp(path) for path in sources]])
+        where = hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
+        path = self.cache_dir / "meta" / f"{self.subset}_{where}_{part}.npz"
+        if path.exists() and not self.fresh:
+            try:
+                with np.load(path) as saved:
+                    if str(saved["stamps"]) == stamps:
+                        return {key: saved[key] for key in saved.files if key != "stamps"}
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                print(f"cache {path} is damaged ({error}); reading the files again", file=sys.stderr)
+        arrays = read()
+        with publish(path) as partial:
+            np.savez(partial, stamps=np.array(stamps), **arrays)
+        return arrays
+
+
+def read_faces(landmark_file, face_file):
+    """Faces from the landmark file and the face list; every line is checked."""
+    points = _read_table(landmark_file, [("name", "S64"), ("values", "f8", 11)], "name x1 y1 … x5 y5 score")
+    listed = _read_table(face_file, [("name", "S64"), ("template", "i8"), ("medium", "i8")], "name template medium")
+    names, landmarks = points["name"], points["values"][:, :10].reshape(-1, 5, 2)
+    _check_landmarks(landmark_file, landmarks, points["values"][:, 10])
+    image = _match_names(names, listed["name"], landmark_file, face_file)
+    if min(listed["template"].min(), listed["medium"].min()) < 0:
+        line = int(np.argmax((listed["template"] < 0) | (listed["medium"] < 0))) + 1
+        raise EvalError(f"{face_file} line {line}: template and medium numbers must not be negative; correct the line")
+    template_ids, template = np.unique(listed["template"], return_inverse=True)
+    medium_ids, medium = np.unique(listed["medium"], return_inverse=True)
+    # Media are numbered within a template: the same number in two templates is two media.
+    medium = np.unique(template * len(medium_ids) + medium, return_inverse=True)[1]
+    return Faces(
+        names, landmarks.astype(np.float32), points["values"][:, 10].astype(np.float32), image.astype(np.int32),
+        template.astype(np.int32), medium.astype(np.int32), template_ids,
+    )
+
+
+def _match_names(names, listed, landmark_file, face_file):
+    """For each listed name its row in `names`; EvalError unless both files name the same images, `names` each once."""
+    row_of = {name: row for row, name in enumerate(names.tolist())}
+    if len(row_of) < len(names):
+        line = next(row for row, name in enumerate(names.tolist()) if row_of[name] != row) + 1
+        name = names[line - 1].decode()
+        raise EvalError(f"{landmark_file} line {line}: {name} is listed again further down; keep one of the lines")
+    hint = "the two files do not belong together, or one is truncated"
+    image = np.array([row_of.get(name, -1) for name in listed.tolist()])
+    if image.min() < 0:
+        line = int(np.argmax(image < 0)) + 1
+        name = listed[line - 1].decode()
+        raise EvalError(f"{face_file} line {line}: {name} has no line in {landmark_file.name}; {hint}")
+    used = np.bincount(image, minlength=len(names)) > 0
+    if not used.all():
+        line = int(np.argmin(used)) + 1
+        name = names[line - 1].decode()
+        raise EvalError(
+            f"{landmark_file} line {line}: {name} has no line in {face_file.name}, so it belongs to no template; {hint}"
+        )
+    return image
+
+
+def _check_landmarks(path, landmarks, scores):
+    finite = np.isfinite(landmarks).all(axis=(1, 2)) & np.isfinite(scores)
+    if not finite.all():
+        raise EvalError(f"{path} line {np.argmin(finite) + 1}: landmarks and score must be finite numbers")
+    spread = np.ptp(landmarks, axis=1).max(axis=1) > 0
+    if not spread.all():
+        raise EvalError(f"{path} line {np.argmin(spread) + 1}: all five landmarks are one point; nothing to align by")
+
+
+def _read_table(path, columns, layout):
+    """A text file as a structured array, a line a row; EvalError that names the first line of another form."""
+    lines = _read_text(path).rstrip().split("\n")
+    if lines == [""]:
+        raise EvalError(f"{path}: is empty; expected lines of `{layout}`")
+    try:
+        table = np.atleast_1d(np.loadtxt(lines, dtype=columns, comments=None))
+    except (ValueError, OverflowError):
+        table = None
+    # loadtxt passes over blank lines and cuts long names, so it is believed only where it can have done neither.
+    if table is None or len(table) != len(lines) or np.char.str_len(table["name"]).max() > 63:
+        _find_bad_line(path, lines, columns, layout)
+    return table
+
+
+def _find_bad_line(path, lines, columns, layout):
+    def is_fine(line):
+        try:
+            return bool(line.strip()) and np.loadtxt([line], dtype=columns, comments=None).size == 1
+        except (ValueError, OverflowError):
+            return False
+
+    number = next((number for number, line in enumerate(lines, 1) if not is_fine(line) or len(line.split()[0]) > 63), 1)
+    raise EvalError(
+        f"{path} line {number}: expected `{layout}` (numbers; a name of at most 63 letters), found "
+        f"{lines[number - 1].strip()[:80]!r}; the file is damaged or truncated, download it again"
+    )
+
+
+def _read_text(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise EvalError(f"{path}: cannot be read ({error.strerror}); check -d DIR and -s SUBSET") from None
+    except UnicodeDecodeError:
+        raise EvalError(f"{path}: is not a text file; download it again") from None
+
+
+def read_pairs(pair_file, face_file, template_ids):
+    """Pairs; templates must be among `template_ids`, labels 0 or 1, and both labels must occur."""
+    table = read_int_table(pair_file, 3, "template template label")
+    rows = np.empty((2, len(table)), np.int32)
+    for side in range(2):
+        rows[side], known = _rows_of(template_ids, table[:, side])
+        if not known.all():
+            line = int(np.argmin(known))
+            raise EvalError(
+                f"{pair_file} line {line + 1}: template {table[line, side]} has no face in {face_file.name}; the two "
+                "files do not belong together, or one is truncated"
+            )
+    label = table[:, 2]
+    if label.max() > 1:
+        line = int(np.argmax(label > 1))
+        raise EvalError(f"{pair_file} line {line + 1}: label {label[line]}; it must be 1 (same person) or 0")
+    if label.min() == label.max():
+        kind = "genuine (label 1)" if label.max() == 0 else "impostor (label 0)"
+        raise EvalError(f"{pair_file}: has no {kind} pair, so there is no ROC; the file is truncated?")
+    return Pairs(rows[0], rows[1], label.astype(bool))
+
+
+def _rows_of(template_ids, ids):
+    """Positions of `ids` in the ascending `template_ids`, and which of them are there at all."""
+    top = int(template_ids[-1])
+    if top < 1 << 24:  # a table, as long as it stays small, is several times faster than a search
+        table = np.full(top + 2, -1, np.int32)
+        table[template_ids] = np.arange(len(template_ids), dtype=np.int32)
+        rows = table[np.minimum(ids, top + 1)]
+        return np.maximum(rows, 0), rows >= 0
+    rows = np.minimum(np.searchsorted(template_ids, ids), len(template_ids) - 1)
+    return rows.astype(np.int32), template_ids[rows] == ids
+
+
+def read_subjects(path, face_file, template_ids):
+    """A gallery's or the probes' templates in order of first appearance; rows after a header TEMPLATE_ID,SUBJECT_ID,…"""
+    text = _read_text(path)
+    header, *lines = text.rstrip().split("\n")
+    separator = next((mark for mark in ",;\t" if mark in header), None)
+    columns = [name.strip().upper() for name in header.split(separator)]
+    if columns[:2] != ["TEMPLATE_ID", "SUBJECT_ID"]:
+        raise EvalError(f"{path} line 1: expected the header TEMPLATE_ID,SUBJECT_ID,…, found {header[:80]!r}")
+    if not lines:
+        raise EvalError(f"{path}: names no template (header only); an empty list cannot be searched, download it again")
+    if not text.endswith("\n"):
+        print(f"note: {path}: the last line has no line end; is the file whole?", file=sys.stderr)
+    subject_of = {}
+    for number, line in enumerate(lines, 2):
+        fields = line.split(separator)
+        if len(fields) != len(columns) or not (fields[0].strip().isdigit() and fields[1].strip().isdigit()):
+            raise EvalError(
+                f"{path} line {number}: expected {len(columns)} fields that begin with two numbers, found "
+                f"{line.strip()[:80]!r}; the file is damaged or truncated, download it again"
+            )
+        template, subject = int(fields[0]), int(fields[1])
+        if subject_of.setdefault(template, (subject, number))[0] != subject:
+            raise EvalError(
+                f"{path} line {number}: template {template} is of subject {subject} here and of subject "
+                f"{subject_of[template][0]} in line {subject_of[template][1]}"
+            )
+    rows, known = _rows_of(template_ids, np.array(list(subject_of), np.int64))
+    if not known.all():
+        template = list(subject_of)[int(np.argmin(known))]
+        raise EvalError(
+            f"{path} line {subject_of[template][1]}: template {template} has no face in {face_file.name}; the two "
+            "files do not belong together, or one is truncated"
+        )
+    return Subjects(rows.astype(np.int32), np.array([subject for subject, _ in subject_of.values()], np.int64))

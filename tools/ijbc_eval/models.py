@@ -1,0 +1,153 @@
+"""Models of three kinds behind one call: uint8 images in, float32 embeddings out."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import torch
+
+from backbones import load_backbone
+from tools.ijbc_eval.files import EvalError
+
+# File names that say nothing about the model; its directory does (work_dirs/<config name>/model.pt).
+_PLAIN_NAMES = {"model", "backbone", "checkpoint", "best", "last"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFile:
+    """What -m and -net name: `x.pt`/`x.pth` (a state dict of the backbone `network`), `x.onnx`, or `prefix,epoch`."""
+
+    file: str
+    network: str | None = None
+
+    @property
+    def kind(self):
+        if self.file.endswith((".pt", ".pth")):
+            return "torch"
+        if self.file.endswith(".onnx"):
+            return "onnx"
+        if "," in self.file and self.file.rsplit(",", 1)[1].isdigit():
+            return "mxnet"
+        raise EvalError(
+            f"{self.file}: unknown kind of model; give x.pt or x.pth with -net, x.onnx, or MXNet's prefix,epoch"
+        )
+
+    @property
+    def paths(self):
+        """The files that make up the model; EvalError for a name of no known kind."""
+        if self.kind != "mxnet":
+            return [pathlib.Path(self.file)]
+        prefix, epoch = self.file.rsplit(",", 1)
+        return [pathlib.Path(f"{prefix}-symbol.json"), pathlib.Path(f"{prefix}-{int(epoch):04d}.params")]
+
+    @property
+    def name(self):
+        path = pathlib.Path(self.file.rsplit(",", 1)[0])
+        stem = path.stem if self.kind != "mxnet" else path.name
+        return path.resolve().parent.name if stem in _PLAIN_NAMES else stem
+
+
+def load_model(model_file, device=None):
+    """A callable with `.num_features`: uint8 RGB [B, 112, 112, 3] -> float32 embeddings [B, num_features] (numpy).
+
+    Raises EvalError when a file or the package that reads it is missing, and backbones.BackboneError (a UserError too)
+    when the file does not fit the network.
+    """
+    for path in model_file.paths:
+        if not path.is_file():
+            raise EvalError(f"{path}: no such file; check -m / -m_old")
+    return {"torch": TorchModel, "onnx": OnnxModel, "mxnet": MxnetModel}[model_file.kind](model_file, device)
+
+
+def _scaled(images):
+    """(x − 127.5) / 128, channels first: uint8 [B, 112, 112, 3] -> float32 [B, 3, 112, 112]."""
+    return np.ascontiguousarray(((images.astype(np.float32) - 127.5) / 128).transpose(0, 3, 1, 2))
+
+
+class TorchModel:
+    def __init__(self, model_file, device=None):
+        if not model_file.network:
+            raise EvalError(f"{model_file.file}: a state dict needs its network; add -net (or -old_net), e.g. -net r50")
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_backbone(model_file.file, model_file.network, self.device)
+        self.num_features = self.model.num_features
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        images = torch.as_tensor(images).to(self.device, non_blocking=True)
+        images = ((images.float() - 127.5) / 128).permute(0, 3, 1, 2).contiguous()
+        return self.model(images).float().cpu().numpy()
+
+
+class OnnxModel:
+    """An ONNX graph with one image input and the embedding as its first output, fed like a state dict's backbone."""
+
+    def __init__(self, model_file, device=None):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise EvalError(f"{model_file.file}: .onnx models need onnxruntime: pip install onnxruntime") from None
+        try:
+            self.session = onnxruntime.InferenceSession(
+                model_file.file, providers=onnxruntime.get_available_providers()
+            )
+        except Exception as error:  # onnxruntime raises its own types, which share no public base class
+            raise EvalError(f"{model_file.file}: onnxruntime cannot load it: {error}") from error
+        self.input = self.session.get_inputs()[0]
+        self.output = self.session.get_outputs()[0].name
+        batch = self.input.shape[0]
+        self.batch = batch if isinstance(batch, int) and batch > 0 else None  # exported with a fixed batch size
+        self.num_features = self(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
+
+    def __call__(self, images):
+        images = _scaled(np.asarray(images))
+        step = self.batch or len(images)
+        parts = []
+        for start in range(0, len(images), step):
+            part = images[start:start + step]
+            filled = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
+            parts.append(self.session.run([self.output], {self.input.name: filled})[0][:len(part)])
+        return np.concatenate(parts).astype(np.float32)
+
+
+class MxnetModel:
+    """An MXNet checkpoint `prefix,epoch`; the embedding is `fc1_output`, as in insightface's, or the last output.
+
+    Those checkpoints scale their input themselves (the graph begins with minus and times a scalar) and get raw pixels;
+    a graph that does not is fed like a state dict's backbone.
+    """
+
+    def __init__(self, model_file, device=None):
+        self.mx = _import_mxnet(model_file)
+        prefix, epoch = model_file.file.rsplit(",", 1)
+        try:
+            symbol, arguments, auxiliary = self.mx.model.load_checkpoint(prefix, int(epoch))
+        except Exception as error:  # MXNet raises bare Exceptions of its own
+            raise EvalError(f"{model_file.file}: MXNet cannot load it: {error}") from error
+        inner = symbol.get_internals()
+        symbol = inner["fc1_output"] if "fc1_output" in inner.list_outputs() else symbol
+        self.scales_itself = "_minus_scalar" in symbol.tojson()
+        context = self.mx.gpu() if self.mx.context.num_gpus() else self.mx.cpu()
+        self.module = self.mx.mod.Module(symbol, data_names=["data"], label_names=None, context=context)
+        self.module.bind(data_shapes=[("data", (1, 3, 112, 112))], for_training=False)
+        self.module.set_params(arguments, auxiliary, allow_extra=True)
+        self.num_features = self(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
+
+    def __call__(self, images):
+        images = np.asarray(images)
+        data = images.astype(np.float32).transpose(0, 3, 1, 2) if self.scales_itself else _scaled(images)
+        self.module.forward(self.mx.io.DataBatch([self.mx.nd.array(data)]), is_train=False)
+        return self.module.get_outputs()[0].asnumpy().astype(np.float32)
+
+
+def _import_mxnet(model_file):
+    if "bool" not in vars(np):
+        np.bool = bool  # MXNet 1.9.1, the last release, asks for this name on import; NumPy 1.24 dropped it
+    try:
+        import mxnet
+    except Exception as error:  # beside a missing package: numpy and shared-library errors of every type
+        raise EvalError(
+            f"{model_file.file}: MXNet checkpoints need mxnet 1.9.1 (Linux x86-64, Python < 3.12, numpy < 2), which "
+            f"does not import here: {error}"
+        ) from None
+    return mxnet

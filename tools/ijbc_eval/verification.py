@@ -1,0 +1,152 @@
+"""1:1: scores of template pairs, and the exact ROC of tens of millions of them."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_BLOCK = 1 << 28  # entries of a score matrix held at once: 1 GiB
+_DENSE_COST = 32  # a product computes an entry about this much faster than a pair is gathered and multiplied
+
+
+def pair_scores(first_features, second_features, first, second):
+    """Cosine of each pair: float32 [P].
+
+    first_features, second_features: float32 [templates, D], L2-normalised; the same array twice in a self-test.
+    first, second: integer [P], rows of the pair's templates.
+
+    Lists like IJB-C's pair few thousand templates with each other many times over: the whole score matrix costs
+    less than gathering the features of every pair, and a score is then one look-up.
+    """
+    rows, row_of = _used(first, len(first_features))
+    columns, column_of = _used(second, len(second_features))
+    scores = np.empty(len(first), np.float32)
+    if len(rows) * len(columns) > _DENSE_COST * len(first):
+        def multiply(part):
+            np.einsum("pd,pd->p", first_features[first[part]], second_features[second[part]], out=scores[part])
+
+        _in_parts(len(first), 1 << 14, multiply)
+        return scores
+    left, right = first_features[rows], second_features[columns].T
+    step = max(1, _BLOCK // len(columns))
+    for start in range(0, len(rows), step):
+        _look_up((left[start:start + step] @ right).ravel(), start, row_of, first, column_of, second, scores)
+    return scores
+
+
+def _look_up(block, start, row_of, first, column_of, second, scores):
+    """Fill in the scores of the pairs whose row is in `block`, the score matrix from row `start` on, flattened."""
+    columns = int(column_of.max()) + 1
+    whole = len(block) == (int(row_of.max()) + 1) * columns
+
+    def work(part):
+        place = (row_of[first[part]] - start) * np.int64(columns) + column_of[second[part]]
+        if whole:
+            np.take(block, place, out=scores[part], mode="clip")  # "raise", the default, would copy through a buffer
+        else:
+            inside = (place >= 0) & (place < len(block))
+            scores[part][inside] = block[place[inside]]
+
+    _in_parts(len(first), 1 << 16, work)
+
+
+def _used(index, size):
+    """The distinct values of `index` [P], ascending, and for each value below `size` its place among them."""
+    mask = np.zeros(size, bool)
+
+    def mark(part):
+        mask[index[part]] = True
+
+    _in_parts(len(index), 1 << 20, mark)
+    values = np.flatnonzero(mask)
+    place = np.zeros(size, np.int32)
+    place[values] = np.arange(len(values), dtype=np.int32)
+    return values, place
+
+
+def _in_parts(length, size, work):
+    """Call `work(slice)` for all parts of `size` of a range, on as many threads as there are cores: NumPy lets go of
+    the interpreter in its loops, and parts this small stay in the processor's cache."""
+    parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(work, parts):
+            pass
+
+
+class Roc:
+    """The ROC of scores [P] with labels [P] (true = same person). Keeps both classes sorted; exact under ties.
+
+    A pair is accepted when its score is above the threshold. ValueError when a class is missing or a score is NaN.
+    """
+
+    def __init__(self, scores, label):
+        label = np.asarray(label, bool)
+        scores = np.asarray(scores)
+        self.genuine = np.sort(scores[label])
+        self.impostor = np.sort(scores[~label])
+        if not len(self.genuine) or not len(self.impostor):
+            raise ValueError(
+                f"a ROC needs pairs of both kinds; found {len(self.genuine)} genuine and {len(self.impostor)} impostor"
+            )
+        if np.isnan(self.genuine[-1]) or np.isnan(self.impostor[-1]):  # NaN sorts last
+            raise ValueError("some scores are NaN; the model's embeddings are not finite")
+
+    @property
+    def auc(self):
+        """P(genuine > impostor) + ½ P(equal): the area under the ROC (Mann-Whitney), from integer counts."""
+        below = np.searchsorted(self.impostor, self.genuine, "left").sum(dtype=np.int64)
+        not_above = np.searchsorted(self.impostor, self.genuine, "right").sum(dtype=np.int64)
+        return float((int(below) + int(not_above)) / (2 * len(self.genuine) * len(self.impostor)))
+
+    def tpr_at(self, fpr):
+        """The largest TPR whose FPR does not exceed `fpr` (0 … 1).
+
+        k = the most impostors that may pass; the threshold is the (k+1)-th largest impostor score: above it are at most
+        k impostors, and any lower threshold lets that one, with all that tie with it, pass.
+        """
+        return float(np.mean(self.genuine > self.threshold_at(fpr)))
+
+    def threshold_at(self, fpr):
+        allowed = most_allowed(fpr, len(self.impostor))
+        return self.impostor[-1 - allowed] if allowed < len(self.impostor) else -np.inf
+
+    def nearest_tpr(self, fpr):
+        """The TPR of the ROC point whose FPR is nearest to `fpr`, as insightface-derived scripts read it.
+
+        Those take the points of sklearn's `roc_curve`, which drops points on straight stretches, and of two equally
+        near ones the one of the lower threshold. The nearest point may lie *above* the FPR asked for, so that this
+        can exceed `tpr_at`: by one step of the ROC as a rule, by much where impostor scores tie or are few.
+        """
+        fps, tps = self._corners()
+        distance = np.abs(fps / len(self.impostor) - fpr)
+        nearest = len(distance) - 1 - np.argmin(distance[::-1])
+        return float(tps[nearest] / len(self.genuine))
+
+    def _corners(self):
+        """False and true positives at the ROC's corner points, descending thresholds, from (0, 0)."""
+        if not hasattr(self, "_corner_cache"):
+            thresholds = np.unique(np.concatenate([self.genuine, self.impostor]))[::-1]
+            fps = len(self.impostor) - np.searchsorted(self.impostor, thresholds, "left")
+            tps = len(self.genuine) - np.searchsorted(self.genuine, thresholds, "left")
+            bend = np.ones(len(thresholds), bool)
+            bend[1:-1] = (np.diff(fps, 2) != 0) | (np.diff(tps, 2) != 0)
+            self._corner_cache = np.append(0, fps[bend]), np.append(0, tps[bend])
+        return self._corner_cache
+
+
+def most_allowed(rate, total):
+    """The largest whole k with k / total ≤ rate. Not floor(rate · total): 0.29 · 100 is 28.999999999999996."""
+    allowed = min(int(rate * total), total)
+    while allowed < total and (allowed + 1) / total <= rate:
+        allowed += 1
+    while allowed > 0 and allowed / total > rate:
+        allowed -= 1
+    return allowed
+
+
+def summary(scores, label, fprs=FPRS, point="exact"):
+    """`(TPR at each FPR float64 [len(fprs)], AUC)`; `point` is "exact" (see Roc.tpr_at) or "nearest"."""
+    roc = Roc(scores, label)
+    read = roc.nearest_tpr if point == "nearest" else roc.tpr_at
+    return np.array([read(fpr) for fpr in fprs]), roc.auc

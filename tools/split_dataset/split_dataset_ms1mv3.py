@@ -1,0 +1,154 @@
+"""Split `train.rec` into the parts for the old and the new model, by classes and by images.
+
+    python tools/split_dataset/split_dataset_ms1mv3.py --root dataset/ms1m-retinaface-t1 [--ratio 0.3]
+
+Writes beside it, each with its `.idx` (30 and 70 stand for 100 * ratio and the rest):
+- train_part_30_class: all images of the first round(ratio * classes) classes, with their labels;
+- train_part_70_class: all images of the other classes, whose labels are shifted to begin at 0;
+- train_part_30_data: of a class of n images the first max(1, round(ratio * n)), in record order;
+- train_part_70_data: the others; an image that is the only one of its class is in both parts.
+
+`round` is Python's: halves go to the even neighbour. Records are copied as they lie in the file, with nothing but the
+class label changed where it is shifted; images keep their order and have the keys 1, 2, ...; record 0 is a header
+with label = (images + 1, classes).
+"""
+
+import argparse
+import contextlib
+import pathlib
+import struct
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset import RecordDataset
+from recordio import IRHeader, RecordError, RecordWriter, pack
+
+_WORD = struct.Struct("<I")
+_LABEL = struct.Struct("<f")
+_CHUNK = 1 << 14  # records between two signs of progress
+
+
+def first_classes(num_classes, ratio):
+    """How many classes go to the first part of the class split."""
+    count = round(ratio * num_classes)
+    if not 0 < count < num_classes:
+        raise ValueError(f"ratio {ratio} of {num_classes} classes leaves one part without a class: choose another")
+    return count
+
+
+def data_split(labels, ratio):
+    """Which images, bool [N] each, go to the first and which to the second part; `labels` int64 [N] in any order."""
+    size = np.bincount(labels)
+    order = np.argsort(labels, kind="stable")  # images of a class together, in record order
+    begin = np.cumsum(size) - size
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(labels)) - begin[labels[order]]
+    first = rank < np.maximum(1, np.rint(ratio * size))[labels]  # rint rounds as Python's round does
+    return first, ~first | (size == 1)[labels]
+
+
+def relabelled(record, label):
+    """A whole record (`RecordReader.read_raw`) with another class; None where its header is cut into parts."""
+    flag, = _WORD.unpack_from(record, 8)
+    place = 12 if flag == 0 else 32  # the header's own label, or the first of the labels that follow it
+    if (_WORD.unpack_from(record, 4)[0] & (1 << 29) - 1) + 8 < place + 4:
+        return None
+    record = bytearray(record)
+    _LABEL.pack_into(record, place, label)
+    return record
+
+
+class Part:
+    """One of the files to write."""
+
+    def __init__(self, path, num_image, num_classes):
+        self.writer = RecordWriter(path)
+        self.key = 0
+        self._append(pack(IRHeader(0, [num_image + 1, num_classes], 0, 0), b""))
+
+    def _append(self, payload):
+        self.writer.write(self.key, payload)
+        self.key += 1
+
+    def copy(self, reader, key, record, label=None):
+        """Append record `key` of `reader`, read as `record`; with another label where one is given."""
+        if label is not None:
+            record = relabelled(record, label)
+            if record is None:
+                header, image = reader.read_record(key)
+                labels = label if header.flag == 0 else [label, *header.label[1:]]
+                self._append(pack(header._replace(label=labels), image))
+                return
+        self.writer.write_raw(self.key, record)
+        self.key += 1
+
+
+def part_paths(root, ratio):
+    """The `.rec` files of the class split and of the data split, two each."""
+    percent = round(100 * ratio)
+    if not 0 < ratio < 1 or percent in (0, 50, 100):
+        raise ValueError(f"ratio is {ratio}; it must lie between 0 and 1, and 50 % would give both parts the same name")
+    return [root / f"train_part_{share}_{kind}.rec" for kind in ("class", "data") for share in (percent, 100 - percent)]
+
+
+def split(root, ratio=0.3):
+    """Split `root`/train.rec; returns `(path, images, classes)` of each file written.
+
+    Raises `FileNotFoundError` and `RecordError` for a set that is missing or broken and `ValueError` for a ratio that
+    does not split it; nothing is left under the final names then.
+    """
+    paths = part_paths(root, ratio)
+    source = RecordDataset(root / "train.rec")
+    labels = source.labels()
+    cut = first_classes(source.num_classes, ratio)
+    in_class = [labels < cut, labels >= cut]
+    in_data = data_split(labels, ratio)
+    images = [int(member.sum()) for member in (*in_class, *in_data)]
+    classes = [cut, source.num_classes - cut, source.num_classes, source.num_classes]
+    with contextlib.ExitStack() as stack:
+        parts = []
+        for path, *counts in zip(paths, images, classes):
+            parts.append(Part(path, *counts))
+            stack.enter_context(parts[-1].writer)
+        _copy(source.reader, source.keys, parts, labels, cut, in_data)
+    return list(zip(paths, images, classes))
+
+
+def _copy(reader, keys, parts, labels, cut, in_data):
+    low_class, high_class, first_data, second_data = parts
+    with tqdm(total=len(keys), desc="split", unit="rec", disable=None) as bar:
+        for start in range(0, len(keys), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            columns = (column[chunk].tolist() for column in (labels, *in_data))
+            for key, label, first, second in zip(keys[chunk], *columns):
+                record = reader.read_raw(key)
+                if label < cut:
+                    low_class.copy(reader, key, record)
+                else:
+                    high_class.copy(reader, key, record, label - cut)
+                if first:
+                    first_data.copy(reader, key, record)
+                if second:
+                    second_data.copy(reader, key, record)
+            reader.release()
+            bar.update(len(keys[chunk]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=pathlib.Path, required=True, help="directory that holds train.rec and train.idx")
+    parser.add_argument("--ratio", type=float, default=0.3, help="share of the old model's part (default: 0.3)")
+    args = parser.parse_args()
+    try:
+        for path, images, classes in split(args.root, args.ratio):
+            print(f"{path}: {images} images, {classes} classes")
+    except (RecordError, FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
