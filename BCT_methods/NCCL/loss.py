@@ -117,13 +117,13 @@ class NeighborhoodConsensusLoss(nn.Module):
 def _inner_products(logits, queue, dtype):
     """logits [N, num_local] x queue [Q, num_local] -> [N, Q] in `dtype`, with gradient to the logits.
 
-    A float16 queue: float16 products, a block of classes at a time, since a sum over 65,402 of them runs to several
-    hundred, where float16 is coarse.
+    The large operand comes first: a quarter faster on the CPU, the same on a GPU. A float16 queue: float16 products, a
+    block of classes at a time, since a sum over 65,402 of them runs to several hundred, where float16 is coarse.
     """
     if queue.dtype != torch.float16:
-        return logits.to(dtype) @ queue.T
+        return (queue @ logits.to(dtype).T).T
     blocks = zip(logits.half().split(HALF_BLOCK, dim=1), queue.split(HALF_BLOCK, dim=1))
-    return sum((part @ slots.T).to(dtype) for part, slots in blocks)
+    return sum((slots @ part.T).to(dtype) for part, slots in blocks).T
 
 
 class _SumToOwnRows(torch.autograd.Function):

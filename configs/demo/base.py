@@ -9,5 +9,5 @@ config = edict()
 
 config.network = "tiny"
 config.embedding_size = 128
-config.num_epoch = 40
-config.batch_size = 128
+config.num_epoch = 24
+config.warmup_epoch = 3.0           # s = 64 and m = 0.5 from random weights stall without it
