@@ -28,7 +28,7 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 
 # Keys that hold paths; relative ones lie under `workspace`.
 PATH_KEYS = (
-    "rec", "rec_val", "output", "old_embedding", "old_embedding_label", "credible_old_feature", "old_prototype", "old_model_path",
+    "rec", "rec_val", "output", "old_embedding", "old_embedding_label", "credible_old_feature", "old_prototype", "center_radius",
 )
 
 

@@ -87,13 +87,15 @@ class FeatureSet:
 def command_for(path):
     """The command that writes the file `path` of a feature_save directory, as far as its name tells."""
     path = pathlib.Path(path)
-    match = re.fullmatch(r"(.+?)_(feature|label|avg_feature|credible_ratio_([0-9.]+)_feature)\.npy", path.name)
+    match = re.fullmatch(r"(.+?)_(feature|label|avg_feature|credible_entropy_feature|credible_ratio_([0-9.]+)_feature)\.npy", path.name)
     try:
         files = FeatureSet(match[1], path.parent.parent)
     except (FeatureError, TypeError):
         return "python tools/get_feature/get_feature.py CONFIG --SD NAME"
     if match[2] == "avg_feature":
         return files.command("get_avg_feature")
+    if match[2] == "credible_entropy_feature":
+        return files.command("credible_entropy")
     if match[3]:
         return files.command("denoise_credible", f" --T {float(match[3]) / 100:g}")
     return files.command()

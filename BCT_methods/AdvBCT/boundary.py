@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.by_class import add_by_class, chunks, normalise
 from engine.distributed import barrier, is_main, sum_over_ranks
 from engine.features import FeatureError
-from tools.get_feature.by_class import add_by_class, chunks
-from tools.get_feature.denoise_credible import normalise
 
 WHISKER = 1.5       # outliers lie this many interquartile ranges outside the quartiles
 ENOUGH = 4          # distances from which on there are quartiles to speak of
@@ -45,7 +44,8 @@ def class_boundaries(features, labels, num_classes):
         raise FeatureError(f"{len(features)} features, but {len(labels)} labels; run get_feature again")
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise FeatureError(
-            f"labels go from {labels.min()} to {labels.max()}, but there are {num_classes} classes; run get_feature again"
+            f"labels go from {labels.min()} to {labels.max()}, but there are {num_classes} classes; "
+            "run get_feature again"
         )
     size = np.bincount(labels, minlength=num_classes)
     centers = np.zeros((num_classes, features.shape[1]))
@@ -96,12 +96,14 @@ def load_boundaries(path, old, num_classes):
         with np.load(path) as file:
             arrays = [torch.from_numpy(file[name]) for name in ("centers", "radius", "count")]
     except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise FeatureError(f"{path}: not a readable file of centres and radii ({error}); delete it, and it is written again") from error
+        raise FeatureError(
+            f"{path}: not a readable file of centres and radii ({error}); delete it, and it is written again"
+        ) from error
     shapes = [(num_classes, old.features.shape[1]), (num_classes,), (num_classes,)]
     if [tuple(array.shape) for array in arrays] != shapes:
         raise FeatureError(
-            f"{path}: centres {list(arrays[0].shape)}, but {old.path} has {num_classes} classes of width {old.features.shape[1]}; "
-            "delete it, and it is written again, or set center_radius to another file"
+            f"{path}: centres {list(arrays[0].shape)}, but {old.path} has {num_classes} classes of width "
+            f"{old.features.shape[1]}; delete it, and it is written again, or set center_radius to another file"
         )
     return arrays
 
@@ -114,13 +116,15 @@ def _save(path, centers, radius, count):
             np.savez(file, centers=centers, radius=radius, count=count)
         os.replace(temporary, path)
     except OSError as error:
-        raise FeatureError(f"{path}: could not be written ({error.strerror}); set center_radius to a place that can") from error
+        raise FeatureError(
+            f"{path}: could not be written ({error.strerror}); set center_radius to a place that can"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class ElasticBoundary(nn.Module):
-    """One learnable scalar a class, `elastic` [num_classes], uniform in (-1, 1) at first: how far r_y lies towards t."""
+    """A learnable scalar a class, `elastic` [num_classes], at first uniform in (-1, 1): how far r_y lies towards t."""
 
     def __init__(self, num_classes):
         super().__init__()

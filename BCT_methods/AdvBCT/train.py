@@ -31,11 +31,12 @@ class AdvBCT(Trainer):
         self.old.check_labels(index, labels)
         new = self.backbone(images)
         old = self.old[index].to(self.device)
+        outside = point_to_set_loss(new, labels, *self.classes, self.extra["boundary"], cfg.threshold)
         alpha = reversal_strength(self.step / self.total_steps)
         fade = (cfg.num_epoch - self.epoch) / cfg.num_epoch     # (E - epoch + 1) / E with epochs counted from 1
         return {
             "cls": self.classifier(new, labels),
-            "p2s": cfg.p2s_weight * point_to_set_loss(new, labels, *self.classes, self.extra["boundary"], cfg.threshold),
+            "p2s": cfg.p2s_weight * outside,
             "adv": cfg.adv_weight * fade * adversarial_loss(self.extra["discriminator"], new, old, alpha),
         }
 

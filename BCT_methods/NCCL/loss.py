@@ -76,7 +76,7 @@ class NeighborhoodConsensusLoss(nn.Module):
         return embedding / used, logit / used
 
     def _weighted_cross_entropy(self, scores, weight):
-        """-sum_ij weight_ij log softmax_j(scores_ij / T) over filled slots; scores, weight [B, Q], weight 0 at empty ones."""
+        """-sum_ij weight_ij log softmax_j(scores_ij / T) over filled slots; both [B, Q], the weight 0 at empty ones."""
         scores = scores / self.temperature
         # Not -inf: while the queue is empty altogether, that would make NaN of a sum that counts nothing.
         filled = scores.masked_fill(self.queue_labels < 0, torch.finfo(scores.dtype).min)

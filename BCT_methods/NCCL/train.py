@@ -24,12 +24,14 @@ class NCCL(Trainer):
     def setup(self):
         cfg = self.cfg
         if cfg.sample_rate != 1:
-            raise ConfigError(f"{cfg.config_file}: sample_rate = {cfg.sample_rate} must be 1: NCCL compares the logits of all classes")
+            raise ConfigError(
+                f"{cfg.config_file}: sample_rate = {cfg.sample_rate} must be 1: NCCL compares the logits of all classes"
+            )
         self.old = OldFeatures(cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size)
         self.credible = load_credible(cfg.credible_old_feature, self.train_set)
-        half = cfg.fp16 and self.device.type == "cuda"
+        logit_dtype = torch.float16 if cfg.fp16 and self.device.type == "cuda" else torch.float32
         self.extra["consensus"] = NeighborhoodConsensusLoss(
-            cfg.embedding_size, cfg.num_classes, cfg.queue_size, cfg.temperature, torch.float16 if half else torch.float32
+            cfg.embedding_size, cfg.num_classes, cfg.queue_size, cfg.temperature, logit_dtype
         )
 
     def losses(self, images, labels, index):

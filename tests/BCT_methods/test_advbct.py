@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from BCT_methods.AdvBCT.boundary import ElasticBoundary, class_boundaries, default_path, load_boundaries, point_to_set_loss
+from BCT_methods.AdvBCT.boundary import (
+    ElasticBoundary, class_boundaries, default_path, load_boundaries, point_to_set_loss,
+)
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
 from BCT_methods.AdvBCT.train import AdvBCT
 from engine import distributed
@@ -17,7 +19,7 @@ from engine.config import load_config
 from engine.features import FeatureError
 from tests.BCT_methods.whole_runs import REPO, launch, train, write_config, write_old_features
 from tests.ranks import run_ranks
-from tools.get_feature import by_class
+from engine import by_class
 
 WIDTH, CLASSES = 6, 5
 
@@ -31,7 +33,8 @@ def small_chunks(monkeypatch):
 
 
 def boundaries_slowly(features, labels, num_classes):
-    centers, radius, count = np.zeros((num_classes, features.shape[1])), np.zeros(num_classes), np.zeros(num_classes, int)
+    centers = np.zeros((num_classes, features.shape[1]))
+    radius, count = np.zeros(num_classes), np.zeros(num_classes, int)
     rows = [feature.astype(np.float64) / math.sqrt(sum(feature.astype(np.float64) ** 2)) for feature in features]
     for c in range(num_classes):
         mine = [row for row, label in zip(rows, labels) if label == c]
@@ -54,7 +57,8 @@ def boundaries_slowly(features, labels, num_classes):
 def test_boundaries_against_loops(labels, seed, outliers, dtype):
     random = np.random.default_rng(seed)
     centres = random.normal(size=(CLASSES, WIDTH)) * 3
-    features = centres[labels] + random.normal(size=(len(labels), WIDTH)) * (random.uniform(size=(len(labels), 1)) if outliers else 1)
+    spread = random.uniform(size=(len(labels), 1)) if outliers else 1
+    features = centres[labels] + spread * random.normal(size=(len(labels), WIDTH))
     features = (features * random.uniform(0.1, 20, (len(labels), 1))).astype(dtype)
     centers, radius, count = class_boundaries(features, np.array(labels), CLASSES)
     expected = boundaries_slowly(features, labels, CLASSES)
@@ -76,7 +80,7 @@ def test_an_outlier_is_dropped_from_the_radius_but_not_from_the_centre():
     features, labels = one_far_row()
     centers, radius, count = class_boundaries(features, labels, CLASSES)
     assert count.tolist() == [1, 9, 0, 2, 0]
-    np.testing.assert_allclose(centers[1], features[:10].mean(0), atol=1e-6)    # the far row is in it, the length is not 1
+    np.testing.assert_allclose(centers[1], features[:10].mean(0), atol=1e-6)   # with the far row, not of length 1
     assert radius[1] == pytest.approx(np.linalg.norm(features[:9] - centers[1], axis=1).max(), abs=1e-6)
     assert np.linalg.norm(features[9] - centers[1]) > 1.7 > radius[1]
 
@@ -146,7 +150,8 @@ def sets(rows, seed=0):
     centers *= 0.8 / centers.norm(dim=1, keepdim=True)
     labels = torch.randint(CLASSES, (rows,), generator=generator)
     embeddings = centers[labels] + 0.25 * torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
-    return (embeddings * 7).requires_grad_(), labels, centers, torch.tensor([0.5, 0.3, 0.7, 0.2, 0.0]).double(), torch.tensor([4, 9, 2, 1, 0])
+    radius = torch.tensor([0.5, 0.3, 0.7, 0.2, 0.0], dtype=torch.float64)
+    return (embeddings * 7).requires_grad_(), labels, centers, radius, torch.tensor([4, 9, 2, 1, 0])
 
 
 def point_to_set_slowly(embeddings, labels, centers, radius, count, elastic, threshold):
@@ -334,7 +339,8 @@ def test_train_script_on_two_ranks(folder):
     model = torch.load(folder / "launched" / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in model.values())
     assert not any("elastic" in name or "discriminator" in name for name in model)
-    states = [torch.load(path, weights_only=True)["extra"] for path in (folder / "launched").glob("checkpoint_step_6_*.pt")]
+    paths = (folder / "launched").glob("checkpoint_step_6_*.pt")
+    states = [torch.load(path, weights_only=True)["extra"] for path in paths]
     assert len(states) == 2 and states[0].keys() >= {"boundary.elastic", "discriminator.hidden.weight"}
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-6)

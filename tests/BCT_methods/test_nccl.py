@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from BCT_methods.NCCL import loss as nccl_loss
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
@@ -53,7 +52,7 @@ def fill(queue, old, logits, labels, size):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-@pytest.mark.parametrize("size", [4, 7, 8, 50])     # of batches of 4: just one, wrap-around within a batch, two whole, never full
+@pytest.mark.parametrize("size", [4, 7, 8, 50])     # batches of 4: one fits, wrap-around, two fit, never full
 def test_losses_gradients_and_queue_against_loops(size, temperature):
     module, queue = NeighborhoodConsensusLoss(WIDTH, CLASSES, size, temperature).double(), []
     for old, old_logits, new, new_logits, labels in batches(6, 4):
@@ -73,7 +72,8 @@ def test_a_batch_larger_than_the_queue_leaves_its_last_rows():
         labels[:4] = 6      # their own old features are out again, no other has that label: they do not count
         fill(queue, old, old_logits, labels, 5)
         results = module(old, old_logits, new, new_logits, labels)
-        torch.testing.assert_close(results, tuple(slowly(queue, old, new, new_logits, labels, 1.0)), rtol=1e-10, atol=1e-12)
+        expected = slowly(queue, old, new, new_logits, labels, 1.0)
+        torch.testing.assert_close(results, tuple(expected), rtol=1e-10, atol=1e-12)
         assert sorted(module.queue_labels.tolist()) == sorted(labels[-5:].tolist())
 
 
@@ -104,8 +104,8 @@ def test_the_order_within_a_batch_does_not_matter():
     first, second = (NeighborhoodConsensusLoss(WIDTH, CLASSES, 12).double() for _ in range(2))
     for old, old_logits, new, new_logits, labels in batches(4, 6):      # 12 slots hold whole batches
         order = torch.randperm(6)
-        results = first(old, old_logits, new, new_logits, labels)
-        torch.testing.assert_close(results, second(old[order], old_logits[order], new[order], new_logits[order], labels[order]))
+        batch = old, old_logits, new, new_logits, labels
+        torch.testing.assert_close(first(*batch), second(*(tensor[order] for tensor in batch)))
 
 
 def test_a_new_neighbour_of_its_own_class_is_rewarded_and_of_another_not():
@@ -213,16 +213,16 @@ def test_a_run_on_two_ranks_is_the_run_on_one(folder, filtered):
     for name, value in backbone.items():
         torch.testing.assert_close(results[0][0][name], value, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.cat([result[1] for result in results]), centres, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        torch.cat([result[2]["consensus.queue_logits"] for result in results], 1), extra["consensus.queue_logits"], rtol=0, atol=1e-5
-    )
+    queue = torch.cat([result[2]["consensus.queue_logits"] for result in results], 1)
+    torch.testing.assert_close(queue, extra["consensus.queue_logits"], rtol=0, atol=1e-5)
     assert (extra["consensus.queue_labels"] == -1).any() == filtered    # 4 steps of 12 went through 17 slots
 
 
 def test_both_losses_move_the_weights(folder):
     runs = {}
-    for name, keys in {"both": {}, "embedding": {"beta": 0.0}, "logit": {"alpha": 0.0}, "none": {"alpha": 0.0, "beta": 0.0}}.items():
-        runs[name] = train(NCCL, write_config(folder, "NCCL", name, queue_size=30, num_epoch=1, **keys))[0]["3.weight"]
+    for name, alpha, beta in (("both", 1.0, 0.01), ("embedding", 1.0, 0.0), ("logit", 0.0, 0.01), ("none", 0.0, 0.0)):
+        path = write_config(folder, "NCCL", name, queue_size=30, num_epoch=1, alpha=alpha, beta=beta)
+        runs[name] = train(NCCL, path)[0]["3.weight"]
     for first, second in (("both", "embedding"), ("both", "logit"), ("embedding", "none"), ("logit", "none")):
         assert not torch.allclose(runs[first], runs[second], rtol=0, atol=1e-7), (first, second)
 
@@ -238,7 +238,8 @@ def test_train_script_on_two_ranks(folder):
     assert "Global Step: 6" in output and "embedding" in output and "logit" in output
     model = torch.load(folder / "launched" / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in model.values()) and not any("queue" in name for name in model)
-    states = [torch.load(path, weights_only=True) for path in sorted((folder / "launched").glob("checkpoint_step_6_*.pt"))]
+    paths = sorted((folder / "launched").glob("checkpoint_step_6_*.pt"))
+    states = [torch.load(path, weights_only=True) for path in paths]
     assert [state["extra"]["consensus.queue_logits"].shape for state in states] == [(40, 3), (40, 2)]
     assert (states[0]["extra"]["consensus.queue_labels"] >= 0).all()    # 6 steps of 8
 

@@ -19,7 +19,8 @@ def write_old_features(folder, labels, width=WIDTH, seed=0):
     random = np.random.default_rng(seed)
     labels = np.asarray(labels)
     centres = random.normal(size=(labels.max() + 1, width))
-    rows = (centres[labels] + 0.4 * random.normal(size=(len(labels), width))) * random.uniform(0.5, 20, (len(labels), 1))
+    rows = centres[labels] + 0.4 * random.normal(size=(len(labels), width))
+    rows *= random.uniform(0.5, 20, (len(labels), 1))
     np.save(folder / "old_feature.npy", rows.astype(np.float32))
     np.save(folder / "old_label.npy", labels.astype(np.int64))
 
@@ -33,8 +34,8 @@ def write_config(folder, method, name, **keys):
         base.write_text((REPO / "BCT_methods" / method / "configs" / "base.py").read_text())
     keys = {
         "rec": str(folder / "set.rec"), "output": str(folder / name), "old_embedding": str(folder / "old_feature.npy"),
-        "old_embedding_label": str(folder / "old_label.npy"), "embedding_size": WIDTH, "network": "tiny", "num_epoch": 2,
-        "batch_size": 12, "num_workers": 0, "lr": 0.05, "margin_scale": 8.0, **keys,
+        "old_embedding_label": str(folder / "old_label.npy"), "embedding_size": WIDTH, "network": "tiny",
+        "num_epoch": 2, "batch_size": 12, "num_workers": 0, "lr": 0.05, "margin_scale": 8.0, **keys,
     }
     lines = [f"config.{key} = {value!r}" for key, value in keys.items()]
     path = configs / f"{name}.py"
@@ -51,7 +52,7 @@ def without_batch_norm():
 
 
 def train(method, path, *overrides):
-    """Train the Trainer class `method`, on `without_batch_norm`; returns (backbone, class centres, extra) as tensors."""
+    """Train the Trainer class `method`, on `without_batch_norm`; returns (backbone, class centres, extra)."""
     torch.set_num_threads(1)
     plain = type("Plain", (method,), {"build_backbone": lambda self: without_batch_norm()})
     trainer = plain(load_config(path, overrides))
@@ -61,10 +62,10 @@ def train(method, path, *overrides):
 
 
 def launch(method, path, *overrides, ranks=2):
-    """Run the method's train.py from its own folder by torch.distributed.launch; returns its output, asserts success."""
+    """Run the method's train.py from its own folder by torch.distributed.launch; returns its output."""
     command = [
-        sys.executable, "-m", "torch.distributed.launch", f"--nproc_per_node={ranks}", f"--master_port={29500 + os.getpid() % 2000}",
-        "train.py", str(path), *overrides,
+        sys.executable, "-m", "torch.distributed.launch", f"--nproc_per_node={ranks}",
+        f"--master_port={29500 + os.getpid() % 2000}", "train.py", str(path), *overrides,
     ]
     done = subprocess.run(
         command, cwd=REPO / "BCT_methods" / method, capture_output=True, text=True, timeout=300,

@@ -82,6 +82,9 @@ def test_the_command_that_writes_a_file():
     get = "python tools/get_feature/get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70"
     assert command_for(files.feature) == command_for(files.label) == get
     assert command_for(files.avg_feature) == "python tools/get_feature/get_avg_feature.py --SD f128_r18_softmax_class70"
+    assert command_for(files.root / "OPclass/f128_r18_softmax_class70_credible_entropy_feature.npy") == (
+        "python tools/get_feature/credible_entropy.py --SD f128_r18_softmax_class70"
+    )
     assert command_for(files.credible(0.9)) == (
         "python tools/get_feature/denoise_credible.py --T 0.9 --SD f128_r18_softmax_class70"
     )

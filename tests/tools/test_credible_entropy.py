@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.features import FeatureError, load_credible
-from tools.get_feature import by_class, credible_entropy
+from engine import by_class
+from tools.get_feature import credible_entropy
 from tools.get_feature.credible_entropy import assignment_entropy, low_entropy_rows, means_and_variance
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "tools/get_feature/credible_entropy.py"
@@ -49,7 +50,10 @@ def entropy_slowly(features, labels):
 
 
 @settings(deadline=None, max_examples=30)
-@given(more=st.lists(st.integers(0, 5), min_size=4, max_size=40), noise=st.sampled_from([0.3, 1.0, 3.0]), seed=st.integers(0, 99))
+@given(
+    more=st.lists(st.integers(0, 5), min_size=4, max_size=40),
+    noise=st.sampled_from([0.3, 1.0, 3.0]), seed=st.integers(0, 99),
+)
 def test_entropy_against_loops(more, noise, seed):
     labels = np.array([*range(6), *more])
     features = clustered(labels, noise=noise, seed=seed)
@@ -65,7 +69,7 @@ def test_entropy_against_loops(more, noise, seed):
 
 
 def corners():
-    """Eight classes at the corners of a simplex, twenty near images each, of varying spread; then eight images in the middle."""
+    """Eight classes at the corners of a simplex, twenty images near each; then eight images in the middle."""
     random = np.random.default_rng(1)
     labels = np.repeat(np.arange(8), 20)
     near = np.eye(8)[labels] + random.uniform(0.02, 0.5, (160, 1)) * random.normal(size=(160, 8))
@@ -83,7 +87,8 @@ def test_features_between_all_classes_are_dropped_and_others_kept():
 def test_the_order_of_rows_does_not_matter():
     features, labels = corners()
     order = np.random.default_rng(0).permutation(len(labels))
-    np.testing.assert_array_equal(low_entropy_rows(features[order], labels[order]), low_entropy_rows(features, labels)[order])
+    shuffled = low_entropy_rows(features[order], labels[order])
+    np.testing.assert_array_equal(shuffled, low_entropy_rows(features, labels)[order])
 
 
 def test_without_variance_every_row_is_its_own_class():
@@ -117,4 +122,5 @@ def test_command_writes_what_nccl_reads(tmp_path):
 def test_command_names_what_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         credible_entropy.main(["--SD", "old_class70", "--feature_save", str(tmp_path)])
-    assert "old_class70_feature.npy: no such file; write it by: python tools/get_feature/get_feature.py" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "old_class70_feature.npy: no such file; write it by: python tools/get_feature/get_feature.py" in error

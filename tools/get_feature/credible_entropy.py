@@ -33,10 +33,9 @@ import torch
 from tqdm import tqdm
 
 from engine import distributed
+from engine.by_class import add_by_class, chunks, count_classes, normalise
 from engine.errors import report_errors
 from engine.features import FeatureError, open_feature_set, save_array
-from tools.get_feature.by_class import add_by_class, chunks, count_classes
-from tools.get_feature.denoise_credible import normalise
 from tools.get_feature.get_feature import extract, make_parser, parse
 
 BLOCK = 1 << 24         # distances computed at once: 64 MB in float32, and a few copies
@@ -53,7 +52,7 @@ def low_entropy_rows(features, labels, device="cpu"):
 
 
 def means_and_variance(features, labels):
-    """`(m float64 [C, D], v)`: class means of the normalised rows, variance of the rows' distances to their own mean."""
+    """`(m float64 [C, D], v)`: class means of the normalised rows, variance of the rows' distances to their own."""
     counts = count_classes(labels)
     means = np.zeros((len(counts), features.shape[1]))
     for _, rows, classes in chunks(features, labels):
@@ -69,7 +68,7 @@ def means_and_variance(features, labels):
 
 
 def assignment_entropy(features, labels, means, variance, device="cpu"):
-    """H float32 [N], in [0, ln C], as the head of this file defines it; without any variance p is the nearest class alone."""
+    """H float32 [N], in [0, ln C], as defined above; without any variance p is the nearest class alone."""
     device = torch.device(device)
     means = torch.from_numpy(means).to(device, torch.float32)
     squares = means.square().sum(1)
@@ -108,7 +107,10 @@ def main(argv=None):
             path = files.feature.with_name(f"{files.name}_credible_entropy_feature.npy")
             credible = low_entropy_rows(*open_feature_set(files), device)
             if not credible.any():
-                raise FeatureError(f"{files.feature}: no row has an entropy of at most ln(classes) / 2; nothing was written")
+                raise FeatureError(
+                    f"{files.feature}: no row has an entropy of at most ln(classes) / 2, so nothing was written; "
+                    "is the old model trained?"
+                )
             save_array(path, credible)
             print(f"wrote {path}: {credible.sum()} of {len(credible)} rows are credible")
     distributed.shutdown()

@@ -17,9 +17,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from engine import distributed
+from engine.by_class import add_by_class, chunks, normalise
 from engine.errors import report_errors
 from engine.features import FeatureError, open_feature_set, save_array
-from tools.get_feature.by_class import add_by_class, chunks
 from tools.get_feature.get_feature import extract, make_parser, parse
 
 
@@ -75,12 +75,6 @@ def squared_distances(features, position, counts):
         np.square(rows, out=rows)
         distances[part] = np.einsum("nd,d->n", rows, weights)
     return distances
-
-
-def normalise(rows):
-    """Scale each row to unit length, in place; a row of zeros stays."""
-    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    rows /= np.where(norms > 0, norms, 1.0)[:, None]
 
 
 def main(argv=None):

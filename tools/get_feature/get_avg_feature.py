@@ -16,9 +16,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from dataset import open_train_set
 from engine import distributed
+from engine.by_class import add_by_class, chunks, count_classes
 from engine.errors import report_errors
 from engine.features import FeatureError, open_feature_set, save_array
-from tools.get_feature.by_class import add_by_class, chunks, count_classes
 from tools.get_feature.get_feature import extract, make_parser, parse, record_path
 
 

@@ -78,9 +78,8 @@ def test_the_order_of_gallery_and_probes_does_not_matter():
 
 def test_the_last_row_is_the_mean_of_the_galleries():
     rng = np.random.default_rng(8)
-    runs = [
-        search(random_features(rng, 9), np.arange(9), random_features(rng, 60), rng.integers(0, 18, 60)) for _ in range(2)
-    ]
+    asked = rng.integers(0, 18, (2, 60))
+    runs = [search(random_features(rng, 9), np.arange(9), random_features(rng, 60), one) for one in asked]
     tops, tpirs = summary(runs)
     assert tops.shape == (3, 3) and tpirs.shape == (3, 5)
     np.testing.assert_allclose(tops[2], (tops[0] + tops[1]) / 2)

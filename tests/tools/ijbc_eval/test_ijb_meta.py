@@ -9,6 +9,11 @@ from tools.ijbc_eval import meta
 from tools.ijbc_eval.meta import Protocol
 
 
+def pair_ids(faces, pairs):
+    ids = faces.template_ids
+    return ids[pairs.first_templates[pairs.first]], ids[pairs.second_templates[pairs.second]]
+
+
 def test_everything_arrives(shared_set, tmp_path):
     protocol = Protocol(shared_set.data_dir, "IJBC", tmp_path)
     faces, ids = protocol.faces(), sorted({face[1] for face in shared_set.faces})
@@ -21,7 +26,10 @@ def test_everything_arrives(shared_set, tmp_path):
     media = [face[1:3] for face in shared_set.faces]
     assert same.tolist() == [[one == other for other in media] for one in media]
     pairs = protocol.pairs(faces)
-    assert list(zip(faces.template_ids[pairs.first], faces.template_ids[pairs.second], pairs.label)) == shared_set.pairs
+    first, second = pair_ids(faces, pairs)
+    assert list(zip(first, second, pairs.label)) == shared_set.pairs
+    assert [ids[row] for row in pairs.first_templates] == sorted({first for first, *_ in shared_set.pairs})
+    assert [ids[row] for row in pairs.second_templates] == sorted({second for _, second, _ in shared_set.pairs})
     for name, listed in shared_set.galleries.items():
         found = protocol.gallery(name, faces)
         assert [(ids[row], subject) for row, subject in zip(found.template, found.subject)] == listed
@@ -97,8 +105,7 @@ def test_large_template_numbers(tmp_path, make_ijb, rewrite_meta):
     made.galleries = {name: [(t + far, s) for t, s in rows] for name, rows in made.galleries.items()}
     rewrite_meta(made)
     faces, pairs, _ = read_all(made, tmp_path / "cache")
-    ids = faces.template_ids
-    assert list(zip(ids[pairs.first], ids[pairs.second])) == [pair[:2] for pair in made.pairs]
+    assert list(zip(*pair_ids(faces, pairs))) == [pair[:2] for pair in made.pairs]
 
 
 def test_rows_of_a_template_in_several_places_and_windows_line_ends(tmp_path, make_ijb):

@@ -24,6 +24,12 @@ def chunks(features, labels):
         yield part, rows, np.asarray(labels[part])
 
 
+def normalise(rows):
+    """Scale each row to unit length, in place; a row of zeros stays."""
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    rows /= np.where(norms > 0, norms, 1.0)[:, None]
+
+
 def add_by_class(sums, rows, labels):
     """sums[c] += sum of the rows of class c, in place: sums [C, D], rows [n, D], labels [n] in any order, 0 … C − 1.
 
