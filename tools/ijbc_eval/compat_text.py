@@ -62,9 +62,10 @@ def verdicts(report):
 def caveats(report):
     """What the reader must know to trust the figures."""
     data, lines = report["data"], []
-    for count, what, name in (("impostor_pairs", "impostor pairs", "fpr"), ("non_mated_probes", "non-mated probes", "fpir")):
+    for count, name in (("impostor_pairs", "fpr"), ("non_mated_probes", "fpir")):
         if data[count] * data[name] < 1:
-            lines.append(f"{data[count]} {what} do not resolve {name.upper()} {data[name]:g}: no error at all is allowed.")
+            what = f"{data[count]} {count.replace('_', ' ')}"
+            lines.append(f"{what} do not resolve {name.upper()} {data[name]:g}: no error at all is allowed there.")
     if report["bad_images"]:
         lines.append(f"{len(report['bad_images'])} unreadable images were left out; report.json names them.")
     return lines

@@ -53,8 +53,8 @@ class Evaluation:
             if not np.isin(probes.subject, gallery.subject).any():
                 enrolled = self.protocol.gallery_files[name].name
                 raise EvalError(
-                    f"{self.protocol.probe_file}: no probe is of a subject in {enrolled}; one of the two files is truncated "
-                    "or from another release"
+                    f"{self.protocol.probe_file}: no probe is of a subject in {enrolled}; one of the two files is "
+                    "truncated or from another release"
                 )
         self._note_unlisted(probes)
         return probes
@@ -95,7 +95,8 @@ class Evaluation:
     def verify(self, gallery_model, probe_model, setting=Setting()):
         """1:1: cosine of each pair, float32 [P]; the first of a pair by the gallery model, the second by the other."""
         first, second = self.templates(gallery_model, setting), self.templates(probe_model, setting)
-        return pair_scores(first, second, self.pairs.first, self.pairs.second)
+        pairs = self.pairs
+        return pair_scores(first[pairs.first_templates], second[pairs.second_templates], pairs.first, pairs.second)
 
     def identify(self, gallery_model, probe_model, setting=Setting()):
         """1:N: an identification.Search for each gallery, in the order of `galleries`."""

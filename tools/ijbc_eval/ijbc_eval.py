@@ -115,7 +115,11 @@ def origins(evaluation, one_to_n):
     """-L: what each score belongs to."""
     ids = evaluation.faces.template_ids
     if not one_to_n:
-        return {"first_template": ids[evaluation.pairs.first], "second_template": ids[evaluation.pairs.second]}
+        pairs = evaluation.pairs
+        return {
+            "first_template": ids[pairs.first_templates[pairs.first]],
+            "second_template": ids[pairs.second_templates[pairs.second]],
+        }
     arrays = {"probe_template": ids[evaluation.probes.template], "probe_subject": evaluation.probes.subject}
     for name, gallery in evaluation.galleries.items():
         arrays |= {f"gallery_{name}_template": ids[gallery.template], f"gallery_{name}_subject": gallery.subject}

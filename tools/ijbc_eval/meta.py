@@ -19,7 +19,7 @@ from tools.ijbc_eval.ascii_table import read_int_table
 from tools.ijbc_eval.files import EvalError, publish, stamp
 
 GALLERIES = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}
-_CACHE_VERSION = 1  # raise it when the meaning of a cached array changes
+_CACHE_VERSION = 2  # raise it when the meaning of a cached array changes
 
 
 @dataclasses.dataclass
@@ -41,8 +41,14 @@ class Faces:
 
 @dataclasses.dataclass
 class Pairs:
-    """first, second int32 [P]: rows of Faces.template_ids; label bool [P]: same person."""
+    """The 1:1 list, with the templates of either side numbered among themselves (see verification.pair_scores).
 
+    first_templates, second_templates int32 [A], [B]: rows of Faces.template_ids that occur first and second in pairs.
+    first, second int32 [P]: rows of those two; label bool [P]: same person.
+    """
+
+    first_templates: np.ndarray
+    second_templates: np.ndarray
     first: np.ndarray
     second: np.ndarray
     label: np.ndarray
@@ -230,7 +236,18 @@ def read_pairs(pair_file, face_file, template_ids):
     if label.min() == label.max():
         kind = "genuine (label 1)" if label.max() == 0 else "impostor (label 0)"
         raise EvalError(f"{pair_file}: has no {kind} pair, so there is no ROC; the file is truncated?")
-    return Pairs(rows[0], rows[1], label.astype(bool))
+    (firsts, first), (seconds, second) = (_renumbered(side, len(template_ids)) for side in rows)
+    return Pairs(firsts, seconds, first, second, label.astype(bool))
+
+
+def _renumbered(rows, size):
+    """The distinct values of `rows`, ascending, and `rows` as positions among them; all below `size`."""
+    used = np.zeros(size, bool)
+    used[rows] = True
+    distinct = np.flatnonzero(used).astype(np.int32)
+    position = np.zeros(size, np.int32)
+    position[distinct] = np.arange(len(distinct), dtype=np.int32)
+    return distinct, position[rows]
 
 
 def _rows_of(template_ids, ids):
@@ -246,7 +263,7 @@ def _rows_of(template_ids, ids):
 
 
 def read_subjects(path, face_file, template_ids):
-    """A gallery's or the probes' templates in order of first appearance; rows after a header TEMPLATE_ID,SUBJECT_ID,…"""
+    """A gallery's or the probes' templates in order of first appearance; the header is TEMPLATE_ID,SUBJECT_ID,…"""
     text = _read_text(path)
     header, *lines = text.rstrip().split("\n")
     separator = next((mark for mark in ",;\t" if mark in header), None)

@@ -69,7 +69,7 @@ def _draw(path, rates, lines, title, x_label, y_label, log_y=False):
 
 
 def plot_models(report, path):
-    """Bars of each new model's cross- and self-test, 1:1 and 1:N, beside the old self-test. `report`: compat_report's."""
+    """Bars of each new model's cross- and self-test, 1:1 and 1:N, beside the old self-test. report: compat_report's."""
     data = report["data"]
     panels = [("tpr", f"1:1 TPR at FPR {data['fpr']:g}"), ("tpir", f"1:N TPIR at FPIR {data['fpir']:g}")]
     names = [_wrapped(model["name"]) for model in report["new"]]

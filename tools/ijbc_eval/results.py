@@ -45,7 +45,7 @@ def save(path, result):
 
 
 def load(path, point="exact"):
-    """Read a result file and work out its figures anew; also another tool's, if it holds scores [K, P], names, label."""
+    """Read a result file and work out its figures anew; another tool's too, if it holds scores [K, P], names, label."""
     try:
         with np.load(path) as saved:
             found = {key: saved[key] for key in ("scores", "label", "names", "task", "subset", "rank", "galleries")

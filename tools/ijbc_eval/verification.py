@@ -13,56 +13,39 @@ _DENSE_COST = 32  # a product computes an entry about this much faster than a pa
 def pair_scores(first_features, second_features, first, second):
     """Cosine of each pair: float32 [P].
 
-    first_features, second_features: float32 [templates, D], L2-normalised; the same array twice in a self-test.
-    first, second: integer [P], rows of the pair's templates.
+    first_features [A, D], second_features [B, D]: float32, L2-normalised, of the templates that occur first and second.
+    first, second: integer [P], rows of the pair's templates among those.
 
     Lists like IJB-C's pair few thousand templates with each other many times over: the whole score matrix costs
     less than gathering the features of every pair, and a score is then one look-up.
     """
-    rows, row_of = _used(first, len(first_features))
-    columns, column_of = _used(second, len(second_features))
     scores = np.empty(len(first), np.float32)
-    if len(rows) * len(columns) > _DENSE_COST * len(first):
+    columns = len(second_features)
+    if len(first_features) * columns > _DENSE_COST * len(first):
         def multiply(part):
             np.einsum("pd,pd->p", first_features[first[part]], second_features[second[part]], out=scores[part])
 
         _in_parts(len(first), 1 << 14, multiply)
         return scores
-    left, right = first_features[rows], second_features[columns].T
-    step = max(1, _BLOCK // len(columns))
-    for start in range(0, len(rows), step):
-        _look_up((left[start:start + step] @ right).ravel(), start, row_of, first, column_of, second, scores)
+    step = max(1, _BLOCK // columns)
+    for start in range(0, len(first_features), step):
+        block = (first_features[start:start + step] @ second_features.T).ravel()
+        _look_up(block, start * columns, columns, first, second, scores)
     return scores
 
 
-def _look_up(block, start, row_of, first, column_of, second, scores):
-    """Fill in the scores of the pairs whose row is in `block`, the score matrix from row `start` on, flattened."""
-    columns = int(column_of.max()) + 1
-    whole = len(block) == (int(row_of.max()) + 1) * columns
-
+def _look_up(block, offset, columns, first, second, scores):
+    """Fill in the scores of the pairs that `block` holds: entries `offset` and on of the flattened score matrix."""
     def work(part):
-        place = (row_of[first[part]] - start) * np.int64(columns) + column_of[second[part]]
-        if whole:
+        place = first[part] * np.int64(columns)
+        place += second[part]
+        if not offset and place.max() < len(block):
             np.take(block, place, out=scores[part], mode="clip")  # "raise", the default, would copy through a buffer
         else:
-            inside = (place >= 0) & (place < len(block))
-            scores[part][inside] = block[place[inside]]
+            inside = (place >= offset) & (place < offset + len(block))
+            scores[part][inside] = block[place[inside] - offset]
 
-    _in_parts(len(first), 1 << 16, work)
-
-
-def _used(index, size):
-    """The distinct values of `index` [P], ascending, and for each value below `size` its place among them."""
-    mask = np.zeros(size, bool)
-
-    def mark(part):
-        mask[index[part]] = True
-
-    _in_parts(len(index), 1 << 20, mark)
-    values = np.flatnonzero(mask)
-    place = np.zeros(size, np.int32)
-    place[values] = np.arange(len(values), dtype=np.int32)
-    return values, place
+    _in_parts(len(first), 1 << 17, work)
 
 
 def _in_parts(length, size, work):
@@ -83,8 +66,9 @@ class Roc:
     def __init__(self, scores, label):
         label = np.asarray(label, bool)
         scores = np.asarray(scores)
-        self.genuine = np.sort(scores[label])
-        self.impostor = np.sort(scores[~label])
+        self.genuine, self.impostor = scores[label], scores[~label]  # copies, sorted in place
+        self.genuine.sort()
+        self.impostor.sort()
         if not len(self.genuine) or not len(self.impostor):
             raise ValueError(
                 f"a ROC needs pairs of both kinds; found {len(self.genuine)} genuine and {len(self.impostor)} impostor"
