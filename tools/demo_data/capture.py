@@ -10,7 +10,7 @@ from tools.demo_data.face import Portrait
 
 SIZE = 112          # pixels across an aligned face
 SUPERSAMPLE = 2     # drawn larger by this and averaged down
-MM = 0.56           # pixels a millimetre in an aligned frontal face: sets what the faults in pixels mean in a loose crop
+MM = 0.56           # pixels a millimetre in an aligned frontal face; the conditions' pixels are of that size
 
 
 def aligned(traits, conditions):
@@ -49,7 +49,8 @@ def expose(image, conditions, scale):
     height, width = image.shape[:2]
     if c.resolution < 0.97:
         share = min(1.0, c.resolution / scale)
-        small = cv2.resize(image, (max(8, round(width * share)), max(8, round(height * share))), interpolation=cv2.INTER_AREA)
+        size = max(8, round(width * share)), max(8, round(height * share))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         image = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
     if c.blur > 0.35:
         image = cv2.GaussianBlur(image, (0, 0), c.blur * scale)
@@ -59,9 +60,7 @@ def expose(image, conditions, scale):
     levels = np.linspace(0, 1, 256)[:, None] ** c.gamma * np.array(c.tint) * c.exposure
     table = np.clip(levels * 255, 0, 255).astype(np.uint8)
     image = cv2.LUT(image, table.reshape(256, 1, 3))
-    # A cheap hash of the conditions seeds the grain, so that an image depends on its conditions alone.
-    grain = np.random.Generator(np.random.SFC64(int(c.scenery[11, 0] * 2**52) ^ int(abs(c.yaw) * 2**40)))
-    noise = grain.standard_normal(image.shape, np.float32) * np.float32(c.noise)
+    noise = np.random.default_rng(c.grain).standard_normal(image.shape, np.float32) * np.float32(c.noise)
     return cv2.add(image, noise, dtype=cv2.CV_8U)
 
 

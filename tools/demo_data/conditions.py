@@ -33,10 +33,11 @@ class Conditions:
     blur: float             # standard deviation in pixels at 112 across
     motion: tuple           # dx, dy of the motion blur, pixels at 112 across
     noise: float            # standard deviation in grey levels
+    grain: int              # seed of the noise
     jpeg: int
     occluder: str
     occluder_place: tuple
-    scenery: np.ndarray     # [12, 9] numbers that background, clothes and occluder are drawn from
+    scenery: np.ndarray     # [8, 9] numbers that background, clothes and occluder are drawn from
     jitter: np.ndarray      # [5, 2] error of the landmark detector, in pixels of the aligned face
 
     def quality(self):
@@ -48,7 +49,7 @@ class Conditions:
 
 
 def draw_conditions(rng, variation=1.0, harm=1.0):
-    """A new set of circumstances. `variation` scales all that varies, `harm` the camera's faults on top of it."""
+    """A new set of circumstances. `variation` scales what varies, `harm` the camera's faults once more."""
     n = rng.standard_normal(18) * variation
     u = rng.random(8)
     harm = harm * variation
@@ -66,9 +67,10 @@ def draw_conditions(rng, variation=1.0, harm=1.0):
         tint=tuple(float(np.clip(1 + 0.07 * k, 0.75, 1.3)) for k in (n[12], 0.4 * n[13], n[14])),
         gamma=float(np.exp(0.22 * n[15])), exposure=float(np.clip(1 + 0.2 * n[16], 0.55, 1.45)),
         resolution=float(resolution), blur=float(0.3 + harm * max(0.0, 1.5 * u[3] - 0.7)),
-        motion=_motion(rng, harm), noise=float(1.0 + harm * 7.0 * u[4] ** 2), jpeg=int(95 - 55 * min(harm, 1.2) * u[5] ** 1.5),
+        motion=_motion(rng, harm), noise=float(1.0 + harm * 7.0 * u[4] ** 2), grain=int(rng.integers(2**62)),
+        jpeg=int(95 - 55 * min(harm, 1.2) * u[5] ** 1.5),
         occluder=OCCLUDERS[int(np.searchsorted(np.cumsum(OCCLUDER_SHARE)[:-1], rng.random(), side="right"))],
-        occluder_place=(float(u[6]), float(u[7])), scenery=rng.random((12, 9)),
+        occluder_place=(float(u[6]), float(u[7])), scenery=rng.random((8, 9)),
         jitter=rng.standard_normal((5, 2)) * 1.1 * variation,
     )
 
@@ -82,7 +84,7 @@ def next_frame(rng, before, variation=1.0):
         mouth_open=float(max(0.0, before.mouth_open + 1.5 * n[4])),
         eye_open=float(np.clip(before.eye_open + 0.12 * n[5], 0.2, 1.4)),
         gaze=(float(np.clip(before.gaze[0] + n[6], -4.5, 4.5)), before.gaze[1]),
-        blur=float(max(0.2, before.blur + 0.2 * n[7])), motion=_motion(rng, variation),
+        blur=float(max(0.2, before.blur + 0.2 * n[7])), motion=_motion(rng, variation), grain=int(rng.integers(2**62)),
         jitter=rng.standard_normal((5, 2)) * 1.1 * variation,
     )
 

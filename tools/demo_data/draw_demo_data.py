@@ -35,26 +35,30 @@ SHEET_ROWS, SHEET_COLUMNS = 6, 10
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    count = _at_least(1)
-    parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path("demo/dataset"), help="directory to write (default: %(default)s)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of everything that is drawn (default: %(default)s)")
-    parser.add_argument("--identities", type=_at_least(2), default=1000, help="people in the training set (default: %(default)s)")
-    parser.add_argument("--images", type=count, default=9, help="images of each of them (default: %(default)s)")
-    parser.add_argument("--eval-identities", type=_at_least(4), default=200, help="other people, in the IJB-C set (default: %(default)s)")
-    parser.add_argument("--probes", type=count, default=5, help="probe templates of each of those (default: %(default)s)")
-    parser.add_argument("--pairs", type=count, default=200_000, help="most lines of the 1:1 pair list (default: %(default)s)")
-    parser.add_argument("--verification-pairs", type=_at_least(0), default=300, help="pairs in demo.bin; 0 = no such file (default: %(default)s)")
-    parser.add_argument("--variation", type=float, default=1.0, help="factor on how much images of one person differ (default: %(default)s)")
-    parser.add_argument("--processes", type=count, default=os.cpu_count() or 1, help="that draw at once (default: the CPU cores)")
-    parser.add_argument("--sheet", type=pathlib.Path, metavar="FILE.png", help="draw only a contact sheet of the training set: a row a person")
+
+    def option(name, kind, default, text):
+        parser.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})")
+
+    option("--root", pathlib.Path, pathlib.Path("demo/dataset"), "directory to write")
+    option("--seed", _at_least(0), 0, "of everything that is drawn")
+    option("--identities", _at_least(2), 1000, "people in the training set")
+    option("--images", _at_least(1), 10, "images of each of them")
+    option("--eval-identities", _at_least(4), 200, "other people, in the IJB-C set")
+    option("--probes", _at_least(1), 5, "probe templates of each of those")
+    option("--pairs", _at_least(1), 200_000, "most lines of the 1:1 pair list (mated pairs all stand in it)")
+    option("--verification-pairs", _at_least(0), 300, "pairs in demo.bin; 0 leaves the file out")
+    option("--variation", _at_least(0.0), 1.0, "factor on how much the images of a person differ")
+    option("--processes", _at_least(1), os.cpu_count() or 1, "that draw at once")
+    parser.add_argument("--sheet", type=pathlib.Path, metavar="FILE.png", help="draw a contact sheet only")
     return parser.parse_args(argv)
 
 
 def _at_least(low):
+    """A type for argparse: numbers of the kind of `low`, not smaller."""
     def number(text):
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        value = type(low)(text)
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
         return value
     return number
 
@@ -111,7 +115,7 @@ def draw(args):
         return False
     foreign = [p for p in outputs(args) if p.exists()] if not path.exists() else []
     if foreign:
-        raise SystemExit(f"{foreign[0]} exists and {path} does not say that it is demo data: choose another --root, or move it away")
+        raise SystemExit(f"{foreign[0]} exists, and no {path} says that it is demo data: choose another --root")
     args.root.mkdir(parents=True, exist_ok=True)
     _write_stamp(path, stamp, complete=False)
     with _workers(args.processes) as over:
@@ -133,10 +137,10 @@ def _draw_all(args, over):
 
 def draw_sheet(args):
     """Write the first people of the training set, a row each, their first images beside each other."""
-    rows = [
-        np.concatenate([image for image, _ in records.aligned_images(args.seed, records.TRAINING, k, SHEET_COLUMNS, args.variation)], axis=1)
-        for k in range(min(SHEET_ROWS, args.identities))
-    ]
+    rows = []
+    for number in range(SHEET_ROWS):
+        images = records.aligned_images(args.seed, records.TRAINING, number, SHEET_COLUMNS, args.variation)
+        rows.append(np.concatenate([image for image, _ in images], axis=1))
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
     part = args.sheet.with_name(f"{args.sheet.stem}.{os.getpid()}.tmp.png")
     if not cv2.imwrite(str(part), np.concatenate(rows)):
@@ -153,8 +157,8 @@ def main(argv=None):
         return
     started = time.perf_counter()
     if draw(args):
-        print(f"{args.root}: {args.identities} people × {args.images} images to train on, {args.eval_identities} others to "
-              f"evaluate on, drawn in {time.perf_counter() - started:.0f} s")
+        print(f"{args.root}: {args.identities} people × {args.images} images to train on, "
+              f"{args.eval_identities} others to evaluate on, drawn in {time.perf_counter() - started:.0f} s")
     else:
         print(f"{args.root}: drawn already with these options, kept")
 

@@ -1,7 +1,7 @@
 """Draws a person under given conditions: from millimetres on the head to pixels of an image (BGR, uint8).
 
-`scene(...)` gives a `Portrait`, which knows where the five landmarks lie; its `paint` takes the 2×3 map from the
-image plane (mm) to the pixels. Drawing is flat colour with soft shadows on top; the camera's faults come after.
+A `Portrait` knows where the five landmarks lie; its `paint` takes the 2×3 map from the image plane (mm) to the
+pixels. Drawing is flat colour with soft shadows on top; the camera's faults come after (`capture`).
 """
 
 import math
@@ -10,26 +10,15 @@ import cv2
 import numpy as np
 
 from tools.demo_data import geometry
+from tools.demo_data.canvas import SUBPIXEL, Canvas, bgr, ellipse, mix, muted, ramp
 from tools.demo_data.geometry import Head
 
-SUBPIXEL = 4                                            # OpenCV takes coordinates in 1/16 pixel
 SKIN = np.array([[215, 226, 250], [150, 186, 232], [92, 134, 188], [60, 88, 136], [38, 52, 84]], float)    # BGR
 HAIR = np.array([[130, 190, 226], [70, 118, 168], [42, 68, 104], [26, 32, 46], [20, 18, 20]], float)
 IRIS = np.array([[196, 158, 108], [120, 140, 110], [50, 96, 138], [30, 52, 84], [18, 28, 42]], float)
 # Freckles lie where a fixed low-discrepancy sequence puts them; people differ in how many show.
 _K = np.arange(1, 41)
 FRECKLES = np.stack([(_K * 0.618034 % 1 - 0.5) * 84, 8 + (_K * 0.754878 % 1) * 40], axis=1)
-
-
-def mix(a, b, share):
-    """Colour between a (share 0) and b (share 1)."""
-    return (1 - share) * np.asarray(a, float) + share * np.asarray(b, float)
-
-
-def ramp(table, position):
-    """Colour at `position` 0 .. 1 of a table of evenly spaced colours."""
-    k = min(int(position * (len(table) - 1)), len(table) - 2)
-    return mix(table[k], table[k + 1], position * (len(table) - 1) - k)
 
 
 class Palette:
@@ -45,80 +34,6 @@ class Palette:
         lip = mix(self.skin * (0.72, 0.66, 0.88), (66, 50, 176), 0.55 * t.lip_red)
         self.lip = mix(lip, self.dark, 0.35 * t.melanin)
         self.lip_upper = self.lip * 0.86
-
-
-class Canvas:
-    """Pixels under a 2×3 map from mm, with a coarse grey layer for soft shadows (128 = neutral)."""
-
-    SOFT = 4    # pixels of the picture to one of the shadow layer
-
-    def __init__(self, matrix, width, height):
-        self.matrix, self.scale = matrix, math.hypot(matrix[0, 0], matrix[1, 0])
-        self.pixels = np.zeros((height, width, 3), np.uint8)
-        self.soft = np.full((height // self.SOFT + 1, width // self.SOFT + 1), 128, np.uint8)
-
-    def fixed(self, points, divide=1):
-        """Pixel coordinates of `points` [n, 2] as OpenCV's drawing calls take them, for a layer `divide` times coarser."""
-        factor = 2**SUBPIXEL / divide
-        return np.rint(points @ (self.matrix[:, :2].T * factor) + self.matrix[:, 2] * factor).astype(np.int32)
-
-    def fill(self, points, colour):
-        cv2.fillPoly(self.pixels, [self.fixed(points)], _bgr(colour), cv2.LINE_AA, SUBPIXEL)
-
-    def stroke(self, points, colour, width, closed=False):
-        """A line `width` mm thick; thinner than a pixel it keeps one pixel."""
-        thick = max(1, round(width * self.scale))
-        cv2.polylines(self.pixels, [self.fixed(points)], closed, _bgr(colour), thick, cv2.LINE_AA, SUBPIXEL)
-
-    def dot(self, point, colour, radius):
-        centre = self.fixed(np.reshape(point, (1, 2)))[0]
-        fixed_radius = max(4, round(radius * self.scale * 2**SUBPIXEL))
-        cv2.circle(self.pixels, tuple(map(int, centre)), fixed_radius, _bgr(colour), -1, cv2.LINE_AA, SUBPIXEL)
-
-    def shade(self, points, amount):
-        """Darken (amount < 0) or lighten softly; 1 would double the brightness, -1 is black."""
-        value = int(np.clip(128 * (1 + amount), 0, 255))
-        cv2.fillPoly(self.soft, [self.fixed(points, self.SOFT)], value, cv2.LINE_AA, SUBPIXEL)
-
-    def shade_line(self, points, amount, width):
-        value = int(np.clip(128 * (1 + amount), 0, 255))
-        thick = max(1, round(width * self.scale / self.SOFT))
-        cv2.polylines(self.soft, [self.fixed(points, self.SOFT)], False, value, thick, cv2.LINE_AA, SUBPIXEL)
-
-    def blend(self, points_list, colour, share, soften):
-        """Fill polygons with a soft edge of `soften` mm; `share` is the opacity inside."""
-        mask = np.zeros(self.soft.shape, np.uint8)
-        for points in points_list:
-            cv2.fillPoly(mask, [self.fixed(points, self.SOFT)], int(255 * share), cv2.LINE_AA, SUBPIXEL)
-        mask = cv2.GaussianBlur(mask, (0, 0), max(0.5, soften * self.scale / self.SOFT))
-        height, width = self.pixels.shape[:2]
-        size = (mask.shape[1] * self.SOFT, mask.shape[0] * self.SOFT)
-        weight = cv2.resize(mask, size, interpolation=cv2.INTER_LINEAR)[:height, :width]
-        paint = np.empty_like(self.pixels)
-        paint[:] = _bgr(colour)
-        weight = cv2.merge([weight] * 3)
-        self.pixels = cv2.add(cv2.multiply(paint, weight, scale=1 / 255),
-                              cv2.multiply(self.pixels, cv2.bitwise_not(weight), scale=1 / 255))
-
-
-def _bgr(colour):
-    blue, green, red = colour
-    return min(max(float(blue), 0.0), 255.0), min(max(float(green), 0.0), 255.0), min(max(float(red), 0.0), 255.0)
-
-
-def _muted(share):
-    """A colour of walls and clothes from three numbers 0 .. 1: mostly grey."""
-    return 30 + 205 * mix(np.full(3, share.mean()), share, 0.45)
-
-
-def ellipse(x, y, a, b, turn=0.0, n=24):
-    """Outline [n, 2] of an ellipse with half axes a, b, turned by `turn` radians."""
-    phi = np.arange(n) * (2 * np.pi / n)
-    cos, sin = math.cos(turn), math.sin(turn)
-    across, down = a * np.cos(phi), b * np.sin(phi)
-    points = np.empty((n, 2))
-    points[:, 0], points[:, 1] = x + cos * across - sin * down, y + sin * across + cos * down
-    return points
 
 
 class Portrait:
@@ -158,13 +73,14 @@ class Portrait:
 def _background(canvas, scenery):
     """A blurred wall with a few shapes on it, drawn coarsely."""
     low = np.empty((24, 24, 3), np.float32)
-    low[:] = _muted(scenery[0, :3]) + np.linspace(-1, 1, 24)[:, None, None] * (scenery[0, 3:6] * 60 - 30)
+    low[:] = muted(scenery[0, :3]) + np.linspace(-1, 1, 24)[:, None, None] * (scenery[0, 3:6] * 60 - 30)
     for row in scenery[1:6]:
-        colour, (x, y, a, b) = _muted(row[:3]), row[3:7]
+        colour, (x, y, a, b) = muted(row[:3]), row[3:7]
         if row[7] < 0.5:
-            cv2.ellipse(low, (int(24 * x), int(24 * y)), (1 + int(9 * a), 1 + int(9 * b)), 180 * row[8], 0, 360, _bgr(colour), -1)
+            axes = (1 + int(9 * a), 1 + int(9 * b))
+            cv2.ellipse(low, (int(24 * x), int(24 * y)), axes, 180 * row[8], 0, 360, bgr(colour), -1)
         else:
-            cv2.rectangle(low, (int(24 * x), int(24 * y)), (int(24 * (x + a)), int(24 * (y + b))), _bgr(colour), -1)
+            cv2.rectangle(low, (int(24 * x), int(24 * y)), (int(24 * (x + a)), int(24 * (y + b))), bgr(colour), -1)
     low = cv2.GaussianBlur(low, (0, 0), 0.6 + 1.5 * scenery[0, 6])
     height, width = canvas.pixels.shape[:2]
     canvas.pixels = np.clip(cv2.resize(low, (width, height)), 0, 255).astype(np.uint8)
@@ -176,20 +92,21 @@ def _behind(canvas, p):
     length = t.hair_length + p.c.hair_length
     if length > 12:
         wide, top = t.face_width + 0.6 * t.hair_volume * p.c.hair_volume, t.crown_y
-        mass = [(-0.9 * wide, -40), (-wide, 10), (-1.04 * wide, length), (0, length + 14), (1.04 * wide, length), (wide, 10),
-                (0.9 * wide, -40), (0, top)]
+        mass = [(-0.9 * wide, -40), (-wide, 10), (-1.04 * wide, length), (0, length + 14), (1.04 * wide, length),
+                (wide, 10), (0.9 * wide, -40), (0, top)]
         canvas.fill(project(geometry.smooth(mass, closed=True, steps=4), -70), p.colours.hair * 0.62)
     neck = 0.8 * t.jaw_width
     shift = 25 * p.head.sin_yaw
-    cloth = _muted(p.c.scenery[6, :3])
+    cloth = muted(p.c.scenery[6, :3])
     body = [(-neck - 95, 300), (-neck - 85, 185), (-neck, 160), (neck, 160), (neck + 85, 185), (neck + 95, 300)]
     canvas.fill(np.array([(-neck, 40), (neck, 40), (neck + 6, 175), (-neck - 6, 175)], float) + (shift, 0), skin * 0.72)
     canvas.fill(np.array(body, float) + (shift, 0), cloth)
     canvas.fill(ellipse(shift, 160, neck * 0.8, 16), skin * 0.78)
     for side in (-1, 1):
-        ear = ellipse(side * (t.face_width + 0.5 * t.ear_out), 14, 7 + 0.5 * t.ear_out, t.ear_length, side * 0.12)
+        x, turn = t.face_width + 0.5 * t.ear_out, side * 0.12
+        ear = ellipse(side * x, 14, 7 + 0.5 * t.ear_out, t.ear_length, turn)
         canvas.fill(project(ear, -38), skin * 0.94)
-        inside = ellipse(side * (t.face_width + 1 + 0.6 * t.ear_out), 12, 3.5 + 0.3 * t.ear_out, 0.62 * t.ear_length, side * 0.12)
+        inside = ellipse(side * (x + 1), 12, 3.5 + 0.3 * t.ear_out, 0.62 * t.ear_length, turn)
         canvas.stroke(project(inside, -38), p.colours.dark, 1.4)
 
 
@@ -210,7 +127,8 @@ def _skin(canvas, p):
     for k in range(3):
         if t.wrinkles > 0.15 * k:
             line = [(-30, -36 - 9 * k), (0, -38.5 - 9 * k), (30, -36 - 9 * k)]
-            canvas.stroke(project(geometry.smooth(line, steps=4)), mix(colours.skin, colours.dark, 0.6 * t.wrinkles), 0.9)
+            crease = mix(colours.skin, colours.dark, 0.6 * t.wrinkles)
+            canvas.stroke(project(geometry.smooth(line, steps=4)), crease, 0.9)
     _beard(canvas, p)
     for point in FRECKLES[:int(len(FRECKLES) * t.freckles)]:
         canvas.dot(project(point[None])[0], mix(colours.skin, (44, 84, 150), 0.4), 0.9)
@@ -220,7 +138,8 @@ def _skin(canvas, p):
             canvas.dot(project(np.array([[x, y]]))[0], mix(colours.dark, (30, 34, 54), 0.6), 0.6 + 0.9 * size)
     canvas.shade(project(ellipse(0, t.chin_y - 9, 0.55 * t.chin_width + 3, 6)), 0.10)
     if t.cleft > 0.05:
-        canvas.stroke(project(np.array([(0, t.chin_y - 14), (0, t.chin_y - 5)])), mix(colours.skin, colours.dark, t.cleft), 1.2)
+        cleft = np.array([(0, t.chin_y - 14), (0, t.chin_y - 5)])
+        canvas.stroke(project(cleft), mix(colours.skin, colours.dark, t.cleft), 1.2)
 
 
 def _beard(canvas, p):
@@ -229,14 +148,16 @@ def _beard(canvas, p):
     hair = p.colours.hair * 0.85
     if density > 0.05:
         right = [(0.99 * t.face_width, 28), (t.jaw_width + 1, t.jaw_y), (t.chin_width + 2, t.chin_y - 3)]
-        inner = [(0.30 * t.mouth_width, t.mouth_y + 15), (t.mouth_width + 5, t.mouth_y + 6), (t.mouth_width + 12, t.mouth_y - 10),
-                 (0.86 * t.face_width, 34)]
-        loop = [*right, (0, t.chin_y + 2), *[(-x, y) for x, y in reversed(right)], *[(-x, y) for x, y in reversed(inner)], *inner]
+        inner = [(0.30 * t.mouth_width, t.mouth_y + 15), (t.mouth_width + 5, t.mouth_y + 6),
+                 (t.mouth_width + 12, t.mouth_y - 10), (0.86 * t.face_width, 34)]
+        half = [*inner, *right]                 # from the mouth's middle round the cheek to the chin
+        loop = [*half, (0, t.chin_y + 2), *[(-x, y) for x, y in reversed(half)]]
         canvas.blend([project(np.array(loop))], hair, density, 2.5)
     if max(t.moustache, t.stubble * 0.6) > 0.05:
         y = 0.5 * (t.nose_y + t.mouth_y) + 5
-        loop = [(-t.mouth_width - 2, t.mouth_y + 2), (-0.5 * t.mouth_width, y - 2), (0, y), (0.5 * t.mouth_width, y - 2),
-                (t.mouth_width + 2, t.mouth_y + 2), (0.5 * t.mouth_width, y + 7), (0, y + 7), (-0.5 * t.mouth_width, y + 7)]
+        end, half = t.mouth_width + 2, 0.5 * t.mouth_width
+        loop = [(-end, t.mouth_y + 2), (-half, y - 2), (0, y), (half, y - 2), (end, t.mouth_y + 2), (half, y + 7),
+                (0, y + 7), (-half, y + 7)]
         canvas.blend([project(np.array(loop))], hair, max(t.moustache, t.stubble * 0.6), 1.3)
 
 
@@ -246,18 +167,18 @@ def _nose(canvas, p):
     bridge = np.array([0.25, 0.55, 1.0])
     for side in (-1, 1):
         lit = -side * side_of_light      # 1: the shadow's side
-        line = [(side * (t.nose_bridge + 3), -9), (side * t.nose_bridge, 4), (side * (t.nose_bridge + t.nose_hump), 0.45 * t.nose_y),
-                (side * (t.nose_tip + 1), 0.85 * t.nose_y)]
+        line = [(side * (t.nose_bridge + 3), -9), (side * t.nose_bridge, 4),
+                (side * (t.nose_bridge + t.nose_hump), 0.45 * t.nose_y), (side * (t.nose_tip + 1), 0.85 * t.nose_y)]
         lift = np.array([0.0, *(bridge * 0.7 * t.nose_depth)])
         canvas.shade_line(project(np.array(line), lift), -0.28 - 0.16 * lit, 4.5)
-        wing = [(side * 0.72 * t.nose_width, t.nose_y - 8), (side * t.nose_width, t.nose_y + 1), (side * 0.78 * t.nose_width, t.nose_y + 7),
-                (side * 0.5 * t.nose_width, t.nose_y + 6)]
+        wing = np.array([(0.72, -8), (1.0, 1), (0.78, 7), (0.5, 6)]) * (side * t.nose_width, 1) + (0, t.nose_y)
         canvas.stroke(project(geometry.smooth(wing, steps=4), 6.0), mix(colours.skin, colours.dark, 0.85), 1.5)
         hole = ellipse(side * 0.48 * t.nose_width, t.nose_y + 6, 0.85 * t.nostril + 0.8, 0.5 * t.nostril, side * 0.35)
         canvas.fill(project(hole, 0.45 * t.nose_depth), colours.dark * 0.5)
         if t.nose_hump > 0.2:
-            hump = np.array([(side * t.nose_bridge * 0.9, 6), (side * (t.nose_bridge * 0.8 + t.nose_hump), 0.55 * t.nose_y)])
-            canvas.stroke(project(hump, 0.5 * t.nose_depth), mix(colours.skin, colours.dark, 0.5 * t.nose_hump), 1.0)
+            hump = np.array([(0.9 * t.nose_bridge, 6), (0.8 * t.nose_bridge + t.nose_hump, 0.55 * t.nose_y)])
+            crease = mix(colours.skin, colours.dark, 0.5 * t.nose_hump)
+            canvas.stroke(project(hump * (side, 1), 0.5 * t.nose_depth), crease, 1.0)
     canvas.shade(project(ellipse(0, t.nose_y + 9, 0.9 * t.nose_width, 3.5)), -0.34)
     ridge = np.array([(0, 2), (0, 0.5 * t.nose_y), (0, 0.86 * t.nose_y)], float)
     canvas.shade_line(project(ridge, bridge * t.nose_depth), 0.24, 4.0)
@@ -296,7 +217,8 @@ def _eye(canvas, p, side):
     if p.c.eye_open > 0.55:
         canvas.dot(project(e["glint"], 1)[0], (250, 250, 250), 1.1)
     canvas.stroke(project(e["lower"]), mix(colours.skin, colours.dark, 0.8), 0.9)
-    canvas.stroke(project(e["upper"]), mix(colours.dark * 0.5, (12, 12, 14), 0.5 + 0.4 * min(t.lash, 1)), 1.2 + 1.6 * t.lash)
+    lash = mix(colours.dark * 0.5, (12, 12, 14), 0.5 + 0.4 * min(t.lash, 1))
+    canvas.stroke(project(e["upper"]), lash, 1.2 + 1.6 * t.lash)
     canvas.stroke(project(e["crease"]), mix(colours.skin, colours.dark, 0.75), 1.1)
     if t.eye_bag > 0.05:
         canvas.shade_line(project(e["bag"]), -0.42 * t.eye_bag, 3.0)
@@ -331,7 +253,7 @@ def _lit(canvas, p):
     inverse = cv2.invertAffineTransform(canvas.matrix)
     x = np.arange(columns)[None] * Canvas.SOFT
     y = np.arange(rows)[:, None] * Canvas.SOFT
-    px = (inverse[0, 0] * x + inverse[0, 1] * y + inverse[0, 2] - 70 * p.head.sin_yaw * 0.5) / (1.35 * p.head.half_width)
+    px = (inverse[0, 0] * x + inverse[0, 1] * y + inverse[0, 2] - 35 * p.head.sin_yaw) / (1.35 * p.head.half_width)
     py = (inverse[1, 0] * x + inverse[1, 1] * y + inverse[1, 2] - 5) / 165.0
     lx, ly = p.c.light
     depth = np.sqrt(np.clip(1 - px * px - py * py, 0.04, 1))

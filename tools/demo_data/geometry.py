@@ -87,9 +87,9 @@ def face_outline(t):
 
 
 def eye(t, side, openness, gaze):
-    """One eye's curves in its own frame turned into the head's -> dict of [n, 2]: lid, lower, iris, pupil, crease, centre.
+    """One eye's curves on the head -> dict of [n, 2]: upper, lower, crease, bag, iris, pupil, glint.
 
-    `openness` scales the lids (0 closed), `gaze` (dx, dy) moves the iris in mm.
+    `side` is 1 or -1 (x > 0, x < 0), `openness` scales the lids (0 closed), `gaze` (dx, dy) moves the iris in mm.
     """
     u = np.linspace(-1, 1, 15)              # -1 the inner corner, 1 the outer
     bend = u - 0.35 * t.eye_peak * (1 - u * u)

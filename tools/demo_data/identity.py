@@ -58,28 +58,28 @@ TRAITS = {
     "mouth_tilt": (0.0, 1.6, 0.0, -0.3),        # mm that the corners lie above the middle
     "philtrum": (0.4, 0.25, 0.0, 0.0),
     # skin
-    "melanin": (0.42, 0.20, 0.0, 0.0),          # 0 fair .. 1 dark
+    "melanin": (0.42, 0.28, 0.0, 0.0),          # 0 fair .. 1 dark
     "redness": (0.0, 1.0, 0.0, 0.1),
     "blush": (0.35, 0.25, -0.3, 0.0),
-    "freckles": (-0.2, 0.5, 0.0, 0.0),
+    "freckles": (-0.1, 0.7, 0.0, 0.0),
     "fold": (0.25, 0.25, 0.1, 0.6),             # nasolabial fold
     "wrinkles": (-0.3, 0.4, 0.0, 0.7),
     "cheekbone": (0.4, 0.35, 0.0, 0.0),
     "cleft": (-0.2, 0.45, 0.2, 0.0),            # chin
     # hair
-    "hair_melanin": (0.65, 0.22, 0.0, 0.0),     # 0 blond .. 1 black
-    "hair_red": (0.2, 0.35, 0.0, 0.0),
-    "hair_grey": (-0.35, 0.4, 0.0, 0.9),
+    "hair_melanin": (0.58, 0.42, 0.0, 0.0),     # 0 blond .. 1 black
+    "hair_red": (0.25, 0.45, 0.0, 0.0),
+    "hair_grey": (-0.25, 0.5, 0.0, 0.9),
     "hairline": (62.0, 8.0, 0.0, 0.3),
     "hair_peak": (1.0, 5.0, 0.0, 0.0),
-    "hair_recede": (4.0, 5.0, 0.5, 0.5),
+    "hair_recede": (4.0, 7.0, 0.5, 0.5),
     "hair_volume": (13.0, 5.5, -0.3, -0.3),
-    "hair_length": (38.0, 42.0, -0.9, 0.0),     # y at which the side locks end
+    "hair_length": (38.0, 55.0, -0.9, 0.0),     # y at which the side locks end
     "hair_wave": (0.9, 1.0, -0.1, 0.0),
     "hair_part": (0.0, 24.0, 0.0, 0.0),
-    "stubble": (-0.35, 0.4, 0.9, 0.0),
-    "beard": (-0.75, 0.55, 0.8, 0.2),
-    "moustache": (-0.6, 0.55, 0.8, 0.2),
+    "stubble": (-0.15, 0.45, 0.9, 0.0),
+    "beard": (-0.35, 0.75, 0.8, 0.2),
+    "moustache": (-0.3, 0.75, 0.8, 0.2),
     # three moles: position, and size (none when negative)
     "mole0_x": (-28.0, 12.0, 0.0, 0.0), "mole0_y": (45.0, 22.0, 0.0, 0.0), "mole0_size": (0.2, 1.0, 0.0, 0.0),
     "mole1_x": (28.0, 12.0, 0.0, 0.0), "mole1_y": (50.0, 22.0, 0.0, 0.0), "mole1_size": (0.0, 1.0, 0.0, 0.0),
@@ -98,7 +98,7 @@ BOUNDS = {
     "cheekbone": (0.0, 1.0), "stubble": (0.0, 0.6), "beard": (0.0, 0.95), "moustache": (0.0, 0.95),
     "nose_depth": (10.0, 34.0), "redness": (-1.8, 1.8),
 }
-SPREAD = 0.68       # of people about the mean face: 1 is the table above, less makes them more alike
+SPREAD = 0.62       # of people about the mean face: 1 is the table above, less makes them more alike
 DIMENSIONS = 2 + len(TRAITS)
 
 

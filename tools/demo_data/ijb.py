@@ -57,7 +57,7 @@ def write_ijb(root, seed, identities, probes, pairs, variation, over):
         (part / "meta").mkdir()
         tasks = [(seed, number, probes, variation) for number in range(identities)]
         rows = _write_images(part / "loose_crop", over(_subject, tasks))
-        _write_meta(part / "meta", rows, pairs, np.random.default_rng([seed, EVALUATION]))
+        _write_meta(part / "meta", rows, pairs, np.random.default_rng([seed, EVALUATION, identities]))
         if root.exists():
             shutil.rmtree(root)
         os.replace(part, root)

@@ -57,7 +57,7 @@ def write_verification_set(path, seed, pairs, variation, over):
     people = max(4, -(-pairs // VERIFICATION_IMAGES))
     tasks = [(seed, VERIFICATION, number, VERIFICATION_IMAGES, variation) for number in range(people)]
     jpegs = list(over(_jpegs, tasks))
-    rng = np.random.default_rng([seed, VERIFICATION])
+    rng = np.random.default_rng([seed, VERIFICATION, people])
     images, same = [], []
     for pair in range(pairs):
         same.append(pair % 2 == 0)
