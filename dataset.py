@@ -5,7 +5,9 @@ Which images a step sees, and which of them are mirrored, depends on (seed, epoc
 alone: one rank and many see the same, and a run that resumes inside an epoch sees what it would have seen.
 """
 
+import gc
 import pathlib
+import traceback
 
 import cv2
 import numpy as np
@@ -17,23 +19,26 @@ from image_layout import image_layout
 from recordio import RecordError, RecordReader, class_label
 
 IMAGE_SHAPE = (112, 112, 3)
-PLANES_SHAPE = (3, 112, 112)
 
 
-def decode_bgr(payload):
-    """Decode a JPEG or PNG: uint8 [112, 112, 3], in OpenCV's order of channels.
+def decode_bgr(data):
+    """Decode a JPEG or PNG, a uint8 array: [112, 112, 3], in OpenCV's order of channels.
 
     Raises `ValueError` for bytes that are not a whole image (OpenCV alone would fill the missing end of a JPEG with
     grey) and for images of another size.
     """
-    # The end marker cannot occur inside JPEG scan data, where 0xff is always followed by a zero or a restart number.
-    cut_short = payload[:3] == b"\xff\xd8\xff" and b"\xff\xd9" not in payload[-64:] and b"\xff\xd9" not in payload
-    image = None if cut_short or not payload else cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_COLOR)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) and not _is_cut_jpeg(data) else None
     if image is None:
-        raise ValueError(f"its {len(payload)} bytes do not decode as an image")
+        raise ValueError(f"its {len(data)} bytes do not decode as an image")
     if image.shape != IMAGE_SHAPE:
         raise ValueError(f"image is {image.shape[1]} x {image.shape[0]}, not 112 x 112: align the faces first")
     return image
+
+
+def _is_cut_jpeg(data):
+    """Whether the end marker lacks. Scan data cannot hold it: 0xff is always followed by a zero or a restart number."""
+    end = b"\xff\xd9"
+    return end not in data[-64:].tobytes() and data[:3].tobytes() == b"\xff\xd8\xff" and end not in data.tobytes()
 
 
 def open_train_set(rec, num_classes=None, num_image=None):
@@ -58,9 +63,9 @@ class _ImageSet(Dataset):
         return self.num_image
 
     def __getitem__(self, row):
-        planes = np.empty((1, *PLANES_SHAPE), np.uint8)
-        label = self.fill([row], planes)[0]
-        return torch.from_numpy(cv2.merge(planes[0])), int(label), int(row)
+        image = np.empty((1, *IMAGE_SHAPE), np.uint8)
+        label = self.fill([row], image)[0]
+        return torch.from_numpy(image[0]), int(label), int(row)
 
     def _inside(self, row):
         if not 0 <= row < self.num_image:
@@ -99,11 +104,11 @@ class RecordDataset(_ImageSet):
         return self.__dict__ | {"_labels": None}
 
     def fill(self, rows, images):
-        """Decode the rows into `images`, a NumPy uint8 [B, 3, 112, 112] in RGB; returns their labels, int64 [B]."""
+        """Decode the rows into `images`, a NumPy uint8 [B, 112, 112, 3] in RGB; returns their labels, int64 [B]."""
         labels = np.empty(len(rows), np.int64)
         for i, row in enumerate(rows):
             bgr, labels[i] = self._load(int(self.keys[self._inside(row)]))
-            cv2.split(bgr, list(images[i, ::-1]))  # writes the planes where they lie
+            cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=images[i])
         return labels
 
     def label(self, row):
@@ -129,12 +134,12 @@ class RecordDataset(_ImageSet):
         return self._labels
 
     def _load(self, key):
-        header, payload = self.reader.read_record(key)
+        label, data = self.reader.read_image(key)
         try:
-            bgr = decode_bgr(payload)
+            bgr = decode_bgr(data)
         except (ValueError, cv2.error) as error:
             raise RecordError(f"{self.path}: key {key} at offset {self.reader.offset(key)}: {error}") from None
-        return bgr, self._checked(class_label(header), key)
+        return bgr, self._checked(label, key)
 
     def _checked(self, label, key):
         if label >= 0 and label % 1 == 0 and (label < self.num_classes or not self.num_classes):
@@ -185,7 +190,7 @@ class _Batches(Dataset):
 
     def __init__(self, dataset, places, batch_size):
         self.dataset = dataset
-        self.places = torch.empty((places, batch_size, *PLANES_SHAPE), dtype=torch.uint8).share_memory_()
+        self.places = torch.empty((places, batch_size, *IMAGE_SHAPE), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, item):
         place, rows, mirrored = item
@@ -206,12 +211,13 @@ def _unchanged(batch):
     return batch
 
 
-def _one_thread(_):
+def _start_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
+    gc.freeze()  # the parent's objects are not for this process to walk through again and again
 
 
 def to_input(images, mirrored=None):
-    """uint8 [B, 3, 112, 112] -> float32 of the same shape in [-1, 1]: (x/255 - 0.5)/0.5.
+    """uint8 [B, 112, 112, 3] -> float32 [B, 3, 112, 112] in [-1, 1]: (x/255 - 0.5)/0.5.
 
     Images whose entry in `mirrored`, bool [B], is True are flipped left to right.
     """
@@ -224,15 +230,19 @@ def _to_input_by_batch(images, mirrored):
     if mirrored is not None:
         # Choosing among both versions by row number, unlike by mask, copies whole images and waits for nothing.
         row = torch.arange(len(images), device=images.device)
-        images = torch.cat([images, images.flip(-1)]).index_select(0, row + len(images) * mirrored)
-    return images.to(torch.float32).mul_(1 / 127.5).sub_(1)
+        images = torch.cat([images, images.flip(2)]).index_select(0, row + len(images) * mirrored)
+    images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.mul_(1 / 127.5).sub_(1)
 
 
 def _to_input_by_image(images, mirrored):
-    """On the CPU half as much work, for an image stays in the cache, and no threads that wait for each other."""
-    result = torch.empty(images.shape, dtype=torch.float32)
-    for image, mirror, out in zip(images.numpy(), mirrored, result.numpy()):
-        np.copyto(out, cv2.flip(image.reshape(-1, image.shape[-1]), 1).reshape(image.shape) if mirror else image)
+    """On the CPU a fraction of the work, for an image stays in the cache, and no threads that wait for each other."""
+    count, height, width, channels = images.shape
+    result = torch.empty((count, channels, height, width), dtype=torch.float32)
+    planes = np.empty((channels * height, width), np.uint8)
+    for image, mirror, out in zip(images.numpy(), mirrored, result.view(count, *planes.shape).numpy()):
+        cv2.split(image, list(planes.reshape(channels, height, width)))  # writes into `planes`
+        np.copyto(out, cv2.flip(planes, 1) if mirror else planes)
         out *= np.float32(1 / 127.5)
         out -= 1
     return result
@@ -284,14 +294,14 @@ class _Loader:
         self._plan = plan
         # A DataLoader keeps `prefetch` batches a worker in the making; one more is in our hands.
         places = num_workers * prefetch + 1
-        self._decoded = _Batches(dataset, places, plan.batch_size)
+        self._shared = _Batches(dataset, places, plan.batch_size)
         self._batches = DataLoader(
-            self._decoded,
+            self._shared,
             batch_size=None,
             sampler=_Places(plan, places),
             num_workers=num_workers,
             collate_fn=_unchanged,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # else every epoch would draw from the generator that the training uses
@@ -302,13 +312,20 @@ class _Loader:
         return len(self._plan)
 
     def __iter__(self):
-        if self.device.type == "cuda":
-            return self._one_ahead()
-        return map(self._on_device, self._batches)
+        return self._one_ahead() if self.device.type == "cuda" else map(self._on_device, self._decoded())
+
+    def _decoded(self):
+        try:
+            yield from self._batches
+        except Exception as error:
+            # Its frames and the DataLoader's iterator hold each other. Workers forked later would inherit that garbage
+            # and, collecting it, wait five seconds for each of its processes, which are not their children.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
     def _on_device(self, batch):
         place, labels, rows, mirrored = batch
-        images = self._to_device(self._decoded.places[place, :len(rows)])
+        images = self._to_device(self._shared.places[place, :len(rows)])
         mirrored = self._to_device(torch.from_numpy(mirrored)) if len(mirrored) else None
         return to_input(images, mirrored), self._to_device(torch.from_numpy(labels)), torch.from_numpy(rows)
 
@@ -319,7 +336,7 @@ class _Loader:
     def _one_ahead(self):
         """Copy and prepare each batch on a stream of its own while the one before it is computed with."""
         stream, waiting = torch.cuda.Stream(self.device), None
-        for batch in self._batches:
+        for batch in self._decoded():
             with torch.cuda.stream(stream):
                 ready = self._on_device(batch), stream.record_event()
             if waiting is not None:

@@ -23,6 +23,7 @@ MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _FRAME = struct.Struct("<II")
 _IR = struct.Struct("<IfQQ")
+_FRAME_AND_IR = struct.Struct("<IIIfQQ")
 _MAX_PAYLOAD = 1 << 29  # the length field's 29 bits; MXNet's writer refuses payloads of this size and above
 _INDEX_LINE = re.compile(rb"[0-9]{1,18}\t[0-9]{1,18}")
 
@@ -194,10 +195,24 @@ class RecordReader:
 
     def read_record(self, key):
         """`(IRHeader, image bytes)` of record `key`."""
+        payload = self.read(key)
         try:
-            return unpack(self.read(key))
+            return unpack(payload)
         except RecordError as error:
-            raise error if str(self.path) in str(error) else self._error(str(error), key) from None
+            raise self._error(str(error), key) from None
+
+    def read_image(self, key):
+        """`(class label, image bytes)` of record `key`; the bytes as a uint8 array that mostly lies in the mapped file.
+
+        Drop the array before `close`.
+        """
+        offset = self.offset(key)
+        if not offset & 3 and offset + _FRAME_AND_IR.size <= self._end:  # as in `read`
+            magic, length, flag, label, _, _ = _FRAME_AND_IR.unpack_from(self._map, offset)
+            if magic == MAGIC and flag == 0 and _IR.size <= length < _MAX_PAYLOAD and offset + 8 + length <= self._end:
+                return label, np.frombuffer(self._map, np.uint8, length - _IR.size, offset + 32)
+        header, payload = self.read_record(key)
+        return class_label(header), np.frombuffer(payload, np.uint8)
 
     def read_header(self, key):
         """The `IRHeader` of record `key`, touching only the first bytes of the record."""

@@ -1,11 +1,11 @@
 """One worker's images a second: `TrainLoader` against bare `cv2.imdecode` and a per-sample torchvision pipeline.
 
-    python benchmarks/bench_loader.py [--images 2048] [--rounds 12]
+    python benchmarks/bench_loader.py [--images 4096] [--rounds 8]
 
 Draws its own training set (112 x 112 JPEGs of quality 95, 6 to 12 KB). Then, in turns:
 - bare: `cv2.imdecode` over the same JPEGs, held in memory, one thread, in this process;
 - loader: an epoch of `TrainLoader` with one worker, up to normalised, mirrored float batches on the CPU;
-- per sample: the same records decoded one by one to RGB, then ToPILImage, RandomHorizontalFlip, ToTensor and
+- per sample: the items of the same `RecordDataset`, each through ToPILImage, RandomHorizontalFlip, ToTensor and
   Normalize, in a `DataLoader` with one worker.
 Both loaders keep their worker from round to round, so that its start is not counted; both begin with an empty queue.
 The ratios are given twice: median over the rounds, and of each one's fastest round, which other load disturbs least.
@@ -46,9 +46,8 @@ class PerSample(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, row):
-        header, jpeg = self.dataset.reader.read_record(row + 1)
-        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-        return self.transform(cv2.cvtColor(image, cv2.COLOR_BGR2RGB)), int(header.label)
+        image, label, _ = self.dataset[row]
+        return self.transform(image.numpy()), label
 
 
 def draw_jpeg(rng):
@@ -79,9 +78,9 @@ def rate(batches, images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2048, help="rounded down to whole batches")
+    parser.add_argument("--images", type=int, default=4096, help="rounded down to whole batches")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
     images = args.images // args.batch_size * args.batch_size
     cv2.setNumThreads(0)

@@ -39,7 +39,7 @@ class PlainReader:
 
 def other_reader(path):
     """`(name, function from key to payload)`"""
-    if not hasattr(np, "bool"):
+    if "bool" not in vars(np):
         np.bool = bool  # mxnet 1.9.1 needs the name that NumPy 1.24 took away
     try:
         import mxnet

@@ -1,5 +1,7 @@
 """The training set, its header record and the loaders."""
 
+import gc
+import multiprocessing
 import pickle
 import types
 
@@ -95,8 +97,10 @@ def test_a_set_without_header_whose_labels_are_vectors(tmp_path, make_record_set
 def test_a_label_outside_the_range_is_named(path, label):
     rewrite(path, lambda key, payload: pack(IRHeader(0, label, 3, 0), unpack(payload)[1]) if key == 3 else payload)
     dataset = RecordDataset(path)
-    for use in (dataset.labels, lambda: dataset[2], lambda: dataset.label(2), lambda: list(TrainLoader(dataset, 11, "cpu", 0))):
-        with pytest.raises(RecordError, match=rf"train\.rec: key 3 at offset \d+: label {label:.10g} is not a class; there are 4"):
+    why = rf"train\.rec: key 3 at offset \d+: label {label:.10g} is not a class; there are 4, 0 to 3"
+    loader = TrainLoader(dataset, 11, "cpu", 0)
+    for use in (dataset.labels, lambda: dataset[2], lambda: dataset.label(2), lambda: list(loader)):
+        with pytest.raises(RecordError, match=why):
             use()
     assert dataset.label(3) == LABELS[3]
 
@@ -207,17 +211,31 @@ def test_an_image_that_is_not_whole_is_named(path, kind, workers):
         list(ExtractLoader(dataset, 4, "cpu", workers))
 
 
+def test_an_error_leaves_no_worker_behind(path):
+    rewrite(path, lambda key, payload: payload[:40] if key == 4 else payload)
+    gc.collect()
+    gc.disable()  # a cycle would keep the loader, and its worker, until some later collection
+    try:
+        try:
+            list(ExtractLoader(RecordDataset(path), 4, "cpu", 1))
+        except RecordError as error:
+            assert "Original Traceback" in str(error)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
 def test_png_and_grey_images_decode_to_rgb():
     grey = np.random.default_rng(0).integers(0, 255, (112, 112), np.uint8)
     for encoded in (cv2.imencode(".png", grey)[1], cv2.imencode(".png", cv2.cvtColor(grey, cv2.COLOR_GRAY2BGRA))[1]):
-        assert np.array_equal(decode_bgr(encoded.tobytes()), np.stack([grey] * 3, -1))
+        assert np.array_equal(decode_bgr(encoded), np.stack([grey] * 3, -1))
 
 
 @pytest.mark.parametrize("mirrored", [None, [True, False, False, True, True]])
 def test_to_input_is_the_plain_formula(mirrored):
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 112, 112), np.uint8))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), np.uint8))
     expected = []
-    for image, mirror in zip(images.double(), mirrored or [False] * 5):
+    for image, mirror in zip(images.permute(0, 3, 1, 2).double(), mirrored or [False] * 5):
         expected.append((image[:, :, torch.arange(111, -1, -1)] if mirror else image) / 255)
     expected = (torch.stack(expected) - 0.5) / 0.5
     mask = None if mirrored is None else torch.tensor(mirrored)
@@ -364,7 +382,8 @@ def test_synthetic_sets_have_the_same_surface():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_gives_what_the_cpu_gives(larger):
     for make in (TrainLoader, ExtractLoader):
-        for (images, labels, index), expected in zip(make(larger, 6, "cuda", 2), make(larger, 6, "cpu", 2), strict=True):
+        pairs = zip(make(larger, 6, "cuda", 2), make(larger, 6, "cpu", 2), strict=True)
+        for (images, labels, index), expected in pairs:
             assert torch.allclose(images.cpu(), expected[0], atol=1e-6)
             assert torch.equal(labels.cpu(), expected[1]) and torch.equal(index, expected[2])
             assert images.is_cuda and images.is_contiguous()

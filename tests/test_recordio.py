@@ -159,8 +159,8 @@ def test_missing_files_are_named(tmp_path, three):
 def refuses(path, key, offset, why):
     """Each way of reading names file, key and offset."""
     with RecordReader(path) as reader:
-        ways = [reader.read, reader.read_raw, reader.read_record, reader.read_header, lambda key: reader.read_labels([key])]
-        for read in ways:
+        ways = [reader.read, reader.read_raw, reader.read_record, reader.read_header, reader.read_image]
+        for read in [*ways, lambda its: reader.read_labels([its])]:
             with pytest.raises(RecordError, match=rf"a\.rec: key {key} at offset {offset}: .*{why}"):
                 read(key)
 
@@ -215,7 +215,7 @@ def test_a_record_without_a_whole_header_is_named(tmp_path):
     path = write(tmp_path / "a.rec", {0: b"short", 1: struct.pack("<IfQQ", 10**9, 0, 0, 0)})
     with RecordReader(path) as reader:
         for key, offset in ((0, 0), (1, 16)):
-            for read in (reader.read_record, reader.read_header, lambda k: reader.read_labels([k])):
+            for read in (reader.read_record, reader.read_header, reader.read_image, lambda k: reader.read_labels([k])):
                 with pytest.raises(RecordError, match=rf"a\.rec: key {key} at offset {offset}: .*bytes long"):
                     read(key)
 
@@ -229,6 +229,9 @@ def test_headers_and_labels_are_read_alone(tmp_path):
         for key in range(5):
             ours, both = reader.read_header(key), reader.read_record(key)[0]
             assert ours._replace(label=0) == both._replace(label=0) and np.array_equal(ours.label, both.label)
+            label, image = reader.read_image(key)
+            assert label == class_label(ours) and image.tobytes() == b"image" and image.dtype == np.uint8
+            del image  # else the file could not be closed
         assert reader.read_labels([4, 4, 0, 1, 2, 3]).tolist() == [4, 4, 3, 7, 6, 5]
         assert reader.read_labels(range(5)).dtype == np.float32
         with pytest.raises(RecordError, match="key 5"):

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import RecordDataset
-from recordio import IRHeader, RecordError, RecordWriter, pack
+from recordio import IRHeader, RecordWriter, pack
 
 _WORD = struct.Struct("<I")
 _LABEL = struct.Struct("<f")
@@ -89,9 +89,9 @@ class Part:
 
 def part_paths(root, ratio):
     """The `.rec` files of the class split and of the data split, two each."""
-    percent = round(100 * ratio)
-    if not 0 < ratio < 1 or percent in (0, 50, 100):
-        raise ValueError(f"ratio is {ratio}; it must lie between 0 and 1, and 50 % would give both parts the same name")
+    percent = round(100 * ratio) if 0 < ratio < 1 else 0
+    if percent in (0, 50, 100):
+        raise ValueError(f"ratio is {ratio}; it must lie between 0 and 1, and 0.5 would give both parts one name")
     return [root / f"train_part_{share}_{kind}.rec" for kind in ("class", "data") for share in (percent, 100 - percent)]
 
 
@@ -146,7 +146,7 @@ def main():
     try:
         for path, images, classes in split(args.root, args.ratio):
             print(f"{path}: {images} images, {classes} classes")
-    except (RecordError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
