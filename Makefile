@@ -5,7 +5,7 @@ PYTHON ?= python3
 SEED   ?= 0
 BIN    := .venv/bin
 
-METHODS := MixBCT UniBCT NCCL BCT AdvBCT L2 weakenedL2
+METHODS := MixBCT UniBCT NCCL BCT BCTscale16 AdvBCT L2 weakenedL2
 
 .PHONY: demo compare test clean-demo
 

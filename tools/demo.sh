@@ -2,7 +2,7 @@
 # The README's flow, small enough for two CPU cores: the same scripts, with the configs in configs/demo/ and
 # BCT_methods/*/configs/demo/.
 #
-#   tools/demo.sh [SEED [METHOD ...]]      METHOD: MixBCT (the default), UniBCT, ..., independent
+#   tools/demo.sh [SEED [METHOD ...]]      METHOD: MixBCT (the default), UniBCT, weakenedL2, ..., independent
 #
 # Everything lands in demo/seed<SEED>/. A step whose result is there already is not run again.
 set -euo pipefail
@@ -56,9 +56,9 @@ for method in "$@"; do
         models+=(--independent "independent=$root/work_dirs/$name/model.pt:tiny_x2")
         continue
     fi
-    folder=BCT_methods/${method#weakened}       # weakened L2 is a config of L2
     name=OPclass_tiny_to_tiny_x2_${method}_softmax_to_arc_f128
-    step "$root/work_dirs/$name/model.pt" python "$folder/train.py" "$folder/configs/demo/$name.py" "${run[@]}"
+    config=$(ls BCT_methods/*/configs/demo/"$name.py")      # weakenedL2 is a config of L2, say
+    step "$root/work_dirs/$name/model.pt" python "${config%%/configs/*}/train.py" "$config" "${run[@]}"
     models+=(--new "$method=$root/work_dirs/$name/model.pt:tiny_x2")
 done
 

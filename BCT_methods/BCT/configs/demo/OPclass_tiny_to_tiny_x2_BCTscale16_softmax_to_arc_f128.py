@@ -1,0 +1,13 @@
+"""Demo: new tiny_x2 on the 70 % of the identities that the old model never saw; the old classifier's cosines scaled by 16.
+
+Old model: configs/demo/f128_tiny_softmax_class30.py.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+
+config.network = "tiny_x2"
+config.rec = "dataset/ms1m-retinaface-t1/train_part_70_class.rec"
+config.old_prototype = "feature_save/OPclass/f128_tiny_softmax_class70_avg_feature.npy"
+config.scale = 16.0
