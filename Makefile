@@ -5,7 +5,7 @@ PYTHON ?= python3
 SEED   ?= 0
 BIN    := .venv/bin
 
-METHODS := MixBCT UniBCT NCCL BCT BCTscale16 AdvBCT L2 weakenedL2
+METHODS := MixBCT UniBCT UniBCTscale16 NCCL NCCLscale16 BCT BCTscale16 AdvBCT L2 weakenedL2
 
 .PHONY: demo compare test clean-demo
 
@@ -22,7 +22,7 @@ clean-demo:
 	rm -rf demo
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 10) <= v <= (3, 13), "Python 3.10 to 3.13 is needed, this is %d.%d; say make PYTHON=python3.12" % v'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, this is %d.%d; say make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: requirements.txt | .venv/bin/python

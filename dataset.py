@@ -194,7 +194,10 @@ class _Batches(Dataset):
 
     def __getitem__(self, item):
         place, rows, mirrored = item
-        return place, self.dataset.fill(rows, self.places[place].numpy()), rows, mirrored
+        try:
+            return place, self.dataset.fill(rows, self.places[place].numpy()), rows, mirrored
+        except RecordError as error:
+            return error  # raised in a worker, its message would be lost in that process's traceback
 
 
 class _Places:
@@ -316,10 +319,14 @@ class _Loader:
 
     def _decoded(self):
         try:
-            yield from self._batches
+            for batch in self._batches:
+                if isinstance(batch, RecordError):
+                    raise batch
+                yield batch
         except Exception as error:
             # Its frames and the DataLoader's iterator hold each other. Workers forked later would inherit that garbage
             # and, collecting it, wait five seconds for each of its processes, which are not their children.
+            batch = None
             traceback.clear_frames(error.__traceback__)
             raise
 

@@ -19,7 +19,7 @@ config.sync_bn = False              # BatchNorm statistics over all ranks instea
 config.loss = "arcface"             # "arcface", "cosface" or "combined" (cos(m1·θ + m2) − m3)
 config.margin_list = (1.0, 0.5, 0.0)    # (m1, m2, m3): m1 factor on θ, m2 radians, m3 cosine
 config.margin_scale = 64.0          # s: what the cosines are multiplied by before the softmax
-config.interclass_filtering_threshold = 0.0 # cosine; other classes above it leave the softmax; 0 = off
+config.interclass_filtering_threshold = 0.0 # cosine; other classes above it get logit 0, no gradient; 0 = off
 config.sample_rate = 1.0            # share of the class centres that a step sees (PartialFC); 1 = all
 
 # --- Optimisation ----------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""Sums over the rows of each class, for millions of rows in any order, a chunk at a time."""
+"""Sums, means and distances to them, class by class, for millions of rows in any order, a chunk at a time."""
 
 import numpy as np
 from scipy import sparse
 
-from engine.features import FeatureError
+from engine.feature_files import FeatureError
 
 CHUNK = 1 << 15     # rows handled at once: 32 MB in float64 at 128 dimensions
 
@@ -40,6 +40,41 @@ def add_by_class(sums, rows, labels):
     last = np.append(first, len(rows))
     member = sparse.csr_matrix((np.ones(len(rows)), order, last), shape=(len(classes), len(rows)))
     sums[classes] += member @ rows
+
+
+def unit_class_means(features, labels, num_classes, squares=None):
+    """Means of the L2-normalised rows of each class, not normalised again: float64 [C, D], zeros without any row.
+
+    features: float [N, D], memory-mapped or not, any scale; labels: int [N], any order, 0 … C − 1 = num_classes − 1.
+    squares: float64 [D] to which the sum of each dimension's squares over all rows is added, in the same pass.
+    Raises FeatureError for a row that is not finite.
+    """
+    means = np.zeros((num_classes, features.shape[1]))
+    for _, rows, classes in chunks(features, labels):
+        normalise(rows)
+        if squares is not None:
+            squares += np.einsum("nd,nd->d", rows, rows)
+        add_by_class(means, rows, classes)
+    means /= np.maximum(np.bincount(labels, minlength=num_classes), 1)[:, None]
+    return means
+
+
+def squared_distances_to_means(features, labels, means, weights=None):
+    """Squared distance of each L2-normalised row to the mean of its class: float64 [N].
+
+    features, labels: as in `unit_class_means`, which gives means [C, D]. weights: a factor on the square of each
+    dimension, [D]; None = 1.
+    """
+    distances = np.empty(len(features))
+    for part, rows, classes in chunks(features, labels):
+        normalise(rows)
+        rows -= means[classes]
+        if weights is None:
+            distances[part] = np.einsum("nd,nd->n", rows, rows)
+        else:
+            np.square(rows, out=rows)
+            distances[part] = np.einsum("nd,d->n", rows, weights)
+    return distances
 
 
 def count_classes(labels, num_classes=None):

@@ -1,11 +1,11 @@
 """Checkpoints: one file a rank and step, whole or absent; a set counts only when every rank's file is there."""
 
-import os
 import pathlib
 import re
 
 import torch
 
+from engine.atomic import atomic_write
 from engine.errors import UserError
 
 KEEP = 2
@@ -18,18 +18,16 @@ class CheckpointError(UserError):
 
 def save_atomically(state, path):
     """torch.save to a temporary name beside `path`, synced to disk, then renamed: a reader sees all of it or none."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error.strerror}); earlier checkpoints are intact") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__     # torch puts an error of its own over it
+        if not isinstance(reason, OSError):
+            raise
+        raise CheckpointError(
+            f"{path}: could not be written ({reason.strerror}); earlier checkpoints are intact"
+        ) from error
 
 
 def load(path, map_location="cpu"):

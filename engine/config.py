@@ -3,7 +3,7 @@
 For a run's file the layers are, each over the one before:
 
 1. `configs/base.py` at the repo root, which declares every shared key;
-2. `base.py` beside the file's `configs` directory's root (a method's own keys and defaults);
+2. `base.py` in the nearest directory named `configs` above the file (a method's own keys and defaults);
 3. for a file in a sub-directory, such as `configs/demo/`: the same sub-directory's `base.py` at the root, then
    in the method;
 4. the file itself;
@@ -28,8 +28,32 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 
 # Keys that hold paths; relative ones lie under `workspace`.
 PATH_KEYS = (
-    "rec", "rec_val", "output", "old_embedding", "old_embedding_label", "credible_old_feature", "old_prototype", "center_radius",
+    "rec", "rec_val", "output", "old_embedding", "old_embedding_label", "credible_old_feature", "old_prototype", "old_model_path", "center_radius",
 )
+
+
+# What the shared keys may be; a method holds its own keys in its range with `require`.
+RANGES = {
+    "embedding_size": (lambda v: v > 0, "above 0"),
+    "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "margin_list": (lambda v: len(v) == 3 and all(isinstance(m, (int, float)) for m in v), "three numbers, (m1, m2, m3)"),
+    "margin_scale": (lambda v: v > 0, "above 0"),
+    "sample_rate": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "lr": (lambda v: v > 0, "above 0"),
+    "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "weight_decay": (lambda v: v >= 0, "at least 0"),
+    "batch_size": (lambda v: v > 0, "above 0"),
+    "gradient_acc": (lambda v: v > 0, "above 0"),
+    "num_epoch": (lambda v: v > 0, "above 0"),
+    "warmup_epoch": (lambda v: v >= 0, "at least 0"),
+    "clip_grad_norm": (lambda v: v >= 0, "at least 0"),
+    "num_classes": (lambda v: v >= 0, "at least 0"),
+    "num_image": (lambda v: v >= 0, "at least 0"),
+    "num_workers": (lambda v: v >= 0, "at least 0"),
+    "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
+    "verbose": (lambda v: v > 0, "above 0"),
+    "frequent": (lambda v: v > 0, "above 0"),
+}
 
 
 class ConfigError(UserError):
@@ -55,7 +79,15 @@ def load_config(path, overrides=()):
             _assign(config, key, value, where)
     config.name = path.stem
     config.config_file = str(path)
+    for key, (allowed, text) in RANGES.items():
+        require(config, key, allowed(config[key]), text)
     return _resolve_paths(config)
+
+
+def require(config, key, condition, text):
+    """Raise a ConfigError that says what `key` must be (`text`, such as "at least 0") unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{config.config_file}: {key} = {config[key]!r}; it must be {text}")
 
 
 def _find(path):

@@ -83,6 +83,12 @@ def broadcast_(tensor, source=0):
     return tensor
 
 
+def broadcast_buffers(module, source=0):
+    """Give every rank rank `source`'s buffers of `module`: BatchNorm's statistics, which are each rank's own in training."""
+    for buffer in module.buffers():
+        broadcast_(buffer, source)
+
+
 def gather(tensor):
     """Concatenate equally shaped tensors of all ranks along dim 0, in rank order: [B, ...] -> [world·B, ...].
 

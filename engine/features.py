@@ -1,12 +1,6 @@
 """Features on disk: written by all ranks together, read back by row number, held against their training set.
 
-A feature set is known by its name, `<old model>_<set>`, say `f128_r18_softmax_class70`: the old model's config name
-without its own set, and the set that was embedded. Row i of every file belongs to image i of that set's record file.
-
-    feature_save/<scenario>/<name>_feature.npy                      float32 [N, D], as the model gave them
-                            <name>_label.npy                        int64 [N]
-                            <name>_avg_feature.npy                  float32 [C, D], L2-normalised class means
-                            <name>_credible_ratio_90_feature.npy    bool [N]
+engine/feature_files.py says which files there are and what they are called.
 """
 
 import errno
@@ -20,89 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataset import ExtractLoader
-from engine.config import REPO
+from engine.atomic import atomic_write
 from engine.distributed import barrier, is_main, rank, rows_of_rank, world_size
-from engine.errors import UserError
+from engine.feature_files import FeatureError, again, again_from_images, check_not_older, command_for
 
-# Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data that the old one
-# never saw; EX (extended): on everything.
-SETS = {
-    "class30": ("OPclass", "train_part_30_class.rec"),
-    "class70": ("OPclass", "train_part_70_class.rec"),
-    "class100": ("EXclass", "train.rec"),
-    "data30": ("OPdata", "train_part_30_data.rec"),
-    "data70": ("OPdata", "train_part_70_data.rec"),
-    "data100": ("EXdata", "train.rec"),
-}
 LABELS_SAMPLED = 1024   # rows whose labels are held against the record file when features are opened
-
-
-class FeatureError(UserError, ValueError):
-    """A feature set's name or file that cannot be used; the message names it and the command to run."""
-
-
-class FeatureSet:
-    """The files of one feature set. `name`: `<old model>_<set>`; `root`: the feature_save directory.
-
-    Attributes: name, old_model, set, scenario, record (file name), and the paths feature, label, avg_feature.
-    Raises FeatureError for a name whose last part is none of SETS.
-    """
-
-    def __init__(self, name, root=None):
-        self.root = pathlib.Path(root) if root else REPO / "feature_save"
-        self.name = name
-        self.old_model, _, self.set = name.rpartition("_")
-        if not self.old_model or self.set not in SETS or pathlib.Path(name).name != name:
-            raise FeatureError(
-                f"--SD {name}: must be <old model>_<set> with one of the sets {', '.join(SETS)}, "
-                "such as f128_r18_softmax_class70"
-            )
-        self.scenario, self.record = SETS[self.set]
-        self.feature = self._path("feature")
-        self.label = self._path("label")
-        self.avg_feature = self._path("avg_feature")
-
-    def credible(self, ratio):
-        """Path of the credible rows at `ratio` in (0, 1]: 0.9 -> …_credible_ratio_90_feature.npy."""
-        return self._path(f"credible_ratio_{100 * ratio:g}_feature")
-
-    def _path(self, what):
-        return self.root / self.scenario / f"{self.name}_{what}.npy"
-
-    def command(self, script="get_feature", options=""):
-        """The command line that writes this set's features (or, by another script, what is derived from them)."""
-        config = f" {self._config()}" if script == "get_feature" else ""
-        root = "" if self.root.resolve() == REPO / "feature_save" else f" --feature_save {self.root}"
-        return f"python tools/get_feature/{script}.py{config}{options} --SD {self.name}{root}"
-
-    def _config(self):
-        kind = self.set.rstrip("0123456789")
-        for suffix in (f"_{kind}30", f"_{kind}100", f"_{self.set}", ""):
-            stem = self.old_model + suffix
-            for path in sorted((REPO / "configs").rglob(f"{stem}.py")):
-                return path.relative_to(REPO).as_posix()
-        return "CONFIG"
-
-
-def command_for(path):
-    """The command that writes the file `path` of a feature_save directory, as far as its name tells."""
-    path = pathlib.Path(path)
-    match = re.fullmatch(r"(.+?)_(feature|label|avg_feature|credible_entropy_feature|credible_ratio_([0-9.]+)_feature)\.npy", path.name)
-    try:
-        files = FeatureSet(match[1], path.parent.parent)
-    except (FeatureError, TypeError):
-        return "python tools/get_feature/get_feature.py CONFIG --SD NAME"
-    if match[2] == "avg_feature":
-        return files.command("get_avg_feature")
-    if match[2] == "credible_entropy_feature":
-        return files.command("credible_entropy")
-    if match[3]:
-        return files.command("denoise_credible", f" --T {float(match[3]) / 100:g}")
-    return files.command()
-
-
-def again(path):
-    return f"write it again: {command_for(path)}"
 
 
 # --- Writing -----------------------------------------------------------------------------------------------------
@@ -245,21 +161,24 @@ def _embed_rows_of_rank(model, dataset, arrays, embedding_size, batch_size, num_
 
 def save_array(path, array):
     """Write a .npy file under a temporary name and rename it once it is whole and on the disk."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_write(path) as file:
             np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise FeatureError(f"{path}: could not be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def to_device(tensor, device):
+    """A tensor on `device`; from the CPU to CUDA by pinned memory, so that the host does not wait for the device.
+
+    A plain `.to(device)` would return only after all that is queued on the device before the copy.
+    """
+    if tensor.is_cuda or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def open_array(path, ndim, kind):
@@ -296,10 +215,11 @@ class OldFeatures:
     feature_path: …_feature.npy, float [N, D]. label_path: by default the …_label.npy beside it.
     train_set: the training set, of which length and a spread sample of labels are compared here.
     embedding_size: the width that the new model needs; None = any.
-    Raises FeatureError, with the command to run, for files that are missing or not of this training set.
+    old_model_path: the model that the features must not be older than; "" or None = any age will do.
+    Raises FeatureError, with the command to run, for files that are missing, stale or not of this training set.
     """
 
-    def __init__(self, feature_path, train_set, label_path=None, embedding_size=None):
+    def __init__(self, feature_path, train_set, label_path=None, embedding_size=None, old_model_path=None):
         if not feature_path:
             raise FeatureError("old_embedding is empty; set it in the config to a …_feature.npy of get_feature.py")
         self.path, self.record = pathlib.Path(feature_path), train_set.path
@@ -313,8 +233,10 @@ class OldFeatures:
         if embedding_size is not None and self.features.shape[1] != embedding_size:
             raise FeatureError(
                 f"{self.path}: features of width {self.features.shape[1]}, but embedding_size is {embedding_size}; "
-                "set embedding_size to the old model's, or take the features of an old model of that width"
+                "set embedding_size to the old model's, or take the features of an old model of that width; "
+                f"if that model has changed since, {again(self.path)}"
             )
+        check_not_older(self.path, old_model_path)
         rows = np.unique(np.linspace(0, len(train_set) - 1, LABELS_SAMPLED).astype(np.int64)) if len(train_set) else []
         for row in rows:
             self._compare(row, self.labels[row], train_set.label(int(row)))
@@ -329,6 +251,13 @@ class OldFeatures:
             broken = np.asarray(index)[~np.isfinite(rows).all(axis=1)]
             raise FeatureError(f"{self.path}: NaN or infinity in row {broken[0]}; {again(self.path)}")
         return torch.from_numpy(rows)
+
+    def fetch(self, index, device):
+        """Rows of index int64 [B] (CPU) as float32 [B, D] on the device, without waiting for it: see `to_device`.
+
+        Called before the backbone, the rows are read from the file and on their way while the device is still at work.
+        """
+        return to_device(self[index], device)
 
     def check_labels(self, index, labels):
         """Hold a batch's labels [B] (any device) against the stored ones of its rows `index` [B] (CPU).
@@ -364,11 +293,12 @@ class OldFeatures:
         )
 
 
-def load_credible(path, train_set):
+def load_credible(path, train_set, old_model_path=None):
     """bool [N] on the CPU: which rows of the training set have a credible old feature (see denoise_credible.py).
 
-    path: …_credible_ratio_90_feature.npy; "" = all rows are credible.
-    Raises FeatureError, with the command to run, for a missing file, another length, or a file without a credible row.
+    path: …_credible_ratio_90_feature.npy; "" = all rows are credible. old_model_path: as for OldFeatures.
+    Raises FeatureError, with the command to run, for a missing file, one that is stale or of another length, or one
+    without a credible row.
     """
     if not path:
         return torch.ones(len(train_set), dtype=torch.bool)
@@ -376,8 +306,9 @@ def load_credible(path, train_set):
     if len(credible) != len(train_set):
         raise FeatureError(
             f"{path}: {len(credible)} rows, but {train_set.path} has {len(train_set)} images: "
-            f"it was made from another record file. Run get_feature again, then: {command_for(path)}"
+            f"it was made from another record file; {again_from_images(path)}"
         )
     if not credible.any():
-        raise FeatureError(f"{path}: no row is credible; write it again: {command_for(path)}")
+        raise FeatureError(f"{path}: no row is credible; {again(path)}")
+    check_not_older(path, old_model_path)
     return credible

@@ -43,7 +43,6 @@ class Monitor:
         self.sums, self.count, self.pending = {}, 0, None
         self.start_step, self.start_time = start_step, time.perf_counter()
         self.tick = None
-        self.skipped = 0
 
     def update(self, step, terms, index):
         """Take in the terms `{name: 0-d tensor}` of `step`, whose batch on this rank has the rows `index`.
@@ -86,7 +85,7 @@ class Monitor:
         record, self.pending = self.pending, None
         self._take(record)
 
-    def line(self, step, epoch, lr, grad_scale=None):
+    def line(self, step, epoch, lr, scaler=None):
         """After `step` steps: write one line of the log, and the scalars to TensorBoard."""
         now = time.perf_counter()
         speed = self.images_per_step * (step - self.tick[0]) / (now - self.tick[1])
@@ -100,8 +99,8 @@ class Monitor:
         if len(terms) > 1:
             text += "".join(f"{name} {value:.4f}   " for name, value in terms.items())
         text += f"LearningRate {lr:.6f}   Epoch: {epoch}   Global Step: {step}   "
-        if grad_scale is not None:
-            text += f"Fp16 Grad Scale: {grad_scale:.0f}   Skipped Steps: {self.skipped}   "
+        if scaler is not None and scaler.is_enabled():  # asking for these makes the host wait for the device
+            text += f"Fp16 Grad Scale: {scaler.get_scale():.0f}   Skipped Steps: {int(scaler.skipped)}   "
         log.info("%sRequired: %.1f hours", text, hours)
         if self.writer is not None:
             scalars = {"loss": loss, "lr": lr, "speed": speed, **{f"loss/{name}": value for name, value in terms.items()}}

@@ -21,13 +21,13 @@ import random
 
 import numpy as np
 import torch
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 import backbones
 from dataset import TrainLoader, open_train_set
 from engine import checkpoint, distributed
+from engine.amp import make_scaler, start_momentum
 from engine.config import ConfigError, load_config
 from engine.errors import report_errors
 from engine.monitor import Monitor, init_logging, log
@@ -82,7 +82,7 @@ class Trainer:
             distributed.broadcast_(parameter.data)
         self.optimizer = self.build_optimizer()
         self.schedule = make_schedule(self.optimizer, cfg, self.steps_per_epoch)
-        self.scaler = self.build_scaler()
+        self.scaler = make_scaler(self.device, self.world_size, cfg.fp16 and self.device.type == "cuda")
         self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device)
 
     # --- what a run is made of; a method overrides what it does otherwise -----------------------------------------
@@ -142,6 +142,7 @@ class Trainer:
             optimizer = torch.optim.SGD(
                 self.parameter_groups(), lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused
             )
+            start_momentum(optimizer)
         elif cfg.optimizer == "adamw":
             optimizer = torch.optim.AdamW(self.parameter_groups(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
         else:
@@ -149,12 +150,6 @@ class Trainer:
         if self.classifier is not None:
             self.classifier.attach(optimizer)
         return optimizer
-
-    def build_scaler(self):
-        # Class shards differ between ranks, so one rank alone can overflow. The sharded scaler makes all ranks skip
-        # that step together; it is torch's own, and needs a process group.
-        make = ShardedGradScaler if self.world_size > 1 else torch.amp.GradScaler
-        return make(device=self.device.type, enabled=self.cfg.fp16 and self.device.type == "cuda", growth_interval=100)
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -189,8 +184,7 @@ class Trainer:
                 self.accumulate(*next(batches), last=micro == cfg.gradient_acc - 1)
             self.update()
             if self.step % cfg.frequent == 0 or self.step == self.total_steps:
-                scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
-                self.monitor.line(self.step, self.epoch, self.schedule.get_last_lr()[0], scale)
+                self.monitor.line(self.step, self.epoch, self.schedule.get_last_lr()[0], self.scaler)
             if self.verifier and (self.step % cfg.verbose == 0 or self.step == self.total_steps):
                 self.verify()
         self.monitor.flush()
@@ -210,19 +204,19 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         if self.cfg.clip_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), self.cfg.clip_grad_norm)
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.monitor.skipped += self.scaler.get_scale() < scale
         self.optimizer.zero_grad()
         self.schedule.step()
         self.step += 1
 
     def verify(self):
+        distributed.broadcast_buffers(self.backbone)    # of the model that is saved, rank 0's, on every rank
         for name, value in self.verifier.run(unwrap(self.backbone)).items():
             log.info("[%s][%d]Accuracy-Flip: %.5f", name, self.step, value)
             if self.monitor.writer is not None:
                 self.monitor.writer.add_scalar(f"val/{name}", value, self.step)
+        self.monitor.restart_clock()
 
     def log_start(self):
         for key, value in sorted(self.cfg.items()):
@@ -242,9 +236,15 @@ class Trainer:
         if self.classifier is not None:
             checkpoint.save_atomically(self.classifier.state_dict(), output / f"softmax_fc_gpu_{self.rank}.pt")
 
+    def same_run(self):
+        """What must not have changed between a checkpoint and the run that goes on from it."""
+        keys = ("network", "embedding_size", "num_classes", "num_image", "batch_size", "gradient_acc", "optimizer", "sample_rate")
+        return {**{key: self.cfg[key] for key in keys}, "fp16": self.scaler.is_enabled()}
+
     def state_dict(self):
         """The whole state of this rank, of tensors and plain values only."""
         return {
+            "same_run": self.same_run(),
             "epoch": self.epoch,
             "step": self.step,
             "backbone": unwrap(self.backbone).state_dict(),
@@ -287,7 +287,14 @@ class Trainer:
                 f"start with --nproc_per_node={world_size}, or another `output`"
             )
         path = checkpoint.checkpoint_path(self.cfg.output, step, self.rank, world_size)
-        self.load_state_dict(checkpoint.load(path, self.device))
+        state = checkpoint.load(path, self.device)
+        for key, value in self.same_run().items():
+            if state["same_run"][key] != value:
+                raise checkpoint.CheckpointError(
+                    f"{path}: written with {key} = {state['same_run'][key]!r}, this run has {value!r}; "
+                    f"set {key} back to go on from it, or choose another `output`"
+                )
+        self.load_state_dict(state)
         log.info("resumed from %s: epoch %d, step %d", path, self.epoch, self.step)
 
     # --- the command line -----------------------------------------------------------------------------------------
@@ -297,12 +304,15 @@ class Trainer:
         parser = argparse.ArgumentParser(
             description=cls.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="Any key of the config can be overridden: --key value. configs/base.py explains each.",
+            epilog="Any key of the config can be overridden, after it: --key value. configs/base.py explains each.",
+            allow_abbrev=False,
         )
-        parser.add_argument("config", help="config file, such as configs/f128_r18_softmax_class30.py")
+        parser.add_argument("config", help="config file, such as configs/f128_r18_softmax_class30.py; it comes first")
         # Older launchers pass --local_rank, today's --local-rank; the environment is what counts.
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
         args, overrides = parser.parse_known_args(argv)
+        if not args.config.endswith(".py"):
+            parser.error(f"{args.config} is no config file; the config comes first, then --key value")
         with report_errors():
             cls(load_config(args.config, overrides)).train()
         distributed.shutdown()
@@ -311,16 +321,14 @@ class Trainer:
 def margin_loss(cfg):
     """The margin that `loss`, `margin_list` and `margin_scale` describe."""
     m1, m2, m3 = cfg.margin_list
+    if not {"arcface": (m1, m3) == (1, 0), "cosface": (m1, m2) == (1, 0), "combined": True}.get(cfg.loss):
+        raise ConfigError(
+            f"{cfg.config_file}: loss = {cfg.loss!r} does not go with margin_list = {cfg.margin_list}; "
+            '"arcface" takes (1, m, 0), "cosface" (1, 0, m), "combined" any'
+        )
     if cfg.interclass_filtering_threshold > 0 or cfg.loss == "combined":
         return CombinedMarginLoss(cfg.margin_scale, m1, m2, m3, cfg.interclass_filtering_threshold)
-    if cfg.loss == "arcface" and (m1, m3) == (1, 0):
-        return ArcFace(cfg.margin_scale, m2)
-    if cfg.loss == "cosface" and (m1, m2) == (1, 0):
-        return CosFace(cfg.margin_scale, m3)
-    raise ConfigError(
-        f"{cfg.config_file}: loss = {cfg.loss!r} does not go with margin_list = {cfg.margin_list}; "
-        '"arcface" takes (1, m, 0), "cosface" (1, 0, m), "combined" any'
-    )
+    return ArcFace(cfg.margin_scale, m2) if cfg.loss == "arcface" else CosFace(cfg.margin_scale, m3)
 
 
 def seed_everything(seed, deterministic):

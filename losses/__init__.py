@@ -1,6 +1,7 @@
-"""Margin softmax losses: the margins, and the class-sharded softmax that they are used in."""
+"""Losses that several runs share: margin softmax, sharded over the classes, and the softmax over old prototypes."""
 
 from losses.margin import ArcFace, CombinedMarginLoss, CosFace
 from losses.partial_fc import PartialFC
+from losses.prototype import old_prototype_loss
 
-__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC"]
+__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC", "old_prototype_loss"]

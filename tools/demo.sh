@@ -17,21 +17,24 @@ old=f128_tiny_softmax
 run=(--workspace "$root" --seed "$seed")
 export OMP_WAIT_POLICY=passive          # idle threads leave the core to the workers that decode
 
-step() {  # step RESULT COMMAND...: run the command, its output in a log, unless the result is there
+step() {  # step RESULT COMMAND...: run the command, its output in a log, unless it has made the result before
     local result=$1 log
     shift
-    if [ -e "$result" ]; then
+    log=$root/log/$(basename "$(dirname "$result")")_$(basename "$result").log
+    # A model.pt alone proves little: training writes one after every epoch.
+    if [ -e "$result" ] && [ -e "$log.done" ]; then
         echo "have $result"
         return
     fi
     printf '\n[%3d s] $ %s\n' "$SECONDS" "$*"
-    log=$root/log/$(basename "$(dirname "$result")")_$(basename "$result").log
     mkdir -p "$root/log"
+    rm -f "$log.done"
     if ! "$@" > "$log" 2>&1; then
         tail -n 25 "$log"
         echo "that failed; the whole output is in $log" >&2
         exit 1
     fi
+    touch "$log.done"
     tail -n 1 "$log"
 }
 

@@ -10,7 +10,6 @@ it that is no outlier. With a learnable scalar e a class and a threshold t,
     point-to-set loss = mean over the images outside, ||f - c_y|| > r_y, of ||f - c_y|| - r_y
 """
 
-import os
 import pathlib
 import re
 import zipfile
@@ -20,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.by_class import add_by_class, chunks, normalise
+from engine.atomic import atomic_write
+from engine.by_class import squared_distances_to_means, unit_class_means
 from engine.distributed import barrier, is_main, sum_over_ranks
-from engine.features import FeatureError
+from engine.feature_files import FeatureError
 
 WHISKER = 1.5       # outliers lie this many interquartile ranges outside the quartiles
 ENOUGH = 4          # distances from which on there are quartiles to speak of
@@ -47,19 +47,9 @@ def class_boundaries(features, labels, num_classes):
             f"labels go from {labels.min()} to {labels.max()}, but there are {num_classes} classes; "
             "run get_feature again"
         )
-    size = np.bincount(labels, minlength=num_classes)
-    centers = np.zeros((num_classes, features.shape[1]))
-    for _, rows, classes in chunks(features, labels):
-        normalise(rows)
-        add_by_class(centers, rows, classes)
-    centers /= np.maximum(size, 1)[:, None]
-
-    distance = np.empty(len(labels))
-    for part, rows, classes in chunks(features, labels):
-        normalise(rows)
-        rows -= centers[classes]
-        distance[part] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    radius, count = _radii(distance, labels, size)
+    centers = unit_class_means(features, labels, num_classes)
+    distance = np.sqrt(squared_distances_to_means(features, labels, centers))
+    radius, count = _radii(distance, labels, np.bincount(labels, minlength=num_classes))
     return centers.astype(np.float32), radius.astype(np.float32), count
 
 
@@ -109,18 +99,14 @@ def load_boundaries(path, old, num_classes):
 
 
 def _save(path, centers, radius, count):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
             np.savez(file, centers=centers, radius=radius, count=count)
-        os.replace(temporary, path)
     except OSError as error:
         raise FeatureError(
             f"{path}: could not be written ({error.strerror}); set center_radius to a place that can"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class ElasticBoundary(nn.Module):

@@ -4,13 +4,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.features import FeatureError, again, open_array
+from engine.feature_files import FeatureError, again_from_images, check_not_older
+from engine.features import open_array
 
 
-def load_prototypes(path, num_classes, embedding_size):
+def load_prototypes(path, num_classes, embedding_size, old_model_path=None):
     """Read a …_avg_feature.npy: float32 [num_classes, embedding_size] on the CPU, rows L2-normalised, row = class.
 
-    Raises FeatureError, with what to do, for a file that is missing, of another shape or not finite.
+    old_model_path: the model that the file must not be older than; "" or None = any age will do.
+    Raises FeatureError, with what to do, for a file that is missing, stale, of another shape or not finite.
     """
     if not path:
         raise FeatureError(
@@ -21,13 +23,15 @@ def load_prototypes(path, num_classes, embedding_size):
     if width != embedding_size:
         raise FeatureError(
             f"{path}: prototypes of width {width}, but embedding_size is {embedding_size}; "
-            "set embedding_size to the old model's, or take the prototypes of an old model of that width"
+            "set embedding_size to the old model's, or take the prototypes of an old model of that width; "
+            f"if that model has changed since, {again_from_images(path)}"
         )
     if classes != num_classes:
         raise FeatureError(
             f"{path}: {classes} rows, but the training set has {num_classes} classes: "
-            f"the prototypes were made from another record file; {again(path)}"
+            f"the prototypes were made from another record file; {again_from_images(path)}"
         )
     if not np.isfinite(prototypes).all():
-        raise FeatureError(f"{path}: holds NaN or infinity; {again(path)}")
+        raise FeatureError(f"{path}: holds NaN or infinity; {again_from_images(path)}")
+    check_not_older(path, old_model_path)
     return F.normalize(torch.from_numpy(prototypes), dim=1)

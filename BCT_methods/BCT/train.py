@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes
-from engine.config import ConfigError
+from engine.config import require
 from engine.distributed import global_mean
 from engine.trainer import Trainer
 
@@ -21,9 +21,9 @@ class BCT(Trainer):
 
     def setup(self):
         cfg = self.cfg
-        if cfg.scale <= 0:
-            raise ConfigError(f"{cfg.config_file}: scale = {cfg.scale}; it must be above 0")
-        self.prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size).to(self.device)
+        require(cfg, "scale", cfg.scale > 0, "above 0")
+        prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size, cfg.old_model_path)
+        self.prototypes = prototypes.to(self.device)
 
     def losses(self, images, labels, index):
         new = self.backbone(images)

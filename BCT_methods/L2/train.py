@@ -10,7 +10,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from BCT_methods.L2.loss import feature_l2_loss
-from engine.config import ConfigError
+from engine.config import require
 from engine.distributed import global_mean
 from engine.features import OldFeatures
 from engine.trainer import Trainer
@@ -21,17 +21,20 @@ class L2(Trainer):
 
     def setup(self):
         cfg = self.cfg
-        if len(cfg.loss_weight) != 2:
-            raise ConfigError(f"{cfg.config_file}: loss_weight = {cfg.loss_weight}; it must be two numbers, [w0, w1]")
-        if not 0 <= cfg.threshold <= 2:
-            raise ConfigError(f"{cfg.config_file}: threshold = {cfg.threshold}; it must be in [0, 2]")
-        self.old = OldFeatures(cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size)
+        weights = cfg.loss_weight
+        two = len(weights) == 2 and all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
+        require(cfg, "loss_weight", two, "two numbers, [w0, w1], each at least 0")
+        require(cfg, "threshold", 0 <= cfg.threshold <= 2, "in [0, 2]")
+        self.old = OldFeatures(
+            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
+        )
 
     def losses(self, images, labels, index):
         self.old.check_labels(index, labels)
         cls_weight, l2_weight = self.cfg.loss_weight
+        old = self.old.fetch(index, self.device)
         new = self.backbone(images)
-        distance = feature_l2_loss(new, self.old[index].to(self.device), self.cfg.threshold)
+        distance = feature_l2_loss(new, old, self.cfg.threshold)
         return {"cls": cls_weight * self.classifier(new, labels), "l2": l2_weight * global_mean(distance)}
 
 

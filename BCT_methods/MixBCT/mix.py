@@ -6,6 +6,8 @@ Yu Liang et al., "MixBCT: Towards Self-Adapting Backward-Compatible Training", a
 import torch
 import torch.nn.functional as F
 
+from engine.features import to_device
+
 
 def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=None):
     """Replace int(B · mix_ratio) rows of a batch, drawn at random among the credible ones, by their old features.
@@ -33,5 +35,6 @@ def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=No
     order = torch.randperm(len(candidates), generator=generator)
     drawn = candidates[order[:int(len(embeddings) * mix_ratio)]]
 
-    old = F.normalize(old_features.detach()[drawn.to(old_features.device)].float(), dim=1)
-    return embeddings.index_copy(0, drawn.to(embeddings.device), old.to(embeddings))
+    old = old_features.detach()[to_device(drawn, old_features.device)]
+    old = F.normalize(old.float(), dim=1).to(embeddings.dtype)
+    return embeddings.index_copy(0, to_device(drawn, embeddings.device), to_device(old, embeddings.device))

@@ -10,6 +10,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from BCT_methods.MixBCT.mix import mix_old_features
+from engine.config import require
 from engine.features import OldFeatures, load_credible
 from engine.trainer import Trainer
 
@@ -19,13 +20,17 @@ class MixBCT(Trainer):
 
     def setup(self):
         cfg = self.cfg
-        self.old = OldFeatures(cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size)
-        self.credible = load_credible(cfg.credible_old_feature, self.train_set)
+        require(cfg, "mix_ratio", 0 <= cfg.mix_ratio <= 1, "in [0, 1]")
+        self.old = OldFeatures(
+            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
+        )
+        self.credible = load_credible(cfg.credible_old_feature, self.train_set, cfg.old_model_path)
 
     def losses(self, images, labels, index):
         self.old.check_labels(index, labels)
+        old = self.old[index]
         new = self.backbone(images)
-        mixed = mix_old_features(new, self.old[index], self.credible[index], self.cfg.mix_ratio, self.generator)
+        mixed = mix_old_features(new, old, self.credible[index], self.cfg.mix_ratio, self.generator)
         return {"cls": self.classifier(mixed, labels)}
 
 

@@ -12,9 +12,9 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
-from engine.config import ConfigError
+from engine.config import require
 from engine.distributed import gather, gather_with_grad
-from engine.features import OldFeatures, load_credible
+from engine.features import OldFeatures, load_credible, to_device
 from engine.trainer import Trainer
 
 
@@ -23,12 +23,15 @@ class NCCL(Trainer):
 
     def setup(self):
         cfg = self.cfg
-        if cfg.sample_rate != 1:
-            raise ConfigError(
-                f"{cfg.config_file}: sample_rate = {cfg.sample_rate} must be 1: NCCL compares the logits of all classes"
-            )
-        self.old = OldFeatures(cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size)
-        self.credible = load_credible(cfg.credible_old_feature, self.train_set)
+        require(cfg, "sample_rate", cfg.sample_rate == 1, "1: NCCL compares the logits of all classes")
+        require(cfg, "queue_size", cfg.queue_size >= 1, "at least 1")
+        require(cfg, "temperature", cfg.temperature > 0, "above 0")
+        for weight in ("alpha", "beta"):
+            require(cfg, weight, cfg[weight] >= 0, "at least 0")
+        self.old = OldFeatures(
+            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
+        )
+        self.credible = load_credible(cfg.credible_old_feature, self.train_set, cfg.old_model_path)
         logit_dtype = torch.float16 if cfg.fp16 and self.device.type == "cuda" else torch.float32
         self.extra["consensus"] = NeighborhoodConsensusLoss(
             cfg.embedding_size, cfg.num_classes, cfg.queue_size, cfg.temperature, logit_dtype
@@ -36,10 +39,10 @@ class NCCL(Trainer):
 
     def losses(self, images, labels, index):
         self.old.check_labels(index, labels)
-        new = self.backbone(images)
-        old = self.old[index].to(self.device)
-        known = torch.where(self.credible[index].to(self.device), labels, -1)
+        old = self.old.fetch(index, self.device)
+        known = torch.where(to_device(self.credible[index], self.device), labels, -1)
 
+        new = self.backbone(images)
         new_logits = self.classifier.cosines(gather_with_grad(new))
         with torch.no_grad():
             old_logits = self.classifier.cosines(gather(old))

@@ -23,16 +23,6 @@ BATCH_VALUES = 1 << 23      # values of a batch of classes, its similarities and
 ALIKE = 0.8                 # classes of a batch have at least this share of the images of its largest
 
 
-def prototype_loss(embeddings, labels, prototypes, scale=1.0):
-    """Cross-entropy of the softmax over scale · f·Pᵀ, the mean over this batch; f = L2-normalised embeddings.
-
-    embeddings: [B, D]; labels: int64 [B]; prototypes: P [C, D], L2-normalised, without gradient; one device.
-    """
-    dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    features = F.normalize(embeddings.to(dtype), dim=1)
-    return F.cross_entropy((scale * features) @ prototypes.detach().to(dtype).T, labels)
-
-
 def refine_prototypes(old_features, new_features, labels, damping=0.9, temperature=0.05, *, classes=None, device=None):
     """The classes' refined prototypes, as the head of this file says.
 
@@ -46,7 +36,10 @@ def refine_prototypes(old_features, new_features, labels, damping=0.9, temperatu
     where an input is. Memory: some 0.5 GB, or the n² similarities of the largest class several times.
     Raises ValueError for shapes and values that do not fit, a class without images, and a row that is not finite.
     """
-    check_knobs(damping, temperature)
+    if not 0 <= damping < 1:
+        raise ValueError(f"damping = {damping} must be in [0, 1)")
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature} must be above 0")
     labels = labels.cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if labels.ndim != 1 or not len(old_features) == len(new_features) == len(labels) > 0:
         raise ValueError(
@@ -77,13 +70,6 @@ def refine_prototypes(old_features, new_features, labels, damping=0.9, temperatu
             by_class, counts[first:last], damping, temperature,
         ).cpu()
     return prototypes.to(old_features.device) if isinstance(old_features, torch.Tensor) else prototypes
-
-
-def check_knobs(damping, temperature):
-    if not 0 <= damping < 1:
-        raise ValueError(f"damping = {damping} must be in [0, 1)")
-    if not temperature > 0:
-        raise ValueError(f"temperature = {temperature} must be above 0")
 
 
 def _default_device(features):

@@ -6,32 +6,27 @@ import time
 import numpy as np
 import torch
 
-from BCT_methods.UniBCT.prototypes import check_knobs, refine_prototypes
+from BCT_methods.UniBCT.prototypes import refine_prototypes
 from engine import distributed
-from engine.config import ConfigError
-from engine.features import FeatureError, again, extract_features, save_array
+from engine.config import require
+from engine.feature_files import FeatureError, again
+from engine.features import extract_features, save_array
 from engine.monitor import log
 
 
 def check_config(cfg):
     """Raise ConfigError for values that would stop the run only epochs later, or would never take effect."""
-    where = cfg.config_file
-    try:
-        check_knobs(cfg.damping, cfg.temperature)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    if cfg.scale <= 0:
-        raise ConfigError(f"{where}: scale = {cfg.scale}; it must be above 0")
-    if not all(isinstance(epoch, int) and epoch >= 0 for epoch in [cfg.compat_start_epoch, *cfg.refine_epochs]):
-        raise ConfigError(
-            f"{where}: compat_start_epoch = {cfg.compat_start_epoch} and refine_epochs = {cfg.refine_epochs} "
-            "must be whole numbers from 0"
-        )
+    require(cfg, "damping", 0 <= cfg.damping < 1, "at least 0 and below 1")
+    require(cfg, "temperature", cfg.temperature > 0, "above 0")
+    require(cfg, "scale", cfg.scale > 0, "above 0")
+    require(cfg, "compat_start_epoch", cfg.compat_start_epoch >= 0, "at least 0")
+    whole = all(isinstance(epoch, int) and epoch >= 0 for epoch in cfg.refine_epochs)
+    require(cfg, "refine_epochs", whole, "a list of whole numbers, each at least 0")
     for epoch in sorted({cfg.compat_start_epoch, *cfg.refine_epochs}):
         if epoch >= cfg.num_epoch:
             log.warning(
                 "%s: epoch %d (compat_start_epoch, refine_epochs) is never reached with num_epoch = %d",
-                where, epoch, cfg.num_epoch,
+                cfg.config_file, epoch, cfg.num_epoch,
             )
 
 
@@ -57,8 +52,7 @@ class Refinement(torch.nn.Module):
     def refine(self, backbone, train_set, epoch):
         """Embed the training set as rank 0's backbone sees it, and refine the class means by that."""
         cfg, start = self.cfg, time.perf_counter()
-        for buffer in backbone.buffers():
-            distributed.broadcast_(buffer)      # BatchNorm statistics are each rank's own; model.pt has rank 0's
+        distributed.broadcast_buffers(backbone)     # model.pt will have rank 0's
         path = pathlib.Path(cfg.output) / f"new_feature_epoch_{epoch}.npy"
         extract_features(
             backbone, train_set, path,

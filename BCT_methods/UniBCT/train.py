@@ -9,11 +9,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
-from BCT_methods.UniBCT.prototypes import prototype_loss
 from BCT_methods.UniBCT.refinement import Refinement, check_config
 from engine.distributed import global_mean
 from engine.features import OldFeatures
 from engine.trainer import Trainer, unwrap
+from losses import old_prototype_loss
 
 
 class UniBCT(Trainer):
@@ -22,7 +22,9 @@ class UniBCT(Trainer):
     def setup(self):
         cfg = self.cfg
         check_config(cfg)
-        self.old = OldFeatures(cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size)
+        self.old = OldFeatures(
+            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
+        )
         self.extra["refinement"] = Refinement(self.old, cfg, self.device)
 
     def begin_epoch(self):
@@ -37,7 +39,7 @@ class UniBCT(Trainer):
         new = self.backbone(images)
         terms = {"cls": self.classifier(new, labels)}
         if self.epoch >= self.cfg.compat_start_epoch:
-            old_cls = prototype_loss(new, labels, self.extra["refinement"].prototypes, self.cfg.scale)
+            old_cls = old_prototype_loss(new, labels, self.extra["refinement"].prototypes, self.cfg.scale)
             terms["old_cls"] = global_mean(old_cls)
         return terms
 

@@ -16,7 +16,7 @@ from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, re
 from BCT_methods.AdvBCT.train import AdvBCT
 from engine import distributed
 from engine.config import load_config
-from engine.features import FeatureError
+from engine.feature_files import FeatureError
 from tests.BCT_methods.whole_runs import REPO, launch, train, write_config, write_old_features
 from tests.ranks import run_ranks
 from engine import by_class

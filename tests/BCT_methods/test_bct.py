@@ -1,97 +1,24 @@
-"""BCT: the term against a plain loop, its gradient on two ranks, the prototypes' file, whole runs."""
-
-import math
+"""BCT: the prototypes' file, whole runs. The term's own tests are in tests/losses/test_prototype.py."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+import losses
 from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes
 from BCT_methods.BCT.train import BCT
 from dataset import ExtractLoader, RecordDataset
 from engine.config import ConfigError, load_config
-from engine.distributed import global_mean
-from engine.features import FeatureError
+from engine.feature_files import FeatureError
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_old_features
 from tests.ranks import run_ranks
 
 CONFIGS = REPO / "BCT_methods" / "BCT" / "configs"
 
 
-def batch(size=6, classes=4, width=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = 3 * torch.randn(size, width, generator=generator, dtype=torch.float64)
-    prototypes = torch.randn(classes, width, generator=generator, dtype=torch.float64)
-    labels = torch.randint(classes, (size,), generator=generator)
-    return embeddings, labels, torch.nn.functional.normalize(prototypes, dim=1)
-
-
-def slowly(embeddings, labels, prototypes, scale):
-    """One image and one class after the other."""
-    total = 0.0
-    for row, label in zip(embeddings.tolist(), labels.tolist()):
-        length = math.sqrt(sum(value * value for value in row))
-        logits = [scale * sum(a / length * b for a, b in zip(row, prototype)) for prototype in prototypes.tolist()]
-        total -= logits[label] - math.log(sum(math.exp(logit) for logit in logits))
-    return total / len(embeddings)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    size=st.integers(1, 9),
-    classes=st.integers(1, 7),
-    seed=st.integers(0, 999),
-    scale=st.sampled_from([1.0, 16.0, 64.0]),
-)
-def test_equals_the_plain_loop(size, classes, seed, scale):
-    inputs = batch(size, classes, seed=seed)
-    assert old_prototype_loss(*inputs, scale).item() == pytest.approx(slowly(*inputs, scale), abs=1e-10)
-
-
-def test_gradient_is_that_of_the_formula_and_reaches_the_embeddings_alone():
-    embeddings, labels, prototypes = batch()
-    embeddings.requires_grad_(), prototypes.requires_grad_()
-    assert torch.autograd.gradcheck(lambda e: old_prototype_loss(e, labels, prototypes.detach(), 4.0), (embeddings,))
-    old_prototype_loss(embeddings, labels, prototypes).backward()
-    assert embeddings.grad.abs().sum() > 0 and prototypes.grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_summed_in_float32(dtype):
-    embeddings, labels, prototypes = batch(8, 4, 64)
-    embeddings = 300 * embeddings       # whose squares overflow float16
-    loss = old_prototype_loss(embeddings.to(dtype), labels, prototypes.float(), 16.0)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(slowly(embeddings, labels, prototypes, 16.0), abs=0.1)
-
-
-def test_arguments_that_do_not_fit():
-    embeddings, labels, prototypes = batch()
-    with pytest.raises(ValueError, match="embedding_size"):
-        old_prototype_loss(embeddings, labels, prototypes[:, :4])
-    with pytest.raises(ValueError, match="scale"):
-        old_prototype_loss(embeddings, labels, prototypes, 0.0)
-
-
-def gradient(embeddings, labels, prototypes, size):
-    """Term and gradient of this rank's `size` rows of the batch."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    mine = slice(rank * size, (rank + 1) * size)
-    embeddings = embeddings[mine].clone().requires_grad_()
-    term = global_mean(old_prototype_loss(embeddings, labels[mine], prototypes, 16.0))
-    term.backward()
-    return term.detach(), embeddings.grad
-
-
-def test_two_ranks_have_the_gradient_of_one():
-    inputs = batch(8)
-    term, whole = gradient(*inputs, 8)
-    results = run_ranks(gradient, 2, *inputs, 4)
-    torch.testing.assert_close(torch.cat([grad for _, grad in results]), whole)
-    assert [value.item() for value, _ in results] == pytest.approx([term.item()] * 2)
+def test_the_term_is_the_shared_one():
+    assert old_prototype_loss is losses.old_prototype_loss
 
 
 # --- the prototypes' file ---------------------------------------------------------------------------------------
@@ -108,7 +35,7 @@ def test_prototypes_come_normalised(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (np.ones((3, 5)), "width 5, but embedding_size is 4"),
+        (np.ones((3, 5)), "width 5, but embedding_size is 4.*get_feature.py .* && python .*get_avg_feature.py --SD"),
         (np.ones((2, 4)), "2 rows, but the training set has 3 classes.*get_avg_feature.py"),
         (np.full((3, 4), np.nan), "NaN"),
         (np.ones((3, 4), int), "not 2-D floating"),

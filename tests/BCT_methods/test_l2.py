@@ -12,7 +12,8 @@ from BCT_methods.L2.train import L2
 from dataset import ExtractLoader, RecordDataset
 from engine.config import ConfigError, load_config
 from engine.distributed import global_mean
-from engine.features import FeatureError, OldFeatures
+from engine.feature_files import FeatureError
+from engine.features import OldFeatures
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 
@@ -150,7 +151,10 @@ def test_a_run_on_two_ranks_is_the_run_on_one(folder):
 
 
 def test_values_and_files_that_do_not_fit(folder):
-    for keys, message in [({"loss_weight": [1, 10, 1]}, "two numbers"), ({"threshold": 3.0}, r"must be in \[0, 2\]")]:
+    for keys, message in [
+        ({"loss_weight": [1, 10, 1]}, "two numbers"), ({"loss_weight": [1, -1]}, "each at least 0"),
+        ({"loss_weight": ["1", 10]}, "two numbers"), ({"threshold": 3.0}, r"must be in \[0, 2\]"),
+    ]:
         with pytest.raises(ConfigError, match=message):
             L2(load_config(write_config(folder, "L2", "run", **keys)))
     with pytest.raises(FeatureError, match="embedding_size is 6"):

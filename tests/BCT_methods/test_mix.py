@@ -144,3 +144,14 @@ def test_the_same_rows_on_the_gpu():
     on_gpu = mix_old_features(new.cuda(), old, credible, 0.3, torch.Generator().manual_seed(7))
     assert on_gpu.is_cuda
     torch.testing.assert_close(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_mixing_never_waits_for_the_gpu():
+    new, old = batch()
+    new, credible = new.cuda(), torch.ones(16, dtype=torch.bool)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mix_old_features(new, old, credible, 0.3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -228,7 +228,7 @@ def test_both_losses_move_the_weights(folder):
 
 
 def test_sampled_centres_are_refused(folder):
-    with pytest.raises(ConfigError, match="sample_rate = 0.5 must be 1"):
+    with pytest.raises(ConfigError, match="sample_rate = 0.5; it must be 1: NCCL compares"):
         NCCL(load_config(write_config(folder, "NCCL", "run"), ["--sample_rate", "0.5"]))
 
 

@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from BCT_methods.UniBCT import prototypes as unibct
-from BCT_methods.UniBCT.prototypes import image_weights, prototype_loss, refine_prototypes
+from BCT_methods.UniBCT.prototypes import image_weights, refine_prototypes
 from BCT_methods.UniBCT.train import UniBCT
 from engine.config import ConfigError, load_config
-from engine.distributed import global_mean
-from engine.features import FeatureError
+from engine.feature_files import FeatureError
 from engine.trainer import unwrap
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
@@ -192,38 +191,6 @@ def test_the_same_on_the_gpu():
     torch.testing.assert_close(on_gpu.cpu(), refine_prototypes(old, new, labels, device="cpu"), rtol=0, atol=1e-10)
 
 
-def test_term_equals_the_plain_one_and_leaves_the_prototypes_alone():
-    new = torch.from_numpy(draw([4, 4])[1]).requires_grad_()
-    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
-    prototypes = torch.from_numpy(class_means(*draw([3, 3, 3])[1:])).requires_grad_()
-    loss = prototype_loss(new, labels, prototypes, 16.0)
-    logits = 16 * (new / new.norm(dim=1, keepdim=True)) @ prototypes.T
-    expected = -sum((logits[i].exp() / logits[i].exp().sum()).log()[labels[i]] for i in range(8)) / 8
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, new), torch.autograd.grad(expected, new))
-    prototype_loss(new, labels, prototypes).backward()
-    assert prototypes.grad is None
-
-
-def gradient(new, labels, prototypes, size):
-    """Term and gradient of this rank's `size` rows of the batch."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    mine = slice(rank * size, (rank + 1) * size)
-    new = new[mine].clone().requires_grad_()
-    term = global_mean(prototype_loss(new, labels[mine], prototypes, 16.0))
-    term.backward()
-    return term.detach(), new.grad
-
-
-def test_two_ranks_have_the_gradient_of_one():
-    prototypes = torch.from_numpy(class_means(*draw([3, 3, 3])[1:]))
-    inputs = torch.from_numpy(draw([8])[1]), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), prototypes
-    term, whole = gradient(*inputs, 8)
-    results = run_ranks(gradient, 2, *inputs, 4)
-    torch.testing.assert_close(torch.cat([grad for _, grad in results]), whole)
-    assert [value.item() for value, _ in results] == pytest.approx([term.item()] * 2)
-
-
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 LABELS = [0, 1, 2, 3] * 6 + [4]     # class 4 has but one image
@@ -352,7 +319,8 @@ def test_all_ranks_embed_with_the_backbone_of_rank_0(folder):
         ({"damping": 1.0}, "damping = 1.0"),
         ({"temperature": 0.0}, "temperature = 0.0"),
         ({"scale": 0.0}, "scale = 0.0"),
-        ({"refine_epochs": [1.5]}, "whole numbers"),
+        ({"refine_epochs": [1.5]}, "refine_epochs = .1.5.; it must be a list of whole numbers"),
+        ({"compat_start_epoch": -1}, "compat_start_epoch = -1; it must be at least 0"),
     ],
 )
 def test_values_that_would_stop_a_run_only_epochs_later(folder, keys, message):

@@ -1,8 +1,15 @@
+import resource
+
 import pytest
 import torch
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
+
+
+class Unsavable:
+    def __reduce__(self):
+        raise RuntimeError("an error of its own")
 
 
 def save_set(output, step, ranks, world_size):
@@ -41,6 +48,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         checkpoint.save_atomically({"a": 2}, path)
     assert checkpoint.load(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("values", [10, 10**6])     # fewer than Python's buffer takes, and more: torch fails otherwise
+def test_a_file_system_that_takes_no_more_is_named(tmp_path, values):
+    path, limits = tmp_path / "model.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="model.pt: could not be written .File too large"):
+            checkpoint.save_atomically({"a": torch.zeros(values)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_saved_is_no_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="of its own"):
+        checkpoint.save_atomically(Unsavable(), tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -78,6 +78,16 @@ def test_environment_overrides_stand_below_the_command_line(tmp_path, monkeypatc
         load_config(write(tmp_path, ""))
 
 
+@pytest.mark.parametrize(
+    "words", [["--sample_rate", "2"], ["--margin_list", "(1.0, 0.5)"], ["--gradient_acc", "0"], ["--frequent", "0"], ["--batch_size", "0"],
+              ["--seed", "-1"], ["--lr", "0"]]
+)
+def test_values_out_of_range_are_refused(tmp_path, words):
+    key = words[0].removeprefix("--")
+    with pytest.raises(ConfigError, match=rf"run\.py: {key} = .*; it must be"):
+        load_config(write(tmp_path, ""), words)
+
+
 def test_paths_lie_under_the_workspace(tmp_path):
     cfg = load_config(write(tmp_path, "config.rec = 'data/set'\n"))
     assert (cfg.rec, cfg.output) == (str(REPO / "data/set"), str(REPO / "work_dirs/run"))

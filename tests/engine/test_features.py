@@ -1,4 +1,4 @@
-"""Feature files: names, writing on one rank and many, and what is refused when they are read back."""
+"""Feature files: writing on one rank and many, and what is refused when they are read back."""
 
 import errno
 import os
@@ -9,9 +9,9 @@ import torch
 
 from dataset import SyntheticDataset
 from engine import features
+from engine.feature_files import FeatureError, FeatureSet
 from engine.features import (
-    FeatureError, FeatureSet, OldFeatures, SharedArray, command_for, extract_features, load_credible, open_array,
-    open_feature_set, save_array,
+    OldFeatures, SharedArray, extract_features, load_credible, open_array, open_feature_set, save_array, to_device,
 )
 from tests.ranks import run_ranks
 
@@ -46,53 +46,6 @@ def embed_one_by_one(model, dataset):
     with torch.no_grad():
         rows = [model(as_input(dataset, row))[0].numpy() for row in range(len(dataset))]
     return np.stack(rows)
-
-
-# --- Names -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name, scenario, record", [
-    ("f128_r18_softmax_class30", "OPclass", "train_part_30_class.rec"),
-    ("f128_r18_softmax_class70", "OPclass", "train_part_70_class.rec"),
-    ("f128_r18_softmax_class100", "EXclass", "train.rec"),
-    ("f512_r18_arc_data30", "OPdata", "train_part_30_data.rec"),
-    ("f512_r18_arc_data70", "OPdata", "train_part_70_data.rec"),
-    ("f512_r18_arc_data100", "EXdata", "train.rec"),
-])
-def test_names_lead_to_files(tmp_path, name, scenario, record):
-    files = FeatureSet(name, tmp_path)
-    assert files.record == record
-    assert files.old_model == name.rpartition("_")[0]
-    assert files.feature == tmp_path / scenario / f"{name}_feature.npy"
-    assert files.label == tmp_path / scenario / f"{name}_label.npy"
-    assert files.avg_feature == tmp_path / scenario / f"{name}_avg_feature.npy"
-    assert files.credible(0.9) == tmp_path / scenario / f"{name}_credible_ratio_90_feature.npy"
-    assert files.credible(0.55).name == f"{name}_credible_ratio_55_feature.npy"
-    assert files.credible(1.0).name == f"{name}_credible_ratio_100_feature.npy"
-
-
-@pytest.mark.parametrize("name", ["f128_r18_softmax", "class70", "_class70", "f128_class71", "../f128_class70", ""])
-def test_names_that_are_none(name):
-    with pytest.raises(FeatureError, match="class70"):
-        FeatureSet(name)
-
-
-def test_the_command_that_writes_a_file():
-    files = FeatureSet("f128_r18_softmax_class70")
-    get = "python tools/get_feature/get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70"
-    assert command_for(files.feature) == command_for(files.label) == get
-    assert command_for(files.avg_feature) == "python tools/get_feature/get_avg_feature.py --SD f128_r18_softmax_class70"
-    assert command_for(files.root / "OPclass/f128_r18_softmax_class70_credible_entropy_feature.npy") == (
-        "python tools/get_feature/credible_entropy.py --SD f128_r18_softmax_class70"
-    )
-    assert command_for(files.credible(0.9)) == (
-        "python tools/get_feature/denoise_credible.py --T 0.9 --SD f128_r18_softmax_class70"
-    )
-    assert "configs/f512_r18_arc_data30.py" in command_for(FeatureSet("f512_r18_arc_data100").feature)
-    assert command_for("/elsewhere/OPclass/some_old_class70_feature.npy") == (
-        "python tools/get_feature/get_feature.py CONFIG --SD some_old_class70 --feature_save /elsewhere"
-    )
-    assert command_for("old.npy") == "python tools/get_feature/get_feature.py CONFIG --SD NAME"
 
 
 # --- Writing -----------------------------------------------------------------------------------------------------
@@ -213,6 +166,69 @@ def test_rows_come_as_they_are_stored(stored):
     assert np.load(stored.feature)[7, 0] == 7 * WIDTH
 
 
+def test_rows_are_fetched_to_a_device(stored):
+    old, index = OldFeatures(stored.feature, training_set()), torch.tensor([3, 3, 0])
+    rows = old.fetch(index, torch.device("cpu"))
+    assert rows.device.type == "cpu" and torch.equal(rows, old[index])
+
+
+class Recorded:
+    """Stands for a tensor on the CPU; notes what is asked of it."""
+
+    is_cuda = False
+
+    def __init__(self):
+        self.calls = []
+
+    def pin_memory(self):
+        self.calls.append("pin_memory")
+        return self
+
+    def to(self, device, non_blocking=False):
+        self.calls.append((str(device), non_blocking))
+        return self
+
+
+@pytest.mark.parametrize("device, calls", [
+    ("cpu", [("cpu", False)]), ("cuda", ["pin_memory", ("cuda", True)]), ("cuda:3", ["pin_memory", ("cuda:3", True)]),
+])
+def test_copies_to_the_gpu_are_pinned_and_not_waited_for(device, calls):
+    for form in (device, torch.device(device)):
+        tensor = Recorded()
+        assert to_device(tensor, form) is tensor and tensor.calls == calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fetching_to_the_gpu_never_waits_for_it(stored):
+    old, index = OldFeatures(stored.feature, training_set()), torch.tensor([3, 3, 0])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = old.fetch(index, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert rows.is_cuda and torch.equal(rows.cpu(), old[index])
+
+
+@pytest.mark.parametrize("which", ["feature", "credible"])
+def test_files_older_than_their_model(stored, which):
+    model = stored.root / "model.pt"
+    model.write_bytes(b"")
+    np.save(stored.credible(0.9), np.ones(11, bool))
+    readers = {
+        "feature": lambda: OldFeatures(stored.feature, training_set(), old_model_path=model),
+        "credible": lambda: load_credible(stored.credible(0.9), training_set(), model),
+    }
+    path = {"feature": stored.feature, "credible": stored.credible(0.9)}[which]
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+    readers[which]()
+    os.utime(model, ns=(later + 1, later + 1))
+    with pytest.raises(FeatureError, match=f"{path}: older than old_model_path {model}"):
+        readers[which]()
+    load_credible("", training_set(), model)
+
+
 def test_missing_features_name_the_command(stored):
     stored.feature.unlink()
     command = "get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70"
@@ -239,7 +255,7 @@ def test_another_length(stored, which):
 
 
 def test_another_width(stored):
-    with pytest.raises(FeatureError, match=f"width {WIDTH}, but embedding_size is 512"):
+    with pytest.raises(FeatureError, match=f"width {WIDTH}, but embedding_size is 512.*get_feature.py configs/"):
         OldFeatures(stored.feature, training_set(), embedding_size=512)
 
 

@@ -1,13 +1,19 @@
 """The loop: one rank and two take the same steps, accumulation equals the larger batch, a resumed run ends as the whole one."""
 
 import logging
+import pickle
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
+from engine.amp import make_scaler, start_momentum
+from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, load_config
+from engine.distributed import rank, world_size
 from engine.monitor import NonFiniteLoss
-from engine.trainer import Trainer, margin_loss
+from engine.trainer import Trainer, margin_loss, unwrap
 from losses import ArcFace, CombinedMarginLoss, CosFace
 from tests.ranks import run_ranks
 
@@ -173,3 +179,61 @@ def close_log_files():
     for handler in list(logging.getLogger("bct").handlers):
         handler.close()
         logging.getLogger("bct").removeHandler(handler)
+
+
+def overflow_on_rank_zero():
+    """Two steps of fused SGD, the first of which overflows on rank 0 alone; returns (parameter, skipped steps)."""
+    torch.use_deterministic_algorithms(True)        # fills memory that is used uninitialised with NaN
+    try:
+        parameter = torch.nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
+        start_momentum(optimizer)
+        scaler = make_scaler(torch.device("cpu"), world_size(), enabled=True)
+        for step in range(2):
+            factor = float("inf") if step == 0 and rank() == 0 else 1.0
+            scaler.scale((parameter * factor).sum()).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return parameter.detach(), int(scaler.skipped)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_an_overflow_on_one_rank_is_skipped_by_all(ranks):
+    results = run_ranks(overflow_on_rank_zero, ranks)
+    for parameter, skipped in results:
+        assert torch.equal(parameter, torch.full((4,), 0.9)) and skipped == 1
+
+
+def test_another_run_is_not_resumed(tmp_path, rec):
+    run(config(tmp_path, rec, save_all_states=True))
+    for key, value in (("batch_size", 8), ("optimizer", "adamw"), ("sample_rate", 0.5)):
+        with pytest.raises(CheckpointError, match=f"written with {key} = .*set {key} back"):
+            run(config(tmp_path, rec, save_all_states=True, resume=True, **{key: value}))
+
+
+class WithBatchNorm(Plain):
+    def build_backbone(self):
+        return torch.nn.Sequential(torch.nn.BatchNorm2d(3), *super().build_backbone())
+
+
+def statistics_after_verification(path):
+    """Train to the end, where the last step verifies; this rank's BatchNorm mean then, and that in model.pt."""
+    torch.set_num_threads(1)
+    trainer = WithBatchNorm(load_config(path))
+    trainer.train()
+    saved = torch.load(f"{trainer.cfg.output}/model.pt", weights_only=True)
+    return unwrap(trainer.backbone).state_dict()["0.running_mean"], saved["0.running_mean"]
+
+
+def test_ranks_verify_the_model_that_is_saved(tmp_path, rec):
+    """Statistics are each rank's own: unshared, they would embed the two images of a pair with two models."""
+    images = [cv2.imencode(".png", np.full((112, 112, 3), value, np.uint8))[1].tobytes() for value in range(0, 200, 20)]
+    (tmp_path / "pairs.bin").write_bytes(pickle.dumps((images, [True, False, True, False, True])))
+    path = config(tmp_path, rec, val_targets=["pairs"])
+    (first, saved), (second, _) = run_ranks(statistics_after_verification, 2, path)
+    assert torch.equal(first, second) and torch.equal(first, saved)
+    assert "[pairs][6]Accuracy-Flip: " in (tmp_path / "run/training.log").read_text()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import backbones
 from dataset import RecordDataset
-from engine.features import FeatureError, FeatureSet
+from engine.feature_files import FeatureError, FeatureSet
 from engine import by_class
 from tools.get_feature import denoise_credible, get_avg_feature, get_feature
 from tools.get_feature.denoise_credible import credible_rows
@@ -333,7 +333,11 @@ def test_what_get_feature_refuses(place, capsys):
     (place.parent / "data" / "train_part_70_class.rec").unlink()
     assert "split_dataset_ms1mv3.py --root" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class70")
     (place.parent / "work_dirs" / place.stem / "model.pt").unlink()
-    assert "train_old_arc.py" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class100")
+    error = refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class100")
+    assert f"train_old_arc.py {place} --workspace {place.parent}" in error
+    (place.parent / "data" / "train.rec").unlink()
+    error = refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class100")
+    assert "train.rec: no such file; it is MS1M-V3 as insightface publishes it" in error and "split" not in error
     assert not (place.parent / "feature_save").exists()
 
 

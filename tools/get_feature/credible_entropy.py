@@ -33,9 +33,10 @@ import torch
 from tqdm import tqdm
 
 from engine import distributed
-from engine.by_class import add_by_class, chunks, count_classes, normalise
+from engine.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
 from engine.errors import report_errors
-from engine.features import FeatureError, open_feature_set, save_array
+from engine.feature_files import FeatureError
+from engine.features import open_feature_set, save_array
 from tools.get_feature.get_feature import extract, make_parser, parse
 
 BLOCK = 1 << 24         # distances computed at once: 64 MB in float32, and a few copies
@@ -54,17 +55,8 @@ def low_entropy_rows(features, labels, device="cpu"):
 def means_and_variance(features, labels):
     """`(m float64 [C, D], v)`: class means of the normalised rows, variance of the rows' distances to their own."""
     counts = count_classes(labels)
-    means = np.zeros((len(counts), features.shape[1]))
-    for _, rows, classes in chunks(features, labels):
-        normalise(rows)
-        add_by_class(means, rows, classes)
-    means /= counts[:, None]
-    distances = np.empty(len(features))
-    for part, rows, classes in chunks(features, labels):
-        normalise(rows)
-        rows -= means[classes]
-        distances[part] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    return means, distances.var()
+    means = unit_class_means(features, labels, len(counts))
+    return means, np.sqrt(squared_distances_to_means(features, labels, means)).var()
 
 
 def assignment_entropy(features, labels, means, variance, device="cpu"):

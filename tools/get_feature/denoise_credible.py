@@ -17,9 +17,10 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from engine import distributed
-from engine.by_class import add_by_class, chunks, normalise
+from engine.by_class import squared_distances_to_means, unit_class_means
 from engine.errors import report_errors
-from engine.features import FeatureError, open_feature_set, save_array
+from engine.feature_files import FeatureError
+from engine.features import open_feature_set, save_array
 from tools.get_feature.get_feature import extract, make_parser, parse
 
 
@@ -33,7 +34,7 @@ def credible_rows(features, labels, ratio):
     """
     ratio = exact_ratio(ratio)
     _, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    distances = squared_distances(features, position, counts)
+    distances = scaled_distances(features, position, len(counts))
     kept = -(-counts * ratio.numerator // ratio.denominator)    # the ceiling, in integers
     order = np.lexsort((distances, position))   # by class, then distance; stable, so then by row
     first = np.cumsum(counts) - counts
@@ -51,30 +52,18 @@ def exact_ratio(ratio):
     return exact
 
 
-def squared_distances(features, position, counts):
+def scaled_distances(features, position, num_classes):
     """float32 [N]: squared distance of each row to its class mean, both scaled as `credible_rows` says.
 
-    position: int [N], class of each row, 0 … C − 1; counts: int [C]. Two passes over the rows: the scale of a dimension
-    and the class means are sums over the normalised rows, and scaled rows have the scaled means. All is computed in
-    float64; rounded to float32, distances that are equal but for that computation's own errors are equal, as
-    those of the two rows of a class always are.
+    position: int [N], class of each row, 0 … C − 1 = num_classes − 1. Two passes over the rows: the scale of a
+    dimension and the class means are sums over the normalised rows, and scaled rows have the scaled means. All is
+    computed in float64; rounded to float32, distances that are equal but for that computation's own errors are equal,
+    as those of the two rows of a class always are.
     """
-    means = np.zeros((len(counts), features.shape[1]))
     squares = np.zeros(features.shape[1])
-    for _, rows, classes in chunks(features, position):
-        normalise(rows)
-        squares += np.einsum("nd,nd->d", rows, rows)
-        add_by_class(means, rows, classes)
-    means /= counts[:, None]
+    means = unit_class_means(features, position, num_classes, squares)
     weights = np.divide(1.0, squares, out=np.zeros_like(squares), where=squares > 0)
-
-    distances = np.empty(len(features), dtype=np.float32)
-    for part, rows, classes in chunks(features, position):
-        normalise(rows)
-        rows -= means[classes]
-        np.square(rows, out=rows)
-        distances[part] = np.einsum("nd,d->n", rows, weights)
-    return distances
+    return squared_distances_to_means(features, position, means, weights).astype(np.float32)
 
 
 def main(argv=None):

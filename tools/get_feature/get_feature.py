@@ -16,6 +16,7 @@ file are left as they are. Any key of the config can be overridden: --batch_size
 import argparse
 import pathlib
 import re
+import shlex
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
@@ -23,9 +24,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 import backbones
 from dataset import open_train_set
 from engine import distributed
-from engine.config import load_config
+from engine.config import REPO, load_config
 from engine.errors import report_errors
-from engine.features import FeatureError, FeatureSet, extract_features
+from engine.feature_files import FeatureError, FeatureSet
+from engine.features import extract_features
 
 
 def make_parser(description, config_needed=True):
@@ -76,12 +78,17 @@ def record_path(cfg, files):
         raise FeatureError(f"{cfg.config_file}: rec is synthetic; there are no images to embed")
     rec = pathlib.Path(cfg.rec)
     path = (rec if rec.is_dir() else rec.parent) / files.record
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if files.record == "train.rec":
         raise FeatureError(
-            f"{path}: no such file; it is written by: "
-            f"python tools/split_dataset/split_dataset_ms1mv3.py --root {path.parent}"
+            f"{path}: no such file; it is MS1M-V3 as insightface publishes it (train.rec and train.idx): "
+            f"put both there, or set rec in {cfg.config_file} to where they are"
         )
-    return path
+    raise FeatureError(
+        f"{path}: no such file; it is written by: "
+        f"python tools/split_dataset/split_dataset_ms1mv3.py --root {path.parent}"
+    )
 
 
 def up_to_date(outputs, inputs):
@@ -100,7 +107,9 @@ def extract(cfg, files, force=False):
         return
     if not model_path.is_file():
         script = "train_old_softmax.py" if "softmax" in cfg.name else "train_old_arc.py"
-        raise FeatureError(f"{model_path}: no such file; train the model first: python {script} {cfg.config_file}")
+        raise FeatureError(
+            f"{model_path}: no such file; train the model first: python {script} {cfg.config_file}{workspace(cfg)}"
+        )
     _, _, device = distributed.init_distributed()
     model = backbones.load_backbone(model_path, cfg.network, device)
     if model.num_features != cfg.embedding_size:
@@ -113,6 +122,11 @@ def extract(cfg, files, force=False):
         embedding_size=cfg.embedding_size, batch_size=cfg.batch_size, num_workers=cfg.num_workers,
     )
     say(f"wrote {files.feature}")
+
+
+def workspace(cfg):
+    """The option that a command needs to find this run's files, where they are not under the repo root."""
+    return "" if pathlib.Path(cfg.workspace) == REPO else f" --workspace {shlex.quote(cfg.workspace)}"
 
 
 def say(line):

@@ -14,3 +14,5 @@ config.old_embedding = ""           # .npy float32 [num_image, embedding_size], 
 config.old_embedding_label = ""     # .npy int64 [num_image]
 config.center_radius = ""           # .npz of the old classes' centres and radii, written at the start where it is
                                     # missing; "" = <SD>_center_radius.npz beside old_embedding
+config.old_model_path = ""          # the old model's model.pt; not needed, old features come from old_embedding.
+                                    # Stated, the run refuses files of old features that are older than it

@@ -11,3 +11,5 @@ config.threshold = 0.0              # distance between unit vectors, 0 to 2, tha
 # What tools/get_feature/get_feature.py left behind of the old model on this run's training set.
 config.old_embedding = ""           # .npy float32 [num_image, embedding_size], row i = image i of rec
 config.old_embedding_label = ""     # .npy int64 [num_image]
+config.old_model_path = ""          # the old model's model.pt; not needed, old features come from old_embedding.
+                                    # Stated, the run refuses files of old features that are older than it

@@ -11,3 +11,5 @@ config.mix_ratio = 0.3              # share of a batch whose new embeddings are 
 config.old_embedding = ""           # .npy float32 [num_image, embedding_size], row i = image i of rec
 config.old_embedding_label = ""     # .npy int64 [num_image]
 config.credible_old_feature = ""    # .npy bool [num_image]: which old features may be mixed in; "" = all
+config.old_model_path = ""          # the old model's model.pt; not needed, old features come from old_embedding.
+                                    # Stated, the run refuses files of old features that are older than it

@@ -14,3 +14,5 @@ config.temperature = 1.0            # T of both softmaxes; inner products are di
 config.old_embedding = ""           # .npy float32 [num_image, embedding_size], row i = image i of rec
 config.old_embedding_label = ""     # .npy int64 [num_image]
 config.credible_old_feature = ""    # .npy bool [num_image], by credible_entropy.py: which old features to use; "" = all
+config.old_model_path = ""          # the old model's model.pt; not needed, old features come from old_embedding.
+                                    # Stated, the run refuses files of old features that are older than it

@@ -15,3 +15,5 @@ config.damping = 0.9                # λ in [0, 1): share that comes from the ne
 # What tools/get_feature/get_feature.py left behind of the old model on this run's training set.
 config.old_embedding = ""           # .npy float32 [num_image, embedding_size], row i = image i of rec
 config.old_embedding_label = ""     # .npy int64 [num_image]
+config.old_model_path = ""          # the old model's model.pt; not needed, old features come from old_embedding.
+                                    # Stated, the run refuses files of old features that are older than it

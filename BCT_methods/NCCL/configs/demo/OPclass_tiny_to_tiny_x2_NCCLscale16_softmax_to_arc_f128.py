@@ -1,0 +1,14 @@
+"""Demo: new tiny_x2 on the 70 % of the identities that the old model never saw; the similarities scaled by 16.
+
+Old model: configs/demo/f128_tiny_softmax_class30.py.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+
+config.network = "tiny_x2"
+config.rec = "dataset/ms1m-retinaface-t1/train_part_70_class.rec"
+config.old_embedding = "feature_save/OPclass/f128_tiny_softmax_class70_feature.npy"
+config.old_embedding_label = "feature_save/OPclass/f128_tiny_softmax_class70_label.npy"
+config.temperature = 1 / 16

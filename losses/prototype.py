@@ -1,0 +1,30 @@
+"""Classify new features by a fixed classifier made of old ones: the influence loss of BCT.
+
+Yantao Shen, Yuanjun Xiong, Wei Xia, Stefano Soatto, "Towards Backward-Compatible Representation Learning", CVPR 2020,
+arXiv:2003.11942.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def old_prototype_loss(embeddings, labels, prototypes, scale=1.0):
+    """Cross-entropy of the softmax over scale · f·Pᵀ, the cosines of new features and old prototypes.
+
+    embeddings: new [B, D], L2-normalised here, to f. labels: int64 [B]. prototypes: P [C, D], L2-normalised, one of
+    each class, taken as they are and without gradient. scale: factor on the cosines, above 0. All on one device.
+
+    Returns the mean over this batch, a scalar; float32 unless the embeddings are float64. Raises ValueError for shapes
+    or a scale that do not fit.
+    """
+    if embeddings.ndim != 2 or prototypes.ndim != 2 or embeddings.shape[1] != prototypes.shape[1]:
+        raise ValueError(
+            f"embeddings {list(embeddings.shape)} and prototypes {list(prototypes.shape)} must be [B, D] and [C, D]; "
+            "embedding_size must be the old model's"
+        )
+    if scale <= 0:
+        raise ValueError(f"scale = {scale} must be above 0")
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    features = F.normalize(embeddings.to(dtype), dim=1)
+    # The scale goes onto the B rows, not onto the B·C cosines.
+    return F.cross_entropy((scale * features) @ prototypes.detach().to(dtype).T, labels)

@@ -1,0 +1,100 @@
+"""What all methods have in common: when old features are read, how old they may be, which values are refused."""
+
+import importlib
+import os
+
+import numpy as np
+import pytest
+
+from engine.config import ConfigError, load_config
+from engine.feature_files import FeatureError
+from tests.BCT_methods.whole_runs import REPO, WIDTH, without_batch_norm, write_old_features
+
+METHODS = ["AdvBCT", "BCT", "L2", "MixBCT", "NCCL", "UniBCT"]
+LABELS = np.arange(12) % 3
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Old features of a synthetic training set, old_avg_feature.npy, credible.npy, and model.pt, older than them."""
+    write_old_features(tmp_path, LABELS)
+    features = np.load(tmp_path / "old_feature.npy")
+    np.save(tmp_path / "old_avg_feature.npy", np.stack([features[LABELS == c].mean(axis=0) for c in range(3)]))
+    np.save(tmp_path / "credible.npy", np.ones(12, bool))
+    (tmp_path / "model.pt").write_bytes(b"")
+    os.utime(tmp_path / "model.pt", (100, 100))
+    return tmp_path
+
+
+def start(method, folder, **keys):
+    """The method's Trainer, set up on the synthetic set; of the usual keys it gets those that it knows."""
+    kind = getattr(importlib.import_module(f"BCT_methods.{method}.train"), method)
+    plain = type("Plain", (kind,), {"build_backbone": lambda self: without_batch_norm()})
+    cfg = load_config(REPO / "BCT_methods" / method / "configs" / "base.py", [f"--{k}={v}" for k, v in keys.items()])
+    usual = {
+        "rec": "synthetic", "rec_val": "", "num_classes": 3, "num_image": 12, "batch_size": 4, "num_workers": 0,
+        "embedding_size": WIDTH, "output": str(folder / "out"), "queue_size": keys.get("queue_size", 8),
+        "old_embedding": str(folder / "old_feature.npy"), "old_embedding_label": str(folder / "old_label.npy"),
+        "old_prototype": str(folder / "old_avg_feature.npy"), "credible_old_feature": str(folder / "credible.npy"),
+    }
+    cfg.update({key: value for key, value in usual.items() if key in cfg})
+    return plain(cfg)
+
+
+@pytest.mark.parametrize("method", ["AdvBCT", "L2", "MixBCT", "NCCL"])
+def test_old_features_are_read_before_the_forward_is_queued(method, folder):
+    run, order = start(method, folder), []
+    read, forward = type(run.old).__getitem__, run.backbone.forward
+
+    class Watched(type(run.old)):
+        def __getitem__(self, index):
+            order.append("read")
+            return read(self, index)
+
+    run.old.__class__ = Watched
+    run.backbone.forward = lambda images: order.append("forward") or forward(images)
+    run.loader.set_epoch(0)
+    terms = run.losses(*next(iter(run.loader)))
+    sum(terms.values()).backward()
+    assert order == ["read", "forward"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_old_features_must_not_be_older_than_the_stated_model(method, folder):
+    start(method, folder)
+    start(method, folder, old_model_path=folder / "model.pt")
+    with pytest.raises(FeatureError, match=f"old_model_path {folder}/none.pt: no such file"):
+        start(method, folder, old_model_path=folder / "none.pt")
+    name = "old_avg_feature.npy" if method == "BCT" else "old_feature.npy"
+    os.utime(folder / name, (99, 99))
+    with pytest.raises(FeatureError, match=f"{name}: older than old_model_path {folder}/model.pt.*get_feature.py"):
+        start(method, folder, old_model_path=folder / "model.pt")
+
+
+@pytest.mark.parametrize("method", ["MixBCT", "NCCL"])
+def test_credible_rows_must_not_be_older_either(method, folder):
+    os.utime(folder / "credible.npy", (99, 99))
+    with pytest.raises(FeatureError, match="credible.npy: older than old_model_path"):
+        start(method, folder, old_model_path=folder / "model.pt")
+
+
+@pytest.mark.parametrize("method, key, value, text", [
+    ("AdvBCT", "threshold", 0.0, "above 0 and at most 2"),
+    ("AdvBCT", "threshold", 2.1, "above 0 and at most 2"),
+    ("AdvBCT", "p2s_weight", -1.0, "at least 0"),
+    ("AdvBCT", "adv_weight", -0.5, "at least 0"),
+    ("BCT", "scale", 0.0, "above 0"),
+    ("L2", "threshold", -0.1, "in .0, 2."),
+    ("MixBCT", "mix_ratio", -0.1, "in .0, 1."),
+    ("MixBCT", "mix_ratio", 1.1, "in .0, 1."),
+    ("NCCL", "queue_size", 0, "at least 1"),
+    ("NCCL", "temperature", 0.0, "above 0"),
+    ("NCCL", "alpha", -1.0, "at least 0"),
+    ("NCCL", "beta", -1.0, "at least 0"),
+    ("UniBCT", "damping", 1.0, "at least 0 and below 1"),
+    ("UniBCT", "temperature", -0.1, "above 0"),
+    ("UniBCT", "scale", -1.0, "above 0"),
+])
+def test_values_out_of_range_are_named_with_file_and_key(method, key, value, text, folder):
+    with pytest.raises(ConfigError, match=f"BCT_methods/{method}/configs/base.py: {key} = {value}; it must be {text}"):
+        start(method, folder, **{key: value})
