@@ -1,4 +1,4 @@
-"""Train an old model, or an independent one, with a margin softmax whose classes are sharded over the ranks (PartialFC).
+"""Train an old model, or an independent one, with a margin softmax over class shards (PartialFC).
 
     torchrun --nproc_per_node=8 train_old_arc.py configs/f512_r18_arc_class30.py
 

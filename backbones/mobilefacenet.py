@@ -1,6 +1,5 @@
 """MobileFaceNet (arXiv:1804.07573) in the two widths of the checkpoints in circulation: mbf and mbf_large."""
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 

@@ -12,7 +12,7 @@ config = edict()
 config.network = "r50"              # a name of backbones.names()
 config.embedding_size = 512         # width of the feature; a new model must have the old model's
 config.dropout = 0.0                # probability, before the last linear layer
-config.fp16 = True                  # automatic mixed precision on CUDA (float16 and a loss scaler); the CPU stays float32
+config.fp16 = True                  # mixed precision on CUDA (float16 and a loss scaler); the CPU stays float32
 config.sync_bn = False              # BatchNorm statistics over all ranks instead of each rank's own batch
 
 # --- Loss and classifier ---------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ config.num_image = 0                # likewise; "synthetic" needs both
 config.num_workers = 2              # decoding processes a rank
 config.dali = False                 # NVIDIA DALI reader: not supported, must stay False
 config.rec_val = ""                 # directory of the .bin verification sets; "" = the directory of `rec`
-config.val_targets = []             # names of .bin sets to verify on while training, such as ["lfw", "cfp_fp", "agedb_30"]
+config.val_targets = []             # .bin sets to verify on while training, such as ["lfw", "agedb_30"]
 
 # --- Run -------------------------------------------------------------------------------------------------------
 config.seed = 666                   # rank r seeds its generators with seed + r

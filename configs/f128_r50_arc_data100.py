@@ -1,4 +1,4 @@
-"""Independent new model, the ceiling of self-tests: r50, 128 dimensions, ArcFace, all of MS1M-V3. For train_old_arc.py."""
+"""Independent new model, the ceiling: r50, 128 dimensions, ArcFace, all of MS1M-V3. For train_old_arc.py."""
 
 from easydict import EasyDict as edict
 

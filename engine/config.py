@@ -28,7 +28,15 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 
 # Keys that hold paths; relative ones lie under `workspace`.
 PATH_KEYS = (
-    "rec", "rec_val", "output", "old_embedding", "old_embedding_label", "credible_old_feature", "old_prototype", "old_model_path", "center_radius",
+    "rec",
+    "rec_val",
+    "output",
+    "old_embedding",
+    "old_embedding_label",
+    "credible_old_feature",
+    "old_prototype",
+    "old_model_path",
+    "center_radius",
 )
 
 
@@ -36,7 +44,10 @@ PATH_KEYS = (
 RANGES = {
     "embedding_size": (lambda v: v > 0, "above 0"),
     "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "margin_list": (lambda v: len(v) == 3 and all(isinstance(m, (int, float)) for m in v), "three numbers, (m1, m2, m3)"),
+    "margin_list": (
+        lambda v: len(v) == 3 and all(isinstance(m, (int, float)) for m in v),
+        "three numbers, (m1, m2, m3)",
+    ),
     "margin_scale": (lambda v: v > 0, "above 0"),
     "sample_rate": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "lr": (lambda v: v > 0, "above 0"),
@@ -74,7 +85,10 @@ def load_config(path, overrides=()):
         config.update(_run(base))
     for key, value in _run(path).items():
         _assign(config, key, value, path)
-    for where, words in (("BCT_OVERRIDES", shlex.split(os.environ.get("BCT_OVERRIDES", ""))), ("the command line", overrides)):
+    for where, words in (
+        ("BCT_OVERRIDES", shlex.split(os.environ.get("BCT_OVERRIDES", ""))),
+        ("the command line", overrides),
+    ):
         for key, value in _parse_overrides(words, where):
             _assign(config, key, value, where)
     config.name = path.stem
@@ -98,7 +112,7 @@ def _find(path):
 
 
 def _bases(path):
-    """The base.py files that lie under `path`, outermost first; configs outside a `configs` directory have the root's alone."""
+    """The base.py files under `path`, outermost first; a file outside any `configs` directory has the root's alone."""
     roots = [REPO / "configs"]
     below = pathlib.Path()
     for parent in path.parents:
@@ -155,7 +169,10 @@ def _checked(key, value, default, where):
         return value
     if type(default) is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    raise ConfigError(f"{where}: {key} = {value!r} is a {type(value).__name__}; it must be a {type(default).__name__}, like {default!r}")
+    raise ConfigError(
+        f"{where}: {key} = {value!r} is a {type(value).__name__}; "
+        f"it must be a {type(default).__name__}, like {default!r}"
+    )
 
 
 def _resolve_paths(config):

@@ -84,7 +84,7 @@ def broadcast_(tensor, source=0):
 
 
 def broadcast_buffers(module, source=0):
-    """Give every rank rank `source`'s buffers of `module`: BatchNorm's statistics, which are each rank's own in training."""
+    """Give every rank rank `source`'s buffers of `module`: BatchNorm's statistics are each rank's own in training."""
     for buffer in module.buffers():
         broadcast_(buffer, source)
 
@@ -98,7 +98,7 @@ def gather(tensor):
     if world_size() == 1:
         return tensor
     whole = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
-    dist.all_gather(list(whole.chunk(world_size())), tensor)      # into views of `whole`, no concatenation
+    dist.all_gather(list(whole.chunk(world_size())), tensor)  # into views of `whole`, no concatenation
     return whole
 
 
@@ -114,7 +114,7 @@ class _GatherWithGrad(torch.autograd.Function):
         # the derivative with respect to my rows is the sum of everyone's.
         # (A reduce-scatter would say it more tightly, but gloo has none in the older torch versions.)
         grad = all_reduce_(grad.contiguous().clone())
-        return grad[rank() * ctx.rows:(rank() + 1) * ctx.rows]
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 def gather_with_grad(tensor):

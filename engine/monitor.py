@@ -69,7 +69,8 @@ class Monitor:
         values = dict(zip(names, values.tolist()))
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteLoss(
-                f"step {step}: loss terms {values} are not finite; rows of this rank's batch in {self.cfg.rec}: {index.tolist()}. "
+                f"step {step}: loss terms {values} are not finite; "
+                f"rows of this rank's batch in {self.cfg.rec}: {index.tolist()}. "
                 "Look at those images; else lower lr, add warmup_epoch, or set fp16 = False"
             )
         for name, value in values.items():
@@ -103,7 +104,12 @@ class Monitor:
             text += f"Fp16 Grad Scale: {scaler.get_scale():.0f}   Skipped Steps: {int(scaler.skipped)}   "
         log.info("%sRequired: %.1f hours", text, hours)
         if self.writer is not None:
-            scalars = {"loss": loss, "lr": lr, "speed": speed, **{f"loss/{name}": value for name, value in terms.items()}}
+            scalars = {
+                "loss": loss,
+                "lr": lr,
+                "speed": speed,
+                **{f"loss/{name}": value for name, value in terms.items()},
+            }
             for name, value in scalars.items():
                 if math.isfinite(value):
                     self.writer.add_scalar(name, value, step)

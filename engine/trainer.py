@@ -53,7 +53,9 @@ class Trainer:
         seed_everything(cfg.seed + self.rank, cfg.deterministic)
         self.generator = torch.Generator().manual_seed(cfg.seed + self.rank)
         if cfg.dali:
-            raise ConfigError(f"{cfg.config_file}: dali = True is not supported; set dali = False and raise num_workers instead")
+            raise ConfigError(
+                f"{cfg.config_file}: dali = True is not supported; set dali = False and raise num_workers instead"
+            )
 
         if cfg.rec == "synthetic" and not (cfg.num_classes and cfg.num_image):
             raise ConfigError(f'{cfg.config_file}: rec = "synthetic" needs num_classes and num_image')
@@ -61,15 +63,18 @@ class Trainer:
         cfg.num_classes, cfg.num_image = self.train_set.num_classes, self.train_set.num_image
         if cfg.num_image < cfg.batch_size * self.world_size:
             raise ConfigError(
-                f"{cfg.config_file}: a step takes batch_size = {cfg.batch_size} on each of {self.world_size} ranks, more than "
-                f"the {cfg.num_image} images of {self.train_set.path}; set a smaller batch_size"
+                f"{cfg.config_file}: a step takes batch_size = {cfg.batch_size} on each of {self.world_size} ranks, "
+                f"more than the {cfg.num_image} images of {self.train_set.path}; set a smaller batch_size"
             )
         self.loader = TrainLoader(
             self.train_set, cfg.batch_size, self.device, cfg.num_workers, cfg.seed, self.rank, self.world_size
         )
         self.steps_per_epoch = len(self.loader) // cfg.gradient_acc
         if self.steps_per_epoch == 0:
-            raise ConfigError(f"{cfg.config_file}: gradient_acc = {cfg.gradient_acc} is more than the {len(self.loader)} batches of an epoch")
+            raise ConfigError(
+                f"{cfg.config_file}: gradient_acc = {cfg.gradient_acc} is more than the "
+                f"{len(self.loader)} batches of an epoch"
+            )
         self.total_steps = self.steps_per_epoch * cfg.num_epoch
         self.epoch = self.step = 0
 
@@ -88,13 +93,16 @@ class Trainer:
     # --- what a run is made of; a method overrides what it does otherwise -----------------------------------------
 
     def build_backbone(self):
-        return backbones.get_model(self.cfg.network, num_features=self.cfg.embedding_size, dropout=self.cfg.dropout, fp16=self.cfg.fp16)
+        return backbones.get_model(
+            self.cfg.network, num_features=self.cfg.embedding_size, dropout=self.cfg.dropout, fp16=self.cfg.fp16
+        )
 
     def build_classifier(self):
         cfg = self.cfg
-        return PartialFC(
+        classifier = PartialFC(
             margin_loss(cfg), cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16, cfg.seed
-        ).train().to(self.device)
+        )
+        return classifier.train().to(self.device)
 
     def setup(self):
         """Load a method's old features, prototypes, extra modules; runs after the data and the models exist."""
@@ -116,7 +124,9 @@ class Trainer:
         """`module` on the device, replicated: rank 0's initial weights everywhere, gradients summed over the ranks."""
         module = module.train().to(self.device)
         if self.cfg.sync_bn and self.device.type != "cuda":
-            raise ConfigError(f"{self.cfg.config_file}: sync_bn = True needs CUDA; torch has no SyncBatchNorm for the CPU")
+            raise ConfigError(
+                f"{self.cfg.config_file}: sync_bn = True needs CUDA; torch has no SyncBatchNorm for the CPU"
+            )
         if self.world_size == 1:
             return module
         if self.cfg.sync_bn:
@@ -124,7 +134,7 @@ class Trainer:
         module = DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,        # BatchNorm statistics stay each rank's own; rank 0's are saved
+            broadcast_buffers=False,  # BatchNorm statistics stay each rank's own; rank 0's are saved
             gradient_as_bucket_view=True,
         )
         module.register_comm_hook(None, _sum_gradients)
@@ -144,7 +154,9 @@ class Trainer:
             )
             start_momentum(optimizer)
         elif cfg.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(self.parameter_groups(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+            optimizer = torch.optim.AdamW(
+                self.parameter_groups(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused
+            )
         else:
             raise ConfigError(f'{cfg.config_file}: optimizer = {cfg.optimizer!r}; it must be "sgd" or "adamw"')
         if self.classifier is not None:
@@ -173,7 +185,7 @@ class Trainer:
 
     def train_epoch(self):
         cfg = self.cfg
-        done = self.step - self.epoch * self.steps_per_epoch   # not 0 after resuming within an epoch
+        done = self.step - self.epoch * self.steps_per_epoch  # not 0 after resuming within an epoch
         self.loader.set_epoch(self.epoch, start_step=done * cfg.gradient_acc)
         if done == 0:
             self.begin_epoch()
@@ -211,7 +223,7 @@ class Trainer:
         self.step += 1
 
     def verify(self):
-        distributed.broadcast_buffers(self.backbone)    # of the model that is saved, rank 0's, on every rank
+        distributed.broadcast_buffers(self.backbone)  # of the model that is saved, rank 0's, on every rank
         for name, value in self.verifier.run(unwrap(self.backbone)).items():
             log.info("[%s][%d]Accuracy-Flip: %.5f", name, self.step, value)
             if self.monitor.writer is not None:
@@ -223,7 +235,12 @@ class Trainer:
             log.info(": %s%s", key.ljust(32), value)
         log.info(
             "%d ranks on %s, %d images, %d classes, %d steps an epoch, %d in all",
-            self.world_size, self.device.type, self.cfg.num_image, self.cfg.num_classes, self.steps_per_epoch, self.total_steps,
+            self.world_size,
+            self.device.type,
+            self.cfg.num_image,
+            self.cfg.num_classes,
+            self.steps_per_epoch,
+            self.total_steps,
         )
 
     # --- files ----------------------------------------------------------------------------------------------------
@@ -238,7 +255,16 @@ class Trainer:
 
     def same_run(self):
         """What must not have changed between a checkpoint and the run that goes on from it."""
-        keys = ("network", "embedding_size", "num_classes", "num_image", "batch_size", "gradient_acc", "optimizer", "sample_rate")
+        keys = (
+            "network",
+            "embedding_size",
+            "num_classes",
+            "num_image",
+            "batch_size",
+            "gradient_acc",
+            "optimizer",
+            "sample_rate",
+        )
         return {**{key: self.cfg[key] for key in keys}, "fp16": self.scaler.is_enabled()}
 
     def state_dict(self):
@@ -272,13 +298,15 @@ class Trainer:
     def save_checkpoint(self):
         path = checkpoint.checkpoint_path(self.cfg.output, self.step, self.rank, self.world_size)
         checkpoint.save_atomically(self.state_dict(), path)
-        distributed.barrier()   # the set is complete before an older one goes
+        distributed.barrier()  # the set is complete before an older one goes
         checkpoint.remove_old(self.cfg.output, self.rank)
 
     def resume(self):
         sets = checkpoint.complete_sets(self.cfg.output)
         if not sets:
-            log.warning("resume = True, but %s holds no complete checkpoint: starting from the beginning", self.cfg.output)
+            log.warning(
+                "resume = True, but %s holds no complete checkpoint: starting from the beginning", self.cfg.output
+            )
             return
         step, world_size = sets[-1]
         if world_size != self.world_size:

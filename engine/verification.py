@@ -48,7 +48,9 @@ def read_bin(path):
             images, same = _BinUnpickler(file, encoding="bytes").load()
         same = np.array([{True: True, False: False}[value] for value in same], dtype=bool)
     except FileNotFoundError:
-        raise VerificationError(f"{path}: no such verification set; put it there, or take it out of val_targets") from None
+        raise VerificationError(
+            f"{path}: no such verification set; put it there, or take it out of val_targets"
+        ) from None
     except Exception as error:  # a damaged pickle raises nearly anything
         raise VerificationError(f"{path}: not a verification set ({type(error).__name__}: {error})") from error
     if not isinstance(images, list) or len(images) != 2 * len(same) or len(same) == 0:
@@ -66,7 +68,7 @@ def k_fold_accuracy(first, second, same, folds=10):
     below the threshold. Returns a float in [0, 1]. Protocol: LFW (Huang et al., 2007), image-restricted.
     """
     distance = np.square(first - second).sum(1)
-    correct = (distance[:, None] < THRESHOLDS) == same[:, None]        # [N, T]
+    correct = (distance[:, None] < THRESHOLDS) == same[:, None]  # [N, T]
     scores = []
     for train, test in KFold(n_splits=min(folds, len(same))).split(same):
         best = np.argmax(correct[train].mean(0))
@@ -100,7 +102,10 @@ class Verifier:
         start, stop = distributed.rows_of_rank(len(images), distributed.rank(), distributed.world_size())
         mine = []
         for low in range(start, stop, self.batch_size):
-            batch = [self._decode(name, position, images[position]) for position in range(low, min(low + self.batch_size, stop))]
+            batch = [
+                self._decode(name, position, images[position])
+                for position in range(low, min(low + self.batch_size, stop))
+            ]
             pixels = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2).float()
             pixels = (pixels / 255 - 0.5) / 0.5
             mine.append((backbone(pixels) + backbone(pixels.flip(3))).float())

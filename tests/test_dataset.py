@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import (ExtractLoader, RecordDataset, SyntheticDataset, TrainLoader, _to_input_by_batch, decode_bgr,
-                     open_train_set, to_input)
+from dataset import (
+    ExtractLoader,
+    RecordDataset,
+    SyntheticDataset,
+    TrainLoader,
+    _to_input_by_batch,
+    decode_bgr,
+    open_train_set,
+    to_input,
+)
 from image_layout import image_layout
 from recordio import IRHeader, RecordError, RecordReader, RecordWriter, pack, unpack
 

@@ -49,11 +49,15 @@ def tree(tmp_path_factory):
 
 def run_block(commands, root):
     environment = {
-        **os.environ, "BCT_OVERRIDES": OVERRIDES, "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "BCT_OVERRIDES": OVERRIDES,
+        "OMP_NUM_THREADS": "1",
         "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     script = "set -e\n" + "\n".join(map(at_demo_scale, commands))
-    result = subprocess.run(["bash", "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, f"{script}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
     return result.stdout
 
@@ -74,13 +78,20 @@ def test_the_flow(tree):
         log = (tree / "work_dirs" / name / "training.log").read_text()
         assert "2 ranks on" in log and "Global Step" in log
         assert (tree / "work_dirs" / name / "model.pt").exists()
-    shards = [torch.load(tree / f"work_dirs/{NEW}/softmax_fc_gpu_{rank}.pt", weights_only=True)["weight"] for rank in (0, 1)]
+    shards = [
+        torch.load(tree / f"work_dirs/{NEW}/softmax_fc_gpu_{rank}.pt", weights_only=True)["weight"] for rank in (0, 1)
+    ]
     assert [shard.shape for shard in shards] == [(4, 128), (4, 128)]
     text = "".join(output)
     for table in ("TPR", "TPIR"):
         assert table in text, f"no table of {table} in what the evaluation printed"
     results = sorted(path.name for path in (tree / "IJB_result").glob("*.npz"))
-    assert results == [f"{NEW}_IJBC_11.npz", f"{NEW}_to_{OLD}_IJBC_11.npz", f"{NEW}_to_{OLD}_IJBC_1N.npz", f"{OLD}_IJBC_11.npz"]
+    assert results == [
+        f"{NEW}_IJBC_11.npz",
+        f"{NEW}_to_{OLD}_IJBC_11.npz",
+        f"{NEW}_to_{OLD}_IJBC_1N.npz",
+        f"{OLD}_IJBC_11.npz",
+    ]
     report = json.loads((tree / "work_dirs/report/report.json").read_text())
     assert [new["name"] for new in report["new"]] == ["MixBCT"] and report["independent"]["name"] == "r50"
     self_test, cross_test = (np.load(tree / "IJB_result" / name)["scores"] for name in results[:2])

@@ -1,6 +1,6 @@
 """What the demo's runs share: networks and numbers that two CPU cores manage in minutes.
 
-The data is drawn by tools/demo_data/; `make demo` sets `workspace` to demo/seed<SEED>, so that paths read as everywhere.
+The data is drawn by tools/demo_data/; `make demo` sets `workspace` to demo/seed<SEED>: paths read as everywhere.
 """
 
 from easydict import EasyDict as edict

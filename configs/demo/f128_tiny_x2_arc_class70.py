@@ -1,4 +1,4 @@
-"""Demo's independent new model: twice as wide, ArcFace, the same identities as the compatible ones. For train_old_arc.py."""
+"""Demo's independent new model: ArcFace, on what the compatible ones train on. For train_old_arc.py."""
 
 from easydict import EasyDict as edict
 

@@ -10,16 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from BCT_methods.AdvBCT.boundary import (
-    ElasticBoundary, class_boundaries, default_path, load_boundaries, point_to_set_loss,
+    ElasticBoundary,
+    class_boundaries,
+    default_path,
+    load_boundaries,
+    point_to_set_loss,
 )
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
 from BCT_methods.AdvBCT.train import AdvBCT
-from engine import distributed
+from engine import by_class, distributed
 from engine.config import load_config
 from engine.feature_files import FeatureError
 from tests.BCT_methods.whole_runs import REPO, launch, train, write_config, write_old_features
 from tests.ranks import run_ranks
-from engine import by_class
 
 WIDTH, CLASSES = 6, 5
 

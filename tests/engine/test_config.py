@@ -5,7 +5,9 @@ import pytest
 from engine.config import REPO, ConfigError, load_config
 
 CONFIGS = sorted(
-    path for path in [*REPO.glob("configs/**/*.py"), *REPO.glob("BCT_methods/*/configs/**/*.py")] if path.name != "base.py"
+    path
+    for path in [*REPO.glob("configs/**/*.py"), *REPO.glob("BCT_methods/*/configs/**/*.py")]
+    if path.name != "base.py"
 )
 
 
@@ -63,7 +65,9 @@ def test_overrides(tmp_path, words, key, value):
     assert cfg[key] == value
 
 
-@pytest.mark.parametrize("words", [["--lr", "fast"], ["--resume", "1"], ["--num_epoch", "2.5"], ["--num_epoch", "True"], ["lr"], ["--lr"]])
+@pytest.mark.parametrize(
+    "words", [["--lr", "fast"], ["--resume", "1"], ["--num_epoch", "2.5"], ["--num_epoch", "True"], ["lr"], ["--lr"]]
+)
 def test_values_of_the_wrong_type_are_refused(tmp_path, words):
     with pytest.raises(ConfigError, match="command line"):
         load_config(write(tmp_path, ""), words)
@@ -79,8 +83,16 @@ def test_environment_overrides_stand_below_the_command_line(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "words", [["--sample_rate", "2"], ["--margin_list", "(1.0, 0.5)"], ["--gradient_acc", "0"], ["--frequent", "0"], ["--batch_size", "0"],
-              ["--seed", "-1"], ["--lr", "0"]]
+    "words",
+    [
+        ["--sample_rate", "2"],
+        ["--margin_list", "(1.0, 0.5)"],
+        ["--gradient_acc", "0"],
+        ["--frequent", "0"],
+        ["--batch_size", "0"],
+        ["--seed", "-1"],
+        ["--lr", "0"],
+    ],
 )
 def test_values_out_of_range_are_refused(tmp_path, words):
     key = words[0].removeprefix("--")

@@ -11,7 +11,14 @@ from dataset import SyntheticDataset
 from engine import features
 from engine.feature_files import FeatureError, FeatureSet
 from engine.features import (
-    OldFeatures, SharedArray, extract_features, load_credible, open_array, open_feature_set, save_array, to_device,
+    OldFeatures,
+    SharedArray,
+    extract_features,
+    load_credible,
+    open_array,
+    open_feature_set,
+    save_array,
+    to_device,
 )
 from tests.ranks import run_ranks
 

@@ -1,4 +1,4 @@
-"""The loop: one rank and two take the same steps, accumulation equals the larger batch, a resumed run ends as the whole one."""
+"""The loop: ranks take the steps of one, accumulation equals the larger batch, a resumed run ends as the whole one."""
 
 import logging
 import pickle
@@ -34,8 +34,16 @@ class Plain(Trainer):
 def config(tmp_path, rec, name="run", **keys):
     path = tmp_path / f"{name}.py"
     keys = {
-        "rec": str(rec), "output": str(tmp_path / name), "embedding_size": 8, "network": "tiny", "batch_size": 4, "num_epoch": 2,
-        "num_workers": 0, "lr": 0.05, "margin_scale": 8.0, **keys,
+        "rec": str(rec),
+        "output": str(tmp_path / name),
+        "embedding_size": 8,
+        "network": "tiny",
+        "batch_size": 4,
+        "num_epoch": 2,
+        "num_workers": 0,
+        "lr": 0.05,
+        "margin_scale": 8.0,
+        **keys,
     }
     lines = [f"config.{key} = {value!r}" for key, value in keys.items()]
     path.write_text("\n".join(["from easydict import EasyDict", "config = EasyDict()", *lines]) + "\n")
@@ -117,7 +125,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_images(tmp_path, r
             terms = super().losses(images, labels, index)
             return {**terms, "other": terms["cls"] * (float("nan") if self.step == 3 else 1.0)}
 
-    with pytest.raises(NonFiniteLoss, match=r"step 3: .*'other': nan.*rows of this rank's batch in .*set\.rec: \[\d+, "):
+    with pytest.raises(
+        NonFiniteLoss, match=r"step 3: .*'other': nan.*rows of this rank's batch in .*set\.rec: \[\d+, "
+    ):
         Broken(load_config(config(tmp_path, rec))).train()
 
 
@@ -130,7 +140,7 @@ def test_modules_of_a_method_train_and_are_saved(tmp_path, rec):
         def losses(self, images, labels, index):
             shift = self.extra["shift"]
             shift.seen += 1
-            return {"cls": self.classifier(self.backbone(images), labels), "shift": (shift.weight ** 2).sum()}
+            return {"cls": self.classifier(self.backbone(images), labels), "shift": (shift.weight**2).sum()}
 
     path = config(tmp_path, rec, save_all_states=True)
     trainer = WithExtra(load_config(path))
@@ -183,7 +193,7 @@ def close_log_files():
 
 def overflow_on_rank_zero():
     """Two steps of fused SGD, the first of which overflows on rank 0 alone; returns (parameter, skipped steps)."""
-    torch.use_deterministic_algorithms(True)        # fills memory that is used uninitialised with NaN
+    torch.use_deterministic_algorithms(True)  # fills memory that is used uninitialised with NaN
     try:
         parameter = torch.nn.Parameter(torch.ones(4))
         optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)

@@ -1,4 +1,4 @@
-"""Demo: new tiny_x2 on the 70 % of the identities that the old model never saw; the old classifier's cosines scaled by 16.
+"""Demo: new tiny_x2 on the 70 % of the identities that the old model never saw; scale 16.
 
 Old model: configs/demo/f128_tiny_softmax_class30.py.
 """
