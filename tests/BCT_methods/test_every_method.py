@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import ConfigError, load_config
 from engine.feature_files import FeatureError
-from tests.BCT_methods.whole_runs import REPO, WIDTH, without_batch_norm, write_old_features
+from tests.BCT_methods.whole_runs import REPO, WIDTH, launch, without_batch_norm, write_old_features
 
 METHODS = ["AdvBCT", "BCT", "L2", "MixBCT", "NCCL", "UniBCT"]
 LABELS = np.arange(12) % 3
@@ -98,3 +98,25 @@ def test_credible_rows_must_not_be_older_either(method, folder):
 def test_values_out_of_range_are_named_with_file_and_key(method, key, value, text, folder):
     with pytest.raises(ConfigError, match=f"BCT_methods/{method}/configs/base.py: {key} = {value}; it must be {text}"):
         start(method, folder, **{key: value})
+
+
+# AdvBCT's and NCCL's launcher tests stand with their own tests, and look into what these runs leave behind.
+@pytest.mark.parametrize("method", ["BCT", "L2", "MixBCT", "UniBCT"])
+def test_train_script_on_two_ranks(method, folder, make_record_set):
+    make_record_set(folder / "set.rec", LABELS.tolist())
+    keys = {
+        "rec": folder / "set.rec", "output": folder / "out", "embedding_size": WIDTH, "network": "tiny", "num_epoch": 3,
+        "batch_size": 4, "num_workers": 0, "old_embedding": folder / "old_feature.npy",
+        "old_embedding_label": folder / "old_label.npy", "old_prototype": folder / "old_avg_feature.npy",
+        "credible_old_feature": folder / "credible.npy", "compat_start_epoch": 0, "refine_epochs": [1], "decay_epoch": [],
+    }
+    known = load_config(REPO / "BCT_methods" / method / "configs" / "base.py")
+    overrides = [f"--{key}={value}" for key, value in keys.items() if key in known]
+    name = next((REPO / "BCT_methods" / method / "configs").glob("OPclass*softmax_to_arc_f128.py")).name
+    launch(method, f"configs/{name}", *overrides)
+    log = (folder / "out/training.log").read_text()
+    assert "2 ranks on" in log and "Global Step: 3 " in log
+    files = {path.name for path in (folder / "out").iterdir()}
+    assert {"model.pt", "softmax_fc_gpu_0.pt", "softmax_fc_gpu_1.pt"} <= files
+    if method == "UniBCT":
+        assert np.load(folder / "out/prototypes_epoch_1.npy").shape == (3, WIDTH)
