@@ -36,6 +36,7 @@ config.clip_grad_norm = 5.0         # largest L2 norm of the backbone's gradient
 
 # --- Data ------------------------------------------------------------------------------------------------------
 config.workspace = ""               # directory that the relative paths of a config lie under; "" = the repo root
+config.scenario = ""                # a file of configs/scenarios/: sets rec, embedding_size and the old model's files
 config.rec = "dataset/ms1m-retinaface-t1"   # .rec file, or a directory with train.rec; "synthetic" = random images
 config.num_classes = 0              # 0 = from the header record; stated, it must agree with it
 config.num_image = 0                # likewise; "synthetic" needs both

@@ -6,9 +6,10 @@ For a run's file the layers are, each over the one before:
 2. `base.py` in the nearest directory named `configs` above the file (a method's own keys and defaults);
 3. for a file in a sub-directory, such as `configs/demo/`: the same sub-directory's `base.py` at the root, then
    in the method;
-4. the file itself;
-5. the environment variable BCT_OVERRIDES, such as `--network tiny --num_epoch 1`, to try a whole flow small;
-6. `--key value` from the command line.
+4. the scenario that the file names, one of `configs/scenarios/`: which data, and which old model's files;
+5. the file itself;
+6. the environment variable BCT_OVERRIDES, such as `--network tiny --num_epoch 1`, to try a whole flow small;
+7. `--key value` from the command line.
 
 Only the `base.py` files may declare keys. A key that none of them knows is an error that names the nearest one.
 """
@@ -81,15 +82,17 @@ def load_config(path, overrides=()):
     """
     path = _find(path)
     config = EasyDict()
-    for base in _bases(path):
+    bases = _bases(path)
+    for base in bases:
         config.update(_run(base))
-    for key, value in _run(path).items():
-        _assign(config, key, value, path)
+    layers = [] if path in bases else [(path, list(_run(path).items()))]
     for where, words in (
         ("BCT_OVERRIDES", shlex.split(os.environ.get("BCT_OVERRIDES", ""))),
         ("the command line", overrides),
     ):
-        for key, value in _parse_overrides(words, where):
+        layers.append((where, list(_parse_overrides(words, where))))
+    for where, layer in [_scenario_layer(config, layers, path), *layers]:
+        for key, value in layer:
             _assign(config, key, value, where)
     config.name = path.stem
     config.config_file = str(path)
@@ -124,6 +127,18 @@ def _bases(path):
     levels = [pathlib.Path(*below.parts[:depth]) for depth in range(len(below.parts) + 1)]
     candidates = [root / level / "base.py" for level in levels for root in roots]
     return [base for base in candidates if base.is_file()]
+
+
+def _scenario_layer(config, layers, config_file):
+    """`(where, keys)` of the scenario that the last of `layers` names, less the paths that a method has no key for."""
+    name = [config.scenario, *(value for _, layer in layers for key, value in layer if key == "scenario")][-1]
+    if not name:
+        return "", []
+    path = REPO / "configs" / "scenarios" / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.py")))
+        raise ConfigError(f"{config_file}: scenario = {name!r} is none of configs/scenarios/: {known}")
+    return path, [(key, value) for key, value in _run(path).items() if key in config or key not in PATH_KEYS]
 
 
 def _run(path):

@@ -20,7 +20,7 @@ run=(--workspace "$root" --seed "$seed")
 export OMP_WAIT_POLICY=passive          # idle threads leave the core to the workers that decode
 
 sources() {  # digest of the code that all steps share, and of the files given
-    cat ./*.py backbones/*.py configs/base.py configs/demo/*.py engine/*.py losses/*.py \
+    cat ./*.py backbones/*.py configs/base.py configs/{demo,scenarios}/*.py engine/*.py losses/*.py \
         tools/demo_data/*.py tools/split_dataset/*.py tools/get_feature/*.py "$@" | cksum
 }
 

@@ -108,7 +108,8 @@ def test_train_script_on_two_ranks(method, folder, make_record_set):
         "rec": folder / "set.rec", "output": folder / "out", "embedding_size": WIDTH, "network": "tiny", "num_epoch": 3,
         "batch_size": 4, "num_workers": 0, "old_embedding": folder / "old_feature.npy",
         "old_embedding_label": folder / "old_label.npy", "old_prototype": folder / "old_avg_feature.npy",
-        "credible_old_feature": folder / "credible.npy", "compat_start_epoch": 0, "refine_epochs": [1], "decay_epoch": [],
+        "credible_old_feature": folder / "credible.npy", "compat_start_epoch": 0, "refine_epochs": [1],
+        "decay_epoch": [],
     }
     known = load_config(REPO / "BCT_methods" / method / "configs" / "base.py")
     overrides = [f"--{key}={value}" for key, value in keys.items() if key in known]

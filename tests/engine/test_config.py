@@ -3,11 +3,12 @@ import pathlib
 import pytest
 
 from engine.config import REPO, ConfigError, load_config
+from engine.feature_files import FeatureSet
 
 CONFIGS = sorted(
     path
     for path in [*REPO.glob("configs/**/*.py"), *REPO.glob("BCT_methods/*/configs/**/*.py")]
-    if path.name != "base.py"
+    if path.name != "base.py" and path.parent.name != "scenarios"
 )
 
 
@@ -32,6 +33,31 @@ def test_layers_go_from_general_to_special(tmp_path):
     run = write(tmp_path / "configs" / "small", "config.knob = 3\n")
     cfg = load_config(run, ["--momentum", "0.75"])
     assert (cfg.knob, cfg.lr, cfg.momentum, cfg.weight_decay) == (3, 0.25, 0.75, 5e-4)
+
+
+def test_a_scenario_lies_between_the_bases_and_the_file(tmp_path):
+    configs = tmp_path / "configs"
+    write(configs, "config.old_embedding = ''\nconfig.lr = 0.5\n", "base.py")
+    run = write(configs, "config.scenario = 'OPclass_softmax_f256'\n")
+    cfg = load_config(run)
+    assert cfg.embedding_size == 256 and cfg.rec.endswith("train_part_70_class.rec")
+    assert cfg.old_embedding.endswith("OPclass/f256_r18_softmax_class70_feature.npy")
+    assert "old_prototype" not in cfg, "this method has no key for it"
+    assert load_config(run, ["--embedding_size", "8"]).embedding_size == 8
+    assert load_config(run, ["--scenario", "EXdata_arc_f512"]).embedding_size == 512
+    with pytest.raises(ConfigError, match=r"scenario = 'OPclas' is none of configs/scenarios/: .*OPclass_arc_f512"):
+        load_config(run, ["--scenario", "OPclas"])
+
+
+@pytest.mark.parametrize("path", sorted(REPO.glob("configs/scenarios/*.py")), ids=lambda path: path.stem)
+def test_scenarios_name_the_files_that_the_tools_write(path):
+    cfg = load_config(REPO / "BCT_methods/BCT/configs/base.py", ["--scenario", path.stem])
+    name = pathlib.Path(cfg.old_prototype).name.removesuffix("_avg_feature.npy")
+    files = FeatureSet(name)
+    assert cfg.old_prototype == str(files.avg_feature)
+    assert files.scenario in path.stem and f"f{cfg.embedding_size}" in name.split("_")
+    rec = pathlib.Path(cfg.rec)
+    assert (rec.name if rec.suffix else "train.rec") == files.record
 
 
 def test_a_sub_directory_of_the_root_applies_to_methods_too(tmp_path):

@@ -40,6 +40,12 @@ def read_int_table(path, columns, layout, threads=2, chunk_bytes=CHUNK_BYTES):
     return np.concatenate(parts)
 
 
+def is_number(text):
+    """Whether `text` (str or bytes) is a non-negative integer in ASCII digits that fits int64. str.isdigit alone takes
+    signs like ² as well, which int() does not."""
+    return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
+
+
 def _line_chunks(buffer, chunk_bytes):
     bounds, start = [], 0
     while start < len(buffer):
@@ -101,7 +107,7 @@ def _parse_slowly(text, columns, layout, path, first_line, is_last):
             lines.pop()
     for number, line in enumerate(lines, first_line + 1):
         fields = line.split()
-        if len(fields) != columns or not all(field.isdigit() and len(field) <= MAX_DIGITS for field in fields):
+        if len(fields) != columns or not all(map(is_number, fields)):
             shown = line.decode("ascii", "backslashreplace").strip()
             raise EvalError(
                 f"{path} line {number}: expected `{layout}` as non-negative integers, found {shown[:80]!r}; "

@@ -24,8 +24,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 
 from engine.errors import report_errors
 from tools.ijbc_eval import compat_text, identification, plots, verification
+from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError, publish
-from tools.ijbc_eval.ijbc_eval import add_data_arguments, open_evaluation
+from tools.ijbc_eval.ijbc_eval import add_data_arguments, open_evaluation, whole_number
 from tools.ijbc_eval.models import ModelFile
 
 STEPS = tuple(range(0, 101, 10))  # shares of the gallery re-embedded, in %
@@ -43,7 +44,7 @@ def parse_arguments(argv=None):
     add_data_arguments(parser)
     add("--fpr", type=float, default=1e-4, help="FPR at which 1:1 TPR is compared (default 1e-4)")
     add("--fpir", type=float, default=1e-2, help="FPIR at which 1:N TPIR is compared (default 1e-2)")
-    add("--seed", type=int, default=0, help="of the order in which the gallery is backfilled (default 0)")
+    add("--seed", type=whole_number(0), default=0, help="of the order in which the gallery is backfilled (default 0)")
     add("--order", type=pathlib.Path, metavar="FILE",
         help="backfill in this order: every gallery template id, one a line")
     add("--out", type=pathlib.Path, default=pathlib.Path("compat_report"), help="directory of the report")
@@ -57,13 +58,18 @@ def parse_arguments(argv=None):
 
 
 def parse_model(text, network):
-    """`NAME=MODEL[:NET]` -> (name, ModelFile); without NAME= the name comes from the file."""
-    name, equals, file = text.rpartition("=")
+    """`NAME=MODEL[:NET]` -> (name, ModelFile); without NAME= the name comes from the file.
+
+    A path may hold a "=" too (runs/lr=0.1/model.pt), so what stands before the first one is a name only without "/".
+    """
+    name, equals, file = text.partition("=")
+    if not equals or "/" in name:
+        name, file = "", text
     path, colon, ending = file.rpartition(":")
     if colon and ending and "/" not in ending and "." not in ending:
         file, network = path, ending
     model = ModelFile(file, network)
-    return (name if equals else model.name), model
+    return name or model.name, model
 
 
 def measure(evaluation, gallery_model, probe_model, fpr, fpir):
@@ -114,7 +120,7 @@ def backfill_order(evaluation, seed, path=None):
     order = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
-            template = int(line) if line.strip().isdigit() else None
+            template = int(line) if is_number(line.strip()) else None
             if template not in row_of or template in order:
                 problem = "is listed twice" if template in order else "is no gallery template"
                 raise EvalError(f"{path} line {number}: {line.strip()[:40]!r} {problem}; correct the line")
@@ -127,8 +133,11 @@ def backfill_order(evaluation, seed, path=None):
 
 def compare(evaluation, old, news, independent, fpr, fpir, order):
     """The whole report as a dict that JSON can hold: old, news and independent are (name, ModelFile) or None."""
+    evaluation.read_lists()  # these and the model files first: what is wrong there is to show before hours of embedding
     for _, model in news:
         evaluation.check_widths(old[1], model)
+    if independent:
+        evaluation.store.width(independent[1])
     base, ceiling = measure(evaluation, old[1], old[1], fpr, fpir), None
     measured = {"old": {"name": old[0], "file": old[1].file, "self": base}}
     if independent:

@@ -95,8 +95,9 @@ def markdown(report):
         "![TPIR over the share of the gallery that is re-embedded](backfill.png)", "",
         "## Data", "",
         f"{data['subset']}: {data['images']} images, {data['templates']} templates, {data['genuine_pairs']} genuine "
-        f"and {data['impostor_pairs']} impostor pairs, {data['probe_templates']} probe templates (at least "
-        f"{data['non_mated_probes']} of them in no gallery searched), galleries of {galleries} templates.", "",
+        f"and {data['impostor_pairs']} impostor pairs, {data['probe_templates']} probe templates (for each "
+        f"gallery at least {data['non_mated_probes']} of them are of people not in it), galleries of {galleries} "
+        "templates.", "",
     ]
     return "\n".join(lines)
 

@@ -59,6 +59,10 @@ class Evaluation:
         self._note_unlisted(probes)
         return probes
 
+    def read_lists(self):
+        """Read the 1:1 and 1:N lists, so that a mistake in any of them is an EvalError now and not after hours."""
+        return self.pairs, self.galleries, self.probes
+
     def _note_unlisted(self, probes):
         """The official lists name every template; a list cut off at a line's end shows in nothing but this."""
         listed = np.concatenate([probes.template, *(gallery.template for gallery in self.galleries.values())])
@@ -94,12 +98,13 @@ class Evaluation:
 
     def verify(self, gallery_model, probe_model, setting=Setting()):
         """1:1: cosine of each pair, float32 [P]; the first of a pair by the gallery model, the second by the other."""
+        pairs = self.pairs  # first of all: a mistake in the list is to show before hours go into embedding
         first, second = self.templates(gallery_model, setting), self.templates(probe_model, setting)
-        pairs = self.pairs
         return pair_scores(first[pairs.first_templates], second[pairs.second_templates], pairs.first, pairs.second)
 
     def identify(self, gallery_model, probe_model, setting=Setting()):
         """1:N: an identification.Search for each gallery, in the order of `galleries`."""
+        _ = self.probes  # as in `verify`: the lists come first, and reading the probes reads the galleries too
         return self.identify_in(self.templates(gallery_model, setting), self.templates(probe_model, setting))
 
     def identify_in(self, gallery_features, probe_features):

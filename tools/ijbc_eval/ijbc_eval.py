@@ -54,16 +54,30 @@ def parse_arguments(argv=None):
     return arguments
 
 
+def whole_number(low):
+    """An argparse type: an integer of at least `low`."""
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text}")
+        return value
+
+    return parse
+
+
 def add_data_arguments(parser):
     """The options that say where the data is and how it is read; compat_report.py has them too."""
     add = parser.add_argument
     add("-d", "--data_path", type=pathlib.Path, help="directory that holds IJBC/ and/or IJBB/")
     add("-s", "--subset", choices=list(GALLERIES), default="IJBC")
-    add("-b", "--batch_size", type=int, default=128, help="images at once (default 128)")
+    add("-b", "--batch_size", type=whole_number(1), default=128, help="images at once (default 128)")
     add("-F", "--force_reload", action="store_true", help="recompute everything, ignoring what is cached")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out, and name them in the result")
-    add("--workers", type=int, default=min(os.cpu_count() or 1, 16),
-        help="processes that read and align images (default: the number of cores, at most 16)")
+    add("--workers", type=whole_number(0), default=min(os.cpu_count() or 1, 16),
+        help="processes that read and align images (default: the number of cores, at most 16); 0: in this one")
     add("--cache-dir", type=pathlib.Path, default=DEFAULT_CACHE,
         help=f"kept embeddings and parsed lists (default {DEFAULT_CACHE} in the current directory)")
 

@@ -15,7 +15,7 @@ import zipfile
 
 import numpy as np
 
-from tools.ijbc_eval.ascii_table import read_int_table
+from tools.ijbc_eval.ascii_table import MAX_DIGITS, is_number, read_int_table
 from tools.ijbc_eval.files import EvalError, publish, stamp
 
 GALLERIES = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}
@@ -184,6 +184,7 @@ def _read_table(path, columns, layout):
     lines = _read_text(path).rstrip().split("\n")
     if lines == [""]:
         raise EvalError(f"{path}: is empty; expected lines of `{layout}`")
+    _check_names_are_ascii(path, lines)
     try:
         table = np.atleast_1d(np.loadtxt(lines, dtype=columns, comments=None))
     except (ValueError, OverflowError):
@@ -192,6 +193,17 @@ def _read_table(path, columns, layout):
     if table is None or len(table) != len(lines) or np.char.str_len(table["name"]).max() > 63:
         _find_bad_line(path, lines, columns, layout)
     return table
+
+
+def _check_names_are_ascii(path, lines):
+    """Names are kept as bytes, one a letter, so that half a million of them stay small."""
+    for number, line in enumerate(lines, 1):
+        name = "" if line.isascii() else "".join(line.split(maxsplit=1)[:1])
+        if not name.isascii():
+            raise EvalError(
+                f"{path} line {number}: the image name {name[:80]!r} has letters outside ASCII; rename the image, in "
+                "loose_crop and in both lists"
+            )
 
 
 def _find_bad_line(path, lines, columns, layout):
@@ -273,14 +285,19 @@ def read_subjects(path, face_file, template_ids):
     if not lines:
         raise EvalError(f"{path}: names no template (header only); an empty list cannot be searched, download it again")
     if not text.endswith("\n"):
+        if len(columns) == 2:  # with more of them, the subject stands whole before the next separator
+            raise EvalError(
+                f"{path} line {len(lines) + 1}: the last line, {lines[-1][:80]!r}, has no line end, so its subject may "
+                "be cut short; add a newline to the file if it is whole, or download it again"
+            )
         print(f"note: {path}: the last line has no line end; is the file whole?", file=sys.stderr)
     subject_of = {}
     for number, line in enumerate(lines, 2):
         fields = line.split(separator)
-        if len(fields) != len(columns) or not (fields[0].strip().isdigit() and fields[1].strip().isdigit()):
+        if len(fields) != len(columns) or not all(is_number(field.strip()) for field in fields[:2]):
             raise EvalError(
-                f"{path} line {number}: expected {len(columns)} fields that begin with two numbers, found "
-                f"{line.strip()[:80]!r}; the file is damaged or truncated, download it again"
+                f"{path} line {number}: expected {len(columns)} fields that begin with two numbers of at most "
+                f"{MAX_DIGITS} digits, found {line.strip()[:80]!r}; the file is damaged or truncated, download it again"
             )
         template, subject = int(fields[0]), int(fields[1])
         if subject_of.setdefault(template, (subject, number))[0] != subject:

@@ -1,5 +1,6 @@
 """Models of three kinds behind one call: uint8 images in, float32 embeddings out."""
 
+import contextlib
 import dataclasses
 import pathlib
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 from backbones import load_backbone
+from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError
 
 # File names that say nothing about the model; its directory does (work_dirs/<config name>/model.pt).
@@ -26,7 +28,7 @@ class ModelFile:
             return "torch"
         if self.file.endswith(".onnx"):
             return "onnx"
-        if "," in self.file and self.file.rsplit(",", 1)[1].isdigit():
+        if "," in self.file and is_number(self.file.rsplit(",", 1)[1]):
             return "mxnet"
         raise EvalError(
             f"{self.file}: unknown kind of model; give x.pt or x.pth with -net, x.onnx, or MXNet's prefix,epoch"
@@ -79,6 +81,34 @@ class TorchModel:
         return self.model(images).float().cpu().numpy()
 
 
+@contextlib.contextmanager
+def _feeding(model_file, expected):
+    """Turn what a runtime raises on its first input, in types of its own, into an EvalError."""
+    try:
+        yield
+    except EvalError:
+        raise
+    except Exception as error:
+        raise EvalError(
+            f"{model_file.file}: expects input {expected}; this tool feeds float32 [B,3,112,112]: {_last_line(error)}"
+        ) from error
+
+
+def _last_line(error):
+    """What went wrong, without the stack that MXNet puts before it."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
+def _embedding_size(model_file, model):
+    """Columns of the output for one black image."""
+    shape = model(np.zeros((1, 112, 112, 3), np.uint8)).shape
+    if len(shape) != 2 or shape[0] != 1:
+        raise EvalError(
+            f"{model_file.file}: gives {list(shape)} for one image; its output must be an embedding, [1, size]"
+        )
+    return shape[1]
+
+
 class OnnxModel:
     """An ONNX graph with one image input and the embedding as its first output, fed like a state dict's backbone."""
 
@@ -94,10 +124,12 @@ class OnnxModel:
         except Exception as error:  # onnxruntime raises its own types, which share no public base class
             raise EvalError(f"{model_file.file}: onnxruntime cannot load it: {error}") from error
         self.input = self.session.get_inputs()[0]
+        expected = f"{self.input.name!r} {self.input.type} {self.input.shape}"
         self.output = self.session.get_outputs()[0].name
-        batch = self.input.shape[0]
+        batch = self.input.shape[0] if self.input.shape else None
         self.batch = batch if isinstance(batch, int) and batch > 0 else None  # exported with a fixed batch size
-        self.num_features = self(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
+        with _feeding(model_file, expected):
+            self.num_features = _embedding_size(model_file, self)
 
     def __call__(self, images):
         images = _scaled(np.asarray(images))
@@ -128,10 +160,16 @@ class MxnetModel:
         symbol = inner["fc1_output"] if "fc1_output" in inner.list_outputs() else symbol
         self.scales_itself = "_minus_scalar" in symbol.tojson()
         context = self.mx.gpu() if self.mx.context.num_gpus() else self.mx.cpu()
-        self.module = self.mx.mod.Module(symbol, data_names=["data"], label_names=None, context=context)
-        self.module.bind(data_shapes=[("data", (1, 3, 112, 112))], for_training=False)
-        self.module.set_params(arguments, auxiliary, allow_extra=True)
-        self.num_features = self(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
+        inputs = [name for name in symbol.list_arguments() if name not in arguments]
+        if inputs != ["data"]:
+            raise EvalError(
+                f"{model_file.file}: expects input {inputs}; this tool feeds float32 [B,3,112,112] as 'data' alone"
+            )
+        with _feeding(model_file, "of another size"):  # the graph names none; parameters that do not fit show it
+            self.module = self.mx.mod.Module(symbol, data_names=["data"], label_names=None, context=context)
+            self.module.bind(data_shapes=[("data", (1, 3, 112, 112))], for_training=False)
+            self.module.set_params(arguments, auxiliary, allow_extra=True)
+            self.num_features = _embedding_size(model_file, self)
 
     def __call__(self, images):
         images = np.asarray(images)

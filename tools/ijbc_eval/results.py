@@ -8,6 +8,7 @@ A result file is an npz, one test of one subset for K named runs:
 """
 
 import zipfile
+import zlib
 
 import numpy as np
 from prettytable import PrettyTable
@@ -45,28 +46,73 @@ def save(path, result):
 
 
 def load(path, point="exact"):
-    """Read a result file and work out its figures anew; another tool's too, if it holds scores [K, P], names, label."""
+    """Read a result file and work out its figures anew; another tool's too, if it holds scores [K, P], names, label.
+
+    EvalError, which names the file, when it cannot be read or its arrays are not as at the top of this module.
+    """
+    found = _read(path)
+    names, scores, label = [str(name) for name in np.atleast_1d(found["names"])], found["scores"], found["label"]
+    subset = str(found.get("subset", "?"))
+    one_to_n = scores.ndim == 3
+    scores = scores if one_to_n else np.atleast_2d(scores)
+    if not 2 <= scores.ndim <= 3 or label.shape != scores.shape[1:] or len(names) != len(scores) or not scores.size:
+        raise EvalError(f"{path}: {len(names)} names, scores {scores.shape}, label {label.shape} do not fit together")
+    _check_values(path, scores, label)
+    label = label.astype(bool)
+    if one_to_n:
+        galleries = _check_search(path, found, scores)
+        runs = [
+            [identification.Search(*parts) for parts in zip(label, ranks, run)]
+            for ranks, run in zip(found["rank"], scores)
+        ]
+        return identification_result(names, runs, subset, galleries)
+    if label.all() or not label.any():
+        raise EvalError(f"{path}: label has pairs of one kind only, so there is no ROC; save genuine and impostor ones")
+    return verification_result(names, scores, label, subset, point)
+
+
+def _read(path):
+    """The arrays of a result file that its figures follow from."""
     try:
-        with np.load(path) as saved:
-            found = {key: saved[key] for key in ("scores", "label", "names", "task", "subset", "rank", "galleries")
-                     if key in saved.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        saved = np.load(path)
+        if not isinstance(saved, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array, no npz")
+        with saved:
+            wanted = ("scores", "label", "names", "subset", "rank", "galleries")
+            found = {key: saved[key] for key in wanted if key in saved.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise EvalError(f"{path}: cannot be read as a result file ({error})") from None
     missing = [key for key in ("scores", "names", "label") if key not in found]
     if missing:
         raise EvalError(f"{path}: has no array {missing[0]!r}; write it with ijbc_eval.py -R")
-    names, scores, label = [str(name) for name in np.atleast_1d(found["names"])], found["scores"], found["label"]
-    subset = str(found.get("subset", "?"))
-    if scores.ndim == 3 and label.shape == scores.shape[1:] and "rank" in found and len(names) == len(scores):
-        runs = [
-            [identification.Search(*parts) for parts in zip(label.astype(bool), ranks, run)]
-            for ranks, run in zip(found["rank"], scores)
-        ]
-        return identification_result(names, runs, subset, [str(name) for name in found["galleries"]])
-    scores = np.atleast_2d(scores)
-    if scores.ndim != 2 or label.shape != scores.shape[1:] or len(names) != len(scores):
-        raise EvalError(f"{path}: {len(names)} names, scores {scores.shape}, label {label.shape} do not fit together")
-    return verification_result(names, scores, label.astype(bool), subset, point)
+    return found
+
+
+def _check_values(path, scores, label):
+    if scores.dtype.kind not in "fiu":
+        raise EvalError(f"{path}: scores are of type {scores.dtype}; save them as float32")
+    if np.isnan(scores).any():
+        row = int(np.argwhere(np.isnan(scores))[0, 0])
+        raise EvalError(f"{path}: scores of run {row} hold NaN; evaluate that model again")
+    if label.dtype.kind not in "biuf" or not np.isin(label, (0, 1)).all():
+        raise EvalError(f"{path}: label must hold 1 or true (same person, mated) and 0 or false; save it so")
+
+
+def _check_search(path, found, scores):
+    """The names of the galleries of a 1:N result, once `rank` and `galleries` fit its scores [K, G, Q]."""
+    for key in ("rank", "galleries"):
+        if key not in found:
+            raise EvalError(
+                f"{path}: scores {scores.shape} are 1:N, but there is no array {key!r}; write it with "
+                "ijbc_eval.py -N -R"
+            )
+    rank, galleries = found["rank"], np.atleast_1d(found["galleries"])
+    if rank.shape != scores.shape or rank.dtype.kind not in "iu" or len(galleries) != scores.shape[1]:
+        raise EvalError(
+            f"{path}: scores {scores.shape}, rank {rank.shape} ({rank.dtype}) and {len(galleries)} galleries do not "
+            "fit together; rank holds an integer for each score"
+        )
+    return [str(name) for name in galleries]
 
 
 def percent(value):
@@ -79,6 +125,8 @@ def tables(result):
         table = PrettyTable(["1:1 TPR % at FPR", *(f"{fpr:g}" for fpr in result["fprs"]), "AUC"])
         for name, tprs, auc in zip(result["names"], result["tprs"], result["auc"]):
             table.add_row([name, *map(percent, tprs), f"{auc:.6f}"])
+        if result["fpr_point"] != "exact":
+            return table.get_string()  # the nearest point may lie above the FPR, whatever the list resolves
         impostors = np.count_nonzero(~result["label"])
         return table.get_string() + _resolution("FPR", result["fprs"], impostors, "impostor pairs")
     columns = ["1:N %", "gallery", *(f"top-{k}" for k in result["tops"]), *(f"TPIR at {f:g}" for f in result["fpirs"])]

@@ -37,7 +37,8 @@ def pair_scores(first_features, second_features, first, second):
 def _look_up(block, offset, columns, first, second, scores):
     """Fill in the scores of the pairs that `block` holds: entries `offset` and on of the flattened score matrix."""
     def work(part):
-        place = first[part] * np.int64(columns)
+        place = first[part].astype(np.int64)  # NumPy 1 would multiply int32 rows by an int64 scalar in int32
+        place *= columns
         place += second[part]
         if not offset and place.max() < len(block):
             np.take(block, place, out=scores[part], mode="clip")  # "raise", the default, would copy through a buffer
@@ -49,8 +50,8 @@ def _look_up(block, offset, columns, first, second, scores):
 
 
 def _in_parts(length, size, work):
-    """Call `work(slice)` for all parts of `size` of a range, on as many threads as there are cores: NumPy lets go of
-    the interpreter in its loops, and parts this small stay in the processor's cache."""
+    """Call `work(slice)` for all parts of `size` of a range, on a thread for each core, at most eight: NumPy lets go
+    of the interpreter in its loops, and parts this small stay in the processor's cache."""
     parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(work, parts):

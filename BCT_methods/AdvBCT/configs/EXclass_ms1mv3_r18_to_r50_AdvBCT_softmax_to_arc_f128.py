@@ -1,13 +1,7 @@
-"""New r50 on all classes, the old model's 30 % among them.
-
-Old model: configs/f128_r18_softmax_class30.py.
-"""
+"""AdvBCT, EXclass: new r50, old features of softmax and 128 dimensions."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 
-config.embedding_size = 128
-config.rec = "dataset/ms1m-retinaface-t1"
-config.old_embedding = "feature_save/EXclass/f128_r18_softmax_class100_feature.npy"
-config.old_embedding_label = "feature_save/EXclass/f128_r18_softmax_class100_label.npy"
+config.scenario = "EXclass_softmax_f128"

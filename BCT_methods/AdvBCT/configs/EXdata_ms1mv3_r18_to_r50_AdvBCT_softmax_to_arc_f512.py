@@ -1,13 +1,7 @@
-"""New r50 on all images, the old model's 30 % among them.
-
-Old model: configs/f512_r18_softmax_data30.py.
-"""
+"""AdvBCT, EXdata: new r50, old features of softmax and 512 dimensions."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 
-config.embedding_size = 512
-config.rec = "dataset/ms1m-retinaface-t1"
-config.old_embedding = "feature_save/EXdata/f512_r18_softmax_data100_feature.npy"
-config.old_embedding_label = "feature_save/EXdata/f512_r18_softmax_data100_label.npy"
+config.scenario = "EXdata_softmax_f512"

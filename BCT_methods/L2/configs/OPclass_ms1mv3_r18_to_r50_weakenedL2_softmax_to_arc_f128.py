@@ -1,14 +1,8 @@
-"""New r50 on the 70 % of the classes that the old model never saw.
-
-Old model: configs/f128_r18_softmax_class30.py.
-"""
+"""weakenedL2, OPclass: new r50, old features of softmax and 128 dimensions."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 
-config.embedding_size = 128
-config.rec = "dataset/ms1m-retinaface-t1/train_part_70_class.rec"
-config.old_embedding = "feature_save/OPclass/f128_r18_softmax_class70_feature.npy"
-config.old_embedding_label = "feature_save/OPclass/f128_r18_softmax_class70_label.npy"
+config.scenario = "OPclass_softmax_f128"
 config.threshold = 0.2

@@ -1,14 +1,8 @@
-"""New r50 on all classes, the old model's 30 % among them.
-
-Old model: configs/f512_r18_arc_class30.py.
-"""
+"""MixBCT, EXclass: new r50, old features of arc and 512 dimensions."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 
-config.embedding_size = 512
-config.rec = "dataset/ms1m-retinaface-t1"
-config.old_embedding = "feature_save/EXclass/f512_r18_arc_class100_feature.npy"
-config.old_embedding_label = "feature_save/EXclass/f512_r18_arc_class100_label.npy"
+config.scenario = "EXclass_arc_f512"
 config.credible_old_feature = "feature_save/EXclass/f512_r18_arc_class100_credible_ratio_90_feature.npy"

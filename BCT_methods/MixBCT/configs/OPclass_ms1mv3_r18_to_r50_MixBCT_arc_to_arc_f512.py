@@ -1,14 +1,8 @@
-"""New r50 on the 70 % of the classes that the old model never saw.
-
-Old model: configs/f512_r18_arc_class30.py.
-"""
+"""MixBCT, OPclass: new r50, old features of arc and 512 dimensions."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 
-config.embedding_size = 512
-config.rec = "dataset/ms1m-retinaface-t1/train_part_70_class.rec"
-config.old_embedding = "feature_save/OPclass/f512_r18_arc_class70_feature.npy"
-config.old_embedding_label = "feature_save/OPclass/f512_r18_arc_class70_label.npy"
+config.scenario = "OPclass_arc_f512"
 config.credible_old_feature = "feature_save/OPclass/f512_r18_arc_class70_credible_ratio_90_feature.npy"

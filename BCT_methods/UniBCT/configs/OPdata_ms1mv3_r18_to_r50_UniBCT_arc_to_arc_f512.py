@@ -1,13 +1,7 @@
-"""New r50 on the 70 % of each class's images that the old model never saw.
-
-Old model: configs/f512_r18_arc_data30.py.
-"""
+"""UniBCT, OPdata: new r50, old features of arc and 512 dimensions."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 
-config.embedding_size = 512
-config.rec = "dataset/ms1m-retinaface-t1/train_part_70_data.rec"
-config.old_embedding = "feature_save/OPdata/f512_r18_arc_data70_feature.npy"
-config.old_embedding_label = "feature_save/OPdata/f512_r18_arc_data70_label.npy"
+config.scenario = "OPdata_arc_f512"

@@ -116,6 +116,8 @@ def test_backfill_order(tmp_path, shared_set, shared_cache):
     ("MixBCT=work/a/model.pt:r50", ("MixBCT", "work/a/model.pt", "r50")),
     ("work/a/model.pt", ("a", "work/a/model.pt", "r18")),
     ("N=a.pt", ("N", "a.pt", "r18")), ("N=prefix,3", ("N", "prefix,3", "r18")), ("C:/a.pt", ("a", "C:/a.pt", "r18")),
+    ("N=runs/lr=0.1/a.pt:r50", ("N", "runs/lr=0.1/a.pt", "r50")),
+    ("runs/lr=0.1/a.pt", ("a", "runs/lr=0.1/a.pt", "r18")), ("=a.pt", ("a", "a.pt", "r18")),
 ])
 def test_model_arguments(text, expected):
     name, model = compat_report.parse_model(text, "r18")
@@ -127,12 +129,15 @@ def test_two_models_of_one_name(shared_set):
         compat_report.main(["--old", "o.pt", "--new", "N=a.pt", "--new", "N=b.pt", "-d", str(shared_set.data_dir)])
 
 
-def test_what_the_reader_sees(report, report_dir):
+def test_what_the_reader_sees(report, report_dir, shared_set):
     text = (report_dir / "report.md").read_text()
     shown = compat_text.terminal(report)
     for model in [report["old"], *report["new"], report["independent"]]:
         for figure in (f"{100 * model['self'][key]:.2f}" for key in ("tpr", "tpir", "top1")):
             assert figure in text and figure in shown
+    enrolled = [{subject for _, subject in rows} for rows in shared_set.galleries.values()]
+    others = min(sum(subject not in gallery for _, subject in shared_set.probes) for gallery in enrolled)
+    assert f"(for each gallery at least {others} of them are of people not in it)" in text
     assert "Same: NOT compatible" in text and "Same: NOT compatible" in shown
     assert "(models.png)" in text and "(backfill.png)" in text
     for name in ("models.png", "backfill.png"):

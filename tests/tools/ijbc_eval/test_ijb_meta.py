@@ -108,6 +108,21 @@ def test_large_template_numbers(tmp_path, make_ijb, rewrite_meta):
     assert list(zip(*pair_ids(faces, pairs))) == [pair[:2] for pair in made.pairs]
 
 
+def test_a_list_of_two_columns(tmp_path, make_ijb):
+    """Without a line end, the last subject may be cut short: nothing else would tell."""
+    made = make_ijb(tmp_path / "data", subjects=4)
+    path = made.meta("1N_probe_mixed.csv")
+    rows = [f"{template},{subject}" for template, subject in made.probes]
+    protocol = Protocol(made.data_dir, "IJBC", tmp_path / "cache")
+    path.write_text("\n".join(["TEMPLATE_ID,SUBJECT_ID", *rows]) + "\n")
+    faces = protocol.faces()
+    assert protocol.probes(faces).subject.tolist() == [subject for _, subject in made.probes]
+    path.write_text(path.read_text()[:-2])
+    message = rf"probe_mixed\.csv line {len(rows) + 1}: .*add a newline .* if it is whole"
+    with pytest.raises(meta.EvalError, match=message):
+        protocol.probes(faces)
+
+
 def test_rows_of_a_template_in_several_places_and_windows_line_ends(tmp_path, make_ijb):
     made = make_ijb(tmp_path / "data", subjects=4)
     path = made.meta("1N_probe_mixed.csv")

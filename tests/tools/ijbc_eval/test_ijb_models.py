@@ -28,7 +28,7 @@ def test_mxnet_file_names():
     assert [path.name for path in ModelFile("a/model,12").paths] == ["model-symbol.json", "model-0012.params"]
 
 
-@pytest.mark.parametrize("file", ["model.txt", "model", "model,x"])
+@pytest.mark.parametrize("file", ["model.txt", "model", "model,x", "model,²"])
 def test_unknown_kinds(file):
     with pytest.raises(EvalError, match="unknown kind"):
         load_model(ModelFile(file))
@@ -66,13 +66,13 @@ def test_absent_mxnet_is_one_line(tmp_path, monkeypatch):
 class FakeSession:
     """Stands for onnxruntime.InferenceSession: the mean over height and width, and a batch size that must be kept."""
 
-    batch = "N"
+    batch, size, output = "N", (112, 112), (2, 3)  # of the output: the axes that the mean goes over
 
     def __init__(self, file, providers):
         assert providers == ["CPUExecutionProvider"]
 
     def get_inputs(self):
-        return [type("Input", (), {"name": "input.1", "shape": [self.batch, 3, 112, 112]})]
+        return [types.SimpleNamespace(name="input.1", type="tensor(float)", shape=[self.batch, 3, *self.size])]
 
     def get_outputs(self):
         return [type("Output", (), {"name": "683"})]
@@ -80,20 +80,40 @@ class FakeSession:
     def run(self, names, feed):
         [(name, images)] = feed.items()
         assert (names, name, images.dtype) == (["683"], "input.1", np.float32)
+        if images.shape[2:] != self.size:
+            raise RuntimeError("Got invalid dimensions for input: input.1")
         if isinstance(self.batch, int):
             assert len(images) == self.batch
-        return [images.mean(axis=(2, 3))]
+        return [images.mean(axis=self.output)]
 
 
-@pytest.mark.parametrize("batch", ["N", None, 1, 4])
-def test_onnx_input_and_batches(tmp_path, monkeypatch, batch):
-    monkeypatch.setattr(FakeSession, "batch", batch)
+@pytest.fixture
+def fake_onnx(tmp_path, monkeypatch):
+    """The path of a model that the simulated onnxruntime loads."""
     module = types.SimpleNamespace(
         InferenceSession=FakeSession, get_available_providers=lambda: ["CPUExecutionProvider"]
     )
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     (tmp_path / "a.onnx").write_bytes(b"x")
-    model = load_model(ModelFile(str(tmp_path / "a.onnx")))
+    return str(tmp_path / "a.onnx")
+
+
+def test_onnx_of_another_input_or_output(fake_onnx, monkeypatch):
+    monkeypatch.setattr(FakeSession, "size", (224, 224))
+    with pytest.raises(EvalError) as caught:
+        load_model(ModelFile(fake_onnx))
+    expected = "expects input 'input.1' tensor(float) ['N', 3, 224, 224]; this tool feeds float32 [B,3,112,112]"
+    assert f"{fake_onnx}: {expected}" in str(caught.value) and "invalid dimensions" in str(caught.value)
+    monkeypatch.setattr(FakeSession, "size", (112, 112))
+    monkeypatch.setattr(FakeSession, "output", 3)
+    with pytest.raises(EvalError, match=r"a\.onnx: gives \[1, 3, 112\] for one image"):
+        load_model(ModelFile(fake_onnx))
+
+
+@pytest.mark.parametrize("batch", ["N", None, 1, 4])
+def test_onnx_input_and_batches(fake_onnx, monkeypatch, batch):
+    monkeypatch.setattr(FakeSession, "batch", batch)
+    model = load_model(ModelFile(fake_onnx))
     assert model.num_features == 3
     images = np.random.default_rng(0).integers(0, 256, (6, 112, 112, 3)).astype(np.uint8)
     expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2))
@@ -143,6 +163,18 @@ assert model.num_features == 7
 images = np.random.default_rng(1).integers(0, 256, (4, 112, 112, 3)).astype(np.uint8)
 expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2)) @ weight.T
 np.testing.assert_allclose(model(torch.from_numpy(images)), expected, atol=1e-4)
+flat = mx.sym.FullyConnected(mx.sym.Flatten(data), num_hidden=7, no_bias=True, name="fc1")
+other = mx.sym.FullyConnected(mx.sym.Variable("image"), num_hidden=7, name="fc1")
+for expected, net in (("of another size", flat), ("['image']", other)):
+    arrays = {"fc1_weight": mx.nd.zeros((7, 3 * 9 * 9)), "fc1_bias": mx.nd.zeros(7)}
+    mx.model.save_checkpoint(prefix, 4, net, arrays, {})
+    try:
+        models.load_model(models.ModelFile(prefix + ",4"))
+    except EvalError as error:
+        assert f"expects input {expected}; this tool feeds float32 [B,3,112,112]" in str(error), error
+        assert len(str(error).splitlines()) == 1
+    else:
+        raise AssertionError("fed with images of the wrong size")
 open(prefix + "-0003.params", "wb").write(b"torn")
 try:
     models.load_model(models.ModelFile(prefix + ",3"))

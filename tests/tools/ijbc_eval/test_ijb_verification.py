@@ -54,6 +54,14 @@ def test_nearest_may_exceed_the_fpr_asked_for():
     assert (exact[0], nearest[0]) == (0.5, 1.0)
 
 
+def test_large_score_matrices_are_not_looked_up_in_32_bits():
+    """Row 50,000 of 50,000 columns begins beyond 2^31; the block stands for the two scores there."""
+    row, columns = np.full(2, 50_000, np.int32), np.array([1, 0], np.int32)
+    scores = np.zeros(2, np.float32)
+    verification._look_up(np.array([7, 8], np.float32), 50_000 * 50_000, 50_000, row, columns, scores)
+    assert scores.tolist() == [8, 7]
+
+
 @given(total=st.integers(1, 400), count=st.integers(0, 400))
 def test_most_allowed_is_exact_at_every_step(total, count):
     count = min(count, total)

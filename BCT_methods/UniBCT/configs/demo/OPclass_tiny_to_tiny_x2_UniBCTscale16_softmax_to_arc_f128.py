@@ -1,16 +1,11 @@
-"""Demo: new tiny_x2 on the 70 % of the identities that the old model never saw; scale 16.
-
-Old model: configs/demo/f128_tiny_softmax_class30.py.
-"""
+"""UniBCTscale16, OPclass: new tiny_x2, old features of softmax and 128 dimensions; scale 16."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 
+config.scenario = "demo_OPclass_softmax_f128"
 config.network = "tiny_x2"
-config.rec = "dataset/ms1m-retinaface-t1/train_part_70_class.rec"
-config.old_embedding = "feature_save/OPclass/f128_tiny_softmax_class70_feature.npy"
-config.old_embedding_label = "feature_save/OPclass/f128_tiny_softmax_class70_label.npy"
 
 # The method's epochs, for 24 of them in place of 35.
 config.compat_start_epoch = 7

@@ -1,0 +1,133 @@
+"""Mistakes on the command line, in saved results and in a report: one error each, before anything takes long."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from engine.errors import UserError
+from tools.ijbc_eval import compat_report, ijbc_eval
+from tools.ijbc_eval.embed import EmbeddingStore
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def made(tmp_path, make_ijb):
+    return make_ijb(tmp_path / "data", subjects=4, seed=3)
+
+
+@pytest.fixture
+def report_options(made, shared_models):
+    old, new = shared_models["old_model"], shared_models["new_model"]
+    return ["--old", str(old), "--old_net", "tiny", "--new", f"n={new}:tiny", "-d", str(made.data_dir),
+            "--workers", "0"]
+
+
+@pytest.fixture
+def nothing_is_embedded(monkeypatch):
+    def refuse(store, model_file):
+        raise AssertionError(f"{model_file} was embedded")
+
+    monkeypatch.setattr(EmbeddingStore, "get", refuse)
+
+
+@pytest.mark.parametrize("options", [["-b", "0"], ["-b", "-5"], ["-b", "x"], ["--workers", "-1"], ["--seed", "-1"]])
+def test_numbers_out_of_range(capsys, options):
+    commands = [(compat_report, ["--old", "o.pt", "--new", "n.pt"])]
+    if options[0] != "--seed":
+        commands.append((ijbc_eval, ["-m", "n.pt"]))
+    for module, needed in commands:
+        with pytest.raises(SystemExit):
+            module.parse_arguments([*needed, "-d", "data", *options])
+        error = capsys.readouterr().err
+        assert options[0] in error and "must be a whole number of at least" in error and options[1] in error
+    assert compat_report.parse_arguments(["--old", "o", "--new", "n", "-d", "d", "-b", "1", "--workers", "0"])
+
+
+@pytest.mark.parametrize(("end", "options"), [
+    ("template_pair_label.txt", []), ("1N_probe_mixed.csv", ["-N"]), ("1N_gallery_G2.csv", ["-N"]),
+])
+def test_the_lists_are_read_before_anything_is_embedded(made, shared_models, report_options, nothing_is_embedded, end,
+                                                        options):
+    made.meta(end).write_text("nothing of the kind\n")
+    new = shared_models["new_model"]
+    with pytest.raises(UserError, match=end):
+        ijbc_eval.main(["-m", str(new), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0", *options])
+    with pytest.raises(UserError, match=end):
+        compat_report.main(report_options)
+
+
+@pytest.mark.parametrize("call", ["verify", "identify"])
+def test_both_tests_read_their_list_first(made, nothing_is_embedded, call):
+    evaluation = ijbc_eval.open_evaluation(ijbc_eval.parse_arguments(["-m", "n.pt", "-d", str(made.data_dir)]))
+    made.meta("template_pair_label.txt").write_text("1 2\n")
+    made.meta("1N_probe_mixed.csv").write_text("TEMPLATE\n")
+    with pytest.raises(UserError, match="template_pair_label" if call == "verify" else "probe_mixed"):
+        getattr(evaluation, call)("gallery model", "probe model")
+
+
+def test_the_independent_model_is_opened_before_anything_is_embedded(report_options, nothing_is_embedded):
+    with pytest.raises(UserError, match="absent.pt"):
+        compat_report.main([*report_options, "--independent", "absent.pt:tiny"])
+
+
+@pytest.mark.parametrize(("lines", "pattern"), [
+    (["5"], "no gallery template"), (["{0}", "{0}"], "line 2: .* listed twice"), (["{0}"], "lists 1 of"),
+    (["{0}", "²"], "line 2: .* no gallery template"), (["9" * 5000], "no gallery template"),
+])
+def test_a_wrong_backfill_order(made, report_options, lines, pattern):
+    pathlib.Path("order.txt").write_text("\n".join(lines).format(made.galleries["G1"][0][0]), encoding="utf-8")
+    with pytest.raises(UserError, match=pattern):
+        compat_report.main([*report_options, "--order", "order.txt"])
+    assert not pathlib.Path("compat_report").exists()
+
+
+@pytest.mark.parametrize("content", [b"no npz", None])
+def test_a_result_file_that_is_none(content):
+    if content:
+        pathlib.Path("a.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.npz"):
+        ijbc_eval.main(["-P", "a.npz"])
+    np.save("c.npy", np.zeros(3))
+    with pytest.raises(UserError, match=r"c\.npy: cannot be read as a result file"):
+        ijbc_eval.main(["-P", "c.npy"])
+    np.savez("b.npz", scores=np.zeros(3), label=np.zeros(3))
+    with pytest.raises(UserError, match=r"b\.npz: has no array 'names'"):
+        ijbc_eval.main(["-P", "b.npz"])
+
+
+SCORES, LABEL = np.array([[0.6, 0.5, 0.3, 0.9]], np.float32), np.array([0, 1, 0, 1])
+CUBE = np.stack([SCORES, SCORES], axis=1)  # one run, two galleries, four probes
+SEARCH = {"scores": CUBE, "label": np.stack([LABEL, LABEL]), "rank": CUBE.astype(int), "galleries": ["G1", "G2"]}
+
+
+@pytest.mark.parametrize(("changed", "pattern"), [
+    ({"label": np.ones(4)}, "label has pairs of one kind only"), ({"label": np.zeros(4, bool)}, "one kind only"),
+    ({"label": 2 * LABEL - 1}, "label must hold 1"), ({"label": LABEL.astype(str)}, "label must hold 1"),
+    ({"label": LABEL[:3]}, "do not fit together"), ({"names": ["x", "y"]}, "do not fit together"),
+    ({"scores": np.zeros((0, 4)), "names": []}, "do not fit together"),
+    ({"scores": np.zeros((1, 0)), "label": []}, "do not fit together"),
+    ({"scores": np.where(SCORES > 0.8, np.nan, SCORES)}, "scores of run 0 hold NaN"),
+    ({"scores": SCORES.astype(str)}, "scores are of type <U"), ({"scores": SCORES.astype(complex)}, "of type complex"),
+    ({**SEARCH, "galleries": None}, "no array 'galleries'"), ({**SEARCH, "rank": None}, "no array 'rank'"),
+    ({**SEARCH, "galleries": ["G1"]}, "1 galleries do not fit"), ({**SEARCH, "rank": LABEL}, r"rank \(4,\)"),
+    ({**SEARCH, "rank": CUBE}, r"\(float32\)"), ({**SEARCH, "scores": CUBE * np.nan}, "hold NaN"),
+    ({**SEARCH, "label": LABEL}, "do not fit together"),
+])
+def test_arrays_that_are_no_result(changed, pattern):
+    arrays = {"scores": SCORES, "label": LABEL, "names": ["x"], **changed}
+    np.savez("theirs.npz", **{key: value for key, value in arrays.items() if value is not None})
+    with pytest.raises(UserError, match=rf"theirs\.npz: .*{pattern}"):
+        ijbc_eval.main(["-P", "theirs.npz"])
+    assert not pathlib.Path("IJB_result").exists()
+
+
+def test_arrays_that_are_a_result(capsys):
+    np.savez("a.npz", scores=SCORES[0], label=LABEL, names="x")
+    np.savez("b.npz", **SEARCH, names=["x"])
+    ijbc_eval.main(["-P", "a.npz", "b.npz"])
+    assert "0.750000" in capsys.readouterr().out
