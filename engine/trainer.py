@@ -235,12 +235,8 @@ class Trainer:
             log.info(": %s%s", key.ljust(32), value)
         log.info(
             "%d ranks on %s, %d images, %d classes, %d steps an epoch, %d in all",
-            self.world_size,
-            self.device.type,
-            self.cfg.num_image,
-            self.cfg.num_classes,
-            self.steps_per_epoch,
-            self.total_steps,
+            *(self.world_size, self.device.type, self.cfg.num_image, self.cfg.num_classes),
+            *(self.steps_per_epoch, self.total_steps),
         )
 
     # --- files ----------------------------------------------------------------------------------------------------
@@ -255,16 +251,8 @@ class Trainer:
 
     def same_run(self):
         """What must not have changed between a checkpoint and the run that goes on from it."""
-        keys = (
-            "network",
-            "embedding_size",
-            "num_classes",
-            "num_image",
-            "batch_size",
-            "gradient_acc",
-            "optimizer",
-            "sample_rate",
-        )
+        keys = ["network", "embedding_size", "num_classes", "num_image"]
+        keys += ["batch_size", "gradient_acc", "optimizer", "sample_rate"]
         return {**{key: self.cfg[key] for key in keys}, "fp16": self.scaler.is_enabled()}
 
     def state_dict(self):
