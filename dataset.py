@@ -1,8 +1,7 @@
 """The training set in a `.rec` file, and the loaders that bring its batches to the device.
 
-Workers decode a whole batch into one uint8 tensor; mirroring and normalisation happen once a batch, on the device.
-Order and mirroring follow from (seed, epoch) and the place in the epoch alone: one rank and many, a small batch and a
-large one, see the same images, and a run that resumes inside an epoch sees what it would have seen.
+Workers decode a whole batch into one uint8 tensor; mirroring and normalisation happen once a batch, on the device. Order
+and mirroring follow from (seed, epoch) alone: one rank and many, or a run that resumes in mid-epoch, see the same.
 """
 
 import gc
@@ -326,7 +325,8 @@ class _Loader:
         except Exception as error:
             # Its frames and the DataLoader's iterator hold each other. Workers forked later would inherit that garbage
             # and, collecting it, wait five seconds for each of its processes, which are not their children.
-            batch = traceback.clear_frames(error.__traceback__)  # None: the frame must not hold the error either
+            batch = None
+            traceback.clear_frames(error.__traceback__)
             raise
 
     def _on_device(self, batch):
