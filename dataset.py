@@ -1,7 +1,7 @@
 """The training set in a `.rec` file, and the loaders that bring its batches to the device.
 
-Workers decode a whole batch into one uint8 tensor; mirroring and normalisation happen once a batch, on the device. Order
-and mirroring follow from (seed, epoch) alone: one rank and many, or a run that resumes in mid-epoch, see the same.
+Workers decode a whole batch into one uint8 tensor; mirroring and normalisation happen once a batch, on the device.
+Order and mirroring follow from (seed, epoch) alone: one rank and many, or a run resumed in mid-epoch, see the same.
 """
 
 import gc

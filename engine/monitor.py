@@ -42,15 +42,13 @@ class Monitor:
         self.cfg, self.total_steps, self.images_per_step, self.writer = cfg, total_steps, images_per_step, writer
         self.sums, self.count, self.pending = {}, 0, None
         self.start_step, self.start_time = start_step, time.perf_counter()
-        self.tick = None
+        self.restart_clock(start_step)
 
     def update(self, step, terms, index):
         """Take in the terms `{name: 0-d tensor}` of `step`, whose batch on this rank has the rows `index`.
 
         Raises NonFiniteLoss: for this step's terms on the CPU, for those of the step before on CUDA.
         """
-        if self.tick is None:
-            self.tick = (step, time.perf_counter())
         values = torch.stack([term.detach().float() for term in terms.values()])
         if values.is_cuda:
             values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -77,9 +75,9 @@ class Monitor:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
 
-    def restart_clock(self):
-        """Count the speed from the next step on: what was done since the last one was not training."""
-        self.tick = None
+    def restart_clock(self, step):
+        """Count the speed from now on, after `step` steps: what was done since the last line was not all training."""
+        self.tick = (step, time.perf_counter())
 
     def flush(self):
         """Take in what is still on its way from the device."""

@@ -189,7 +189,7 @@ class Trainer:
         self.loader.set_epoch(self.epoch, start_step=done * cfg.gradient_acc)
         if done == 0:
             self.begin_epoch()
-            self.monitor.restart_clock()
+            self.monitor.restart_clock(self.step)
         batches = iter(self.loader)
         for _ in range(done, self.steps_per_epoch):
             for micro in range(cfg.gradient_acc):
@@ -228,7 +228,7 @@ class Trainer:
             log.info("[%s][%d]Accuracy-Flip: %.5f", name, self.step, value)
             if self.monitor.writer is not None:
                 self.monitor.writer.add_scalar(f"val/{name}", value, self.step)
-        self.monitor.restart_clock()
+        self.monitor.restart_clock(self.step)
 
     def log_start(self):
         for key, value in sorted(self.cfg.items()):

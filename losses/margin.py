@@ -81,7 +81,7 @@ class Margin(nn.Module):
         return _ApplyMargin.apply(logits, labels.long(), self)
 
     def target(self, cosine):
-        raise NotImplementedError(f"{type(self).__name__} must define target(cosine)")
+        raise TypeError(f"{type(self).__name__} must define target(cosine)")
 
 
 class ArcFace(Margin):

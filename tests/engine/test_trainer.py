@@ -12,7 +12,7 @@ from engine.amp import make_scaler, start_momentum
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, load_config
 from engine.distributed import rank, world_size
-from engine.monitor import NonFiniteLoss
+from engine.monitor import Monitor, NonFiniteLoss
 from engine.trainer import Trainer, margin_loss, unwrap
 from losses import ArcFace, CombinedMarginLoss, CosFace
 from tests.ranks import run_ranks
@@ -247,3 +247,14 @@ def test_ranks_verify_the_model_that_is_saved(tmp_path, rec):
     (first, saved), (second, _) = run_ranks(statistics_after_verification, 2, path)
     assert torch.equal(first, second) and torch.equal(first, saved)
     assert "[pairs][6]Accuracy-Flip: " in (tmp_path / "run/training.log").read_text()
+
+
+def test_speed_counts_training_alone(monkeypatch):
+    times, lines = iter([0.0, 100.0, 104.0, 104.0]), []
+    monkeypatch.setattr("engine.monitor.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("engine.monitor.log.info", lambda form, *words: lines.append(form % words))
+    monitor = Monitor(load_config("configs/base.py"), total_steps=20, images_per_step=8, start_step=6)   # asks twice
+    times = iter([100.0, 104.0])
+    monitor.restart_clock(6)                # a refinement lay before
+    monitor.line(8, 0, 0.1)                 # 2 steps of 8 images in 4 s
+    assert lines[0].startswith("Speed 4.00 samples/sec")
