@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import recordio
-from dataset import RecordDataset, TrainLoader
+from dataset import RecordDataset
+from loader import TrainLoader
 
 
 class PerSample(Dataset):

@@ -13,10 +13,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dataset import ExtractLoader
 from engine.atomic import atomic_write
 from engine.distributed import barrier, is_main, rank, rows_of_rank, world_size
 from engine.feature_files import FeatureError, again, again_from_images, check_not_older, command_for
+from loader import ExtractLoader
 
 LABELS_SAMPLED = 1024   # rows whose labels are held against the record file when features are opened
 

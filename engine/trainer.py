@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 import backbones
-from dataset import TrainLoader, open_train_set
+from dataset import open_train_set
 from engine import checkpoint, distributed
 from engine.amp import make_scaler, start_momentum
 from engine.config import ConfigError, load_config
@@ -33,6 +33,7 @@ from engine.errors import report_errors
 from engine.monitor import Monitor, init_logging, log
 from engine.schedule import make_schedule
 from engine.verification import Verifier
+from loader import TrainLoader
 from losses import ArcFace, CombinedMarginLoss, CosFace, PartialFC
 
 

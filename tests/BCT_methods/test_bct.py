@@ -8,9 +8,10 @@ import losses
 from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes
 from BCT_methods.BCT.train import BCT
-from dataset import ExtractLoader, RecordDataset
+from dataset import RecordDataset
 from engine.config import ConfigError, load_config
 from engine.feature_files import FeatureError
+from loader import ExtractLoader
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_old_features
 from tests.ranks import run_ranks
 

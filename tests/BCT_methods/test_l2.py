@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from BCT_methods.L2.loss import feature_l2_loss
 from BCT_methods.L2.train import L2
-from dataset import ExtractLoader, RecordDataset
+from dataset import RecordDataset
 from engine.config import ConfigError, load_config
 from engine.distributed import global_mean
 from engine.feature_files import FeatureError
 from engine.features import OldFeatures
+from loader import ExtractLoader
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 
