@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import RecordDataset, SyntheticDataset, decode_bgr
+from dataset import RecordDataset, SyntheticDataset, decode_bgr, open_train_set
 from image_layout import image_layout
-from loader import ExtractLoader
+from loader import ExtractLoader, TrainLoader
 from recordio import IRHeader, RecordError, RecordReader, RecordWriter, pack, unpack
 
 LABELS = [3, 0, 1, 1, 2, 0, 3, 3, 1, 2, 0]
