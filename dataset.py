@@ -1,4 +1,4 @@
-"""The training set in a `.rec` file, or a synthetic one: images by row. loader.py brings their batches to the device."""
+"""The training set in a `.rec` file, or a synthetic one: images by row. loader.py takes them to the device."""
 
 import pathlib
 

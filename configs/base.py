@@ -12,7 +12,11 @@ config = edict()
 config.network = "r50"              # a name of backbones.names()
 config.embedding_size = 512         # width of the feature; a new model must have the old model's
 config.dropout = 0.0                # probability, before the last linear layer
-config.fp16 = True                  # mixed precision on CUDA (float16 and a loss scaler); the CPU stays float32
+config.fp16 = True                  # mixed precision on CUDA, in amp_dtype; the CPU stays float32
+config.amp_dtype = "float16"        # "float16" with a loss scaler, or "bfloat16" without one
+config.tf32 = True                  # CUDA: what stays in float32 multiplies in TF32 (10 bits of mantissa, as float16)
+config.channels_last = False        # CUDA: activations of the backbone as [B, H, W, C] in memory; ViTs have none
+config.compile = False              # torch.compile the backbone: minutes at the start, needs a C++ compiler
 config.sync_bn = False              # BatchNorm statistics over all ranks instead of each rank's own batch
 
 # --- Loss and classifier ---------------------------------------------------------------------------------------
@@ -41,7 +45,7 @@ config.rec = "dataset/ms1m-retinaface-t1"   # .rec file, or a directory with tra
 config.num_classes = 0              # 0 = from the header record; stated, it must agree with it
 config.num_image = 0                # likewise; "synthetic" needs both
 config.num_workers = 2              # decoding processes a rank
-config.dali = False                 # NVIDIA DALI reader: not supported, must stay False
+config.dali = False                 # decode by NVIDIA DALI (on CUDA by nvJPEG), in the same order; needs nvidia-dali
 config.rec_val = ""                 # directory of the .bin verification sets; "" = the directory of `rec`
 config.val_targets = []             # .bin sets to verify on while training, such as ["lfw", "agedb_30"]
 
@@ -49,7 +53,8 @@ config.val_targets = []             # .bin sets to verify on while training, suc
 config.seed = 666                   # rank r seeds its generators with seed + r
 config.deterministic = False        # deterministic kernels: slower, same weights every time on the same machine
 config.output = ""                  # directory of model.pt, logs and checkpoints; "" = work_dirs/<config name>
-config.resume = False               # go on from the newest complete checkpoint in `output`
-config.save_all_states = False      # write a checkpoint (every rank, whole state) at the end of each epoch
+config.resume = False               # go on from the newest whole checkpoint in `output`
+config.save_all_states = True       # write a checkpoint (every rank, whole state) at the end of each epoch
+config.checkpoint_steps = 0         # and within epochs, whenever so many steps are done; 0 = not
 config.verbose = 2000               # steps between two verifications on val_targets
 config.frequent = 10                # steps between two log lines

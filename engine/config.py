@@ -63,6 +63,9 @@ RANGES = {
     "num_image": (lambda v: v >= 0, "at least 0"),
     "num_workers": (lambda v: v >= 0, "at least 0"),
     "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
+    "amp_dtype": (lambda v: v in ("float16", "bfloat16"), '"float16" or "bfloat16"'),
+    "optimizer": (lambda v: v in ("sgd", "adamw"), '"sgd" or "adamw"'),
+    "checkpoint_steps": (lambda v: v >= 0, "at least 0"),
     "verbose": (lambda v: v > 0, "above 0"),
     "frequent": (lambda v: v > 0, "above 0"),
 }
