@@ -9,13 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 def half_precision(x, enabled):
-    """Context in which convolutions and products run in float16, if `enabled` and `x` is on a GPU.
+    """Context in which convolutions and products run in half precision, if `enabled` and `x` is on a GPU.
+
+    The type is torch's default for autocast on CUDA: float16, unless the training set another (`amp_dtype`).
 
     On the CPU everything stays in float32: half precision there is slower, and old and new features that were
     computed on different machines stay comparable to the last digits.
     """
     if enabled and x.device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.float16)
+        return torch.autocast("cuda")
     return contextlib.nullcontext()
 
 

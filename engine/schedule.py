@@ -25,3 +25,12 @@ def make_schedule(optimizer, cfg, steps_per_epoch):
         optimizer,
         lambda step: learning_rate_factor(step, steps_per_epoch, cfg.num_epoch, cfg.warmup_epoch, cfg.decay_epoch),
     )
+
+
+def set_step(schedule, step):
+    """Put a LambdaLR where it is after `step` steps, with the rates that the optimiser then has."""
+    schedule.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates):
+        group["lr"] = rate
+    schedule._last_lr = rates

@@ -15,26 +15,29 @@ Gradients of the backbone are summed over the ranks; the classifier's shards are
 
 import argparse
 import contextlib
+import itertools
 import os
 import pathlib
-import random
 
-import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 import backbones
 from dataset import open_train_set
 from engine import checkpoint, distributed
-from engine.amp import make_scaler, start_momentum
+from engine.amp import make_scaler
+from engine.build import make_optimizer, margin_loss, replicate, scales_loss, set_precision, unwrap
 from engine.config import ConfigError, load_config
 from engine.errors import report_errors
+from engine.features import OldFeatures
 from engine.monitor import Monitor, init_logging, log
+from engine.random_state import seed_everything
+from engine.run_state import refuse_broken_weights, restore, state_of
 from engine.schedule import make_schedule
+from engine.stop import StopRequest, command_to_go_on
 from engine.verification import Verifier
 from loader import TrainLoader
-from losses import ArcFace, CombinedMarginLoss, CosFace, PartialFC
+from losses import PartialFC
 
 
 class Trainer:
@@ -51,6 +54,7 @@ class Trainer:
         self.rank, self.world_size, self.device = distributed.init_distributed()
         self.cfg = cfg
         init_logging(cfg.output, self.rank == 0)
+        set_precision(cfg, self.device)
         seed_everything(cfg.seed + self.rank, cfg.deterministic)
         self.generator = torch.Generator().manual_seed(cfg.seed + self.rank)
         if cfg.dali:
@@ -77,18 +81,22 @@ class Trainer:
                 f"{len(self.loader)} batches of an epoch"
             )
         self.total_steps = self.steps_per_epoch * cfg.num_epoch
+        self.global_batch = cfg.batch_size * cfg.gradient_acc * self.world_size
         self.epoch = self.step = 0
+        self.best = {"accuracy": -1.0, "step": 0}   # of the verifications so far
 
-        self.backbone = self.parallel(self.build_backbone())
+        self.backbone = replicate(self.build_backbone(), cfg, self.device, self.world_size)
         self.classifier = self.build_classifier()
         self.extra = torch.nn.ModuleDict()
         self.setup()
         self.extra.train().to(self.device)
         for parameter in self.extra.parameters():
             distributed.broadcast_(parameter.data)
-        self.optimizer = self.build_optimizer()
+        self.optimizer = make_optimizer(cfg, self.parameter_groups(), self.device)
+        if self.classifier is not None:
+            self.classifier.attach(self.optimizer)
         self.schedule = make_schedule(self.optimizer, cfg, self.steps_per_epoch)
-        self.scaler = make_scaler(self.device, self.world_size, cfg.fp16 and self.device.type == "cuda")
+        self.scaler = make_scaler(self.device, self.world_size, scales_loss(cfg, self.device))
         self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device)
 
     # --- what a run is made of; a method overrides what it does otherwise -----------------------------------------
@@ -105,6 +113,15 @@ class Trainer:
         )
         return classifier.train().to(self.device)
 
+    def open_old_features(self):
+        """The old model's features of the training set, by the config's keys; read ahead of the batches."""
+        cfg = self.cfg
+        old = OldFeatures(
+            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
+        )
+        self.loader.read_ahead(old)
+        return old
+
     def setup(self):
         """Load a method's old features, prototypes, extra modules; runs after the data and the models exist."""
 
@@ -119,88 +136,63 @@ class Trainer:
         """
         raise TypeError(f"{type(self).__name__} must define losses(images, labels, index)")
 
-    # --- set-up ---------------------------------------------------------------------------------------------------
-
-    def parallel(self, module):
-        """`module` on the device, replicated: rank 0's initial weights everywhere, gradients summed over the ranks."""
-        module = module.train().to(self.device)
-        if self.cfg.sync_bn and self.device.type != "cuda":
-            raise ConfigError(
-                f"{self.cfg.config_file}: sync_bn = True needs CUDA; torch has no SyncBatchNorm for the CPU"
-            )
-        if self.world_size == 1:
-            return module
-        if self.cfg.sync_bn:
-            module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        module = DistributedDataParallel(
-            module,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # BatchNorm statistics stay each rank's own; rank 0's are saved
-            gradient_as_bucket_view=True,
-        )
-        module.register_comm_hook(None, _sum_gradients)
-        return module
-
     def parameter_groups(self):
         groups = [{"params": [p for p in [*self.backbone.parameters(), *self.extra.parameters()] if p.requires_grad]}]
         if self.classifier is not None:
             groups.append({"params": list(self.classifier.parameters())})
         return groups
 
-    def build_optimizer(self):
-        cfg, fused = self.cfg, self.device.type == "cuda"
-        if cfg.optimizer == "sgd":
-            optimizer = torch.optim.SGD(
-                self.parameter_groups(), lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused
-            )
-            start_momentum(optimizer)
-        elif cfg.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(
-                self.parameter_groups(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused
-            )
-        else:
-            raise ConfigError(f'{cfg.config_file}: optimizer = {cfg.optimizer!r}; it must be "sgd" or "adamw"')
-        if self.classifier is not None:
-            self.classifier.attach(optimizer)
-        return optimizer
-
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def train(self):
+        """Train to the end, or until a signal asks to stop: then the step is finished and a checkpoint written."""
         cfg = self.cfg
-        if cfg.resume:
+        if cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts
             self.resume()
-        writer = SummaryWriter(os.path.join(cfg.output, "tensorboard")) if self.rank == 0 else None
+        else:
+            checkpoint.start_afresh(cfg.output)
+        writer = SummaryWriter(f"{cfg.output}/tensorboard", purge_step=self.step) if self.rank == 0 else None
         self.log_start()
-        self.monitor = Monitor(
-            cfg, self.total_steps, cfg.batch_size * cfg.gradient_acc * self.world_size, self.step, writer
-        )
-        while self.epoch < cfg.num_epoch:
-            self.train_epoch()
-            self.epoch += 1
-            self.save_models()
-            if cfg.save_all_states:
-                self.save_checkpoint()
+        self.monitor = Monitor(cfg, self.total_steps, self.global_batch, self.step, writer)
+        with StopRequest(self.device) as self.stop:
+            stopped = None
+            while self.epoch < cfg.num_epoch and not stopped:
+                stopped = self.train_epoch()
+        if stopped and self.epoch < cfg.num_epoch:
+            log.info("stopped by %s at step %d; go on with: %s", stopped, self.step, command_to_go_on())
         if writer is not None:
             writer.close()
 
     def train_epoch(self):
+        """The rest of the epoch. Returns the name of the signal that asks to stop, or None."""
         cfg = self.cfg
         done = self.step - self.epoch * self.steps_per_epoch  # not 0 after resuming within an epoch
         self.loader.set_epoch(self.epoch, start_step=done * cfg.gradient_acc)
         if done == 0:
             self.begin_epoch()
-            self.monitor.restart_clock(self.step)
-        batches = iter(self.loader)
-        for _ in range(done, self.steps_per_epoch):
+        self.monitor.restart_clock(self.step)
+        batches, stopped = iter(self.loader), None
+        while done < self.steps_per_epoch:
             for micro in range(cfg.gradient_acc):
                 self.accumulate(*next(batches), last=micro == cfg.gradient_acc - 1)
             self.update()
+            done += 1
             if self.step % cfg.frequent == 0 or self.step == self.total_steps:
                 self.monitor.line(self.step, self.epoch, self.schedule.get_last_lr()[0], self.scaler)
             if self.verifier and (self.step % cfg.verbose == 0 or self.step == self.total_steps):
                 self.verify()
+            stopped = self.stop.agreed()
+            due = cfg.checkpoint_steps and self.step % cfg.checkpoint_steps == 0
+            if done < self.steps_per_epoch and (stopped or due):
+                self.save_checkpoint()
+                if stopped:
+                    return stopped
         self.monitor.flush()
+        self.epoch += 1
+        self.save_models()
+        if cfg.save_all_states or stopped or (cfg.checkpoint_steps and self.step % cfg.checkpoint_steps == 0):
+            self.save_checkpoint()
+        return stopped
 
     def accumulate(self, images, labels, index, last):
         """Forward and backward of one batch; gradients are exchanged with the `last` one before an update."""
@@ -225,10 +217,16 @@ class Trainer:
 
     def verify(self):
         distributed.broadcast_buffers(self.backbone)  # of the model that is saved, rank 0's, on every rank
-        for name, value in self.verifier.run(unwrap(self.backbone)).items():
+        accuracies = self.verifier.run(unwrap(self.backbone))
+        for name, value in accuracies.items():
             log.info("[%s][%d]Accuracy-Flip: %.5f", name, self.step, value)
             if self.monitor.writer is not None:
                 self.monitor.writer.add_scalar(f"val/{name}", value, self.step)
+        mean = sum(accuracies.values()) / len(accuracies)
+        if mean > self.best["accuracy"]:
+            self.best = {"accuracy": mean, "step": self.step}
+            self.save_backbone("model_best.pt")
+        log.info("[mean][%d]Accuracy-Highest: %.5f at step %d", self.step, self.best["accuracy"], self.best["step"])
         self.monitor.restart_clock(self.step)
 
     def log_start(self):
@@ -242,77 +240,38 @@ class Trainer:
 
     # --- files ----------------------------------------------------------------------------------------------------
 
-    def save_models(self):
-        """`model.pt`: the backbone of rank 0; `softmax_fc_gpu_{rank}.pt`: each rank's class centres."""
-        output = pathlib.Path(self.cfg.output)
+    def save_backbone(self, name):
+        """The backbone of rank 0, loadable by `backbones.load_backbone`."""
         if self.rank == 0:
-            checkpoint.save_atomically(unwrap(self.backbone).state_dict(), output / "model.pt")
+            checkpoint.save_atomically(unwrap(self.backbone).state_dict(), pathlib.Path(self.cfg.output) / name)
+
+    def save_models(self):
+        """`model.pt`: the backbone; `softmax_fc_gpu_{rank}.pt`: each rank's class centres."""
+        self.save_backbone("model.pt")
         if self.classifier is not None:
+            output = pathlib.Path(self.cfg.output)
             checkpoint.save_atomically(self.classifier.state_dict(), output / f"softmax_fc_gpu_{self.rank}.pt")
-
-    def same_run(self):
-        """What must not have changed between a checkpoint and the run that goes on from it."""
-        keys = ["network", "embedding_size", "num_classes", "num_image"]
-        keys += ["batch_size", "gradient_acc", "optimizer", "sample_rate"]
-        return {**{key: self.cfg[key] for key in keys}, "fp16": self.scaler.is_enabled()}
-
-    def state_dict(self):
-        """The whole state of this rank, of tensors and plain values only."""
-        return {
-            "same_run": self.same_run(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "backbone": unwrap(self.backbone).state_dict(),
-            "classifier": self.classifier.state_dict() if self.classifier is not None else {},
-            "extra": self.extra.state_dict(),
-            "sampler": self.classifier.generator_state() if self.classifier is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": random_state(self.generator, self.device),
-        }
-
-    def load_state_dict(self, state):
-        self.epoch, self.step = state["epoch"], state["step"]
-        unwrap(self.backbone).load_state_dict(state["backbone"])
-        if self.classifier is not None:
-            self.classifier.load_state_dict(state["classifier"])
-            self.classifier.set_generator_state(state["sampler"])
-        self.extra.load_state_dict(state["extra"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"], self.generator, self.device)
+            others = range(self.world_size + self.rank, 10**6, self.world_size)
+            for path in itertools.takewhile(pathlib.Path.exists, (output / f"softmax_fc_gpu_{r}.pt" for r in others)):
+                path.unlink()   # of ranks that a run which was resumed on fewer has no longer
 
     def save_checkpoint(self):
+        self.monitor.flush()  # a loss that is no number must not get into a checkpoint, nor what it made of the weights
+        refuse_broken_weights(self)
         path = checkpoint.checkpoint_path(self.cfg.output, self.step, self.rank, self.world_size)
-        checkpoint.save_atomically(self.state_dict(), path)
+        checkpoint.save_atomically(state_of(self), path)
         distributed.barrier()  # the set is complete before an older one goes
         checkpoint.remove_old(self.cfg.output, self.rank)
+        self.monitor.restart_clock(self.step)
 
     def resume(self):
-        sets = checkpoint.complete_sets(self.cfg.output)
-        if not sets:
-            log.warning(
-                "resume = True, but %s holds no complete checkpoint: starting from the beginning", self.cfg.output
-            )
+        checkpoint.clear_leftovers(self.cfg.output)
+        found = checkpoint.load_newest(self.cfg.output, self.rank, self.world_size, self.device, log.warning)
+        if found is None:
+            log.warning("resume = True, but %s holds no whole checkpoint: starting from the beginning", self.cfg.output)
             return
-        step, world_size = sets[-1]
-        if world_size != self.world_size:
-            raise checkpoint.CheckpointError(
-                f"{self.cfg.output}: the newest checkpoint is of {world_size} ranks, this run has {self.world_size}; "
-                f"start with --nproc_per_node={world_size}, or another `output`"
-            )
-        path = checkpoint.checkpoint_path(self.cfg.output, step, self.rank, world_size)
-        state = checkpoint.load(path, self.device)
-        for key, value in self.same_run().items():
-            if state["same_run"][key] != value:
-                raise checkpoint.CheckpointError(
-                    f"{path}: written with {key} = {state['same_run'][key]!r}, this run has {value!r}; "
-                    f"set {key} back to go on from it, or choose another `output`"
-                )
-        self.load_state_dict(state)
-        log.info("resumed from %s: epoch %d, step %d", path, self.epoch, self.step)
+        restore(self, *found)
+        log.info("resumed from %s: epoch %d, step %d", found[1], self.epoch, self.step)
 
     # --- the command line -----------------------------------------------------------------------------------------
 
@@ -333,57 +292,3 @@ class Trainer:
         with report_errors():
             cls(load_config(args.config, overrides)).train()
         distributed.shutdown()
-
-
-def margin_loss(cfg):
-    """The margin that `loss`, `margin_list` and `margin_scale` describe."""
-    m1, m2, m3 = cfg.margin_list
-    if not {"arcface": (m1, m3) == (1, 0), "cosface": (m1, m2) == (1, 0), "combined": True}.get(cfg.loss):
-        raise ConfigError(
-            f"{cfg.config_file}: loss = {cfg.loss!r} does not go with margin_list = {cfg.margin_list}; "
-            '"arcface" takes (1, m, 0), "cosface" (1, 0, m), "combined" any'
-        )
-    if cfg.interclass_filtering_threshold > 0 or cfg.loss == "combined":
-        return CombinedMarginLoss(cfg.margin_scale, m1, m2, m3, cfg.interclass_filtering_threshold)
-    return ArcFace(cfg.margin_scale, m2) if cfg.loss == "arcface" else CosFace(cfg.margin_scale, m3)
-
-
-def seed_everything(seed, deterministic):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def random_state(generator, device):
-    """Python's, NumPy's, torch's and the run's own generator, as tensors and plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "run": generator.get_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_random_state(state, generator, device):
-    random.setstate(state["python"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"].cpu())
-    generator.set_state(state["run"].cpu())
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def unwrap(module):
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-def _sum_gradients(_, bucket):
-    """DDP communication hook: the sum over the ranks, where DDP's own is the mean."""
-    return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])

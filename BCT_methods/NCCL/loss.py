@@ -18,7 +18,7 @@ from torch import nn
 
 from engine.distributed import gather, rank, rows_of_rank, sum_over_ranks, world_size
 
-HALF_BLOCK = 4096   # classes whose float16 products are added up in one number; the blocks are added in float32
+HALF_BLOCK = 4096   # classes whose half precision products are added up in one number; the blocks are added in float32
 
 
 class NeighborhoodConsensusLoss(nn.Module):
@@ -27,11 +27,13 @@ class NeighborhoodConsensusLoss(nn.Module):
     embedding_size: D. num_classes: over all ranks; a rank holds the logits of the classes that PartialFC gives it.
     queue_size: Q, old features kept, the newest. temperature: T > 0 of both softmaxes.
     logit_dtype: of the queue's logits, [Q, num_local]. 8192 x 65,402 in float32 are 2.1 GB on one rank, an eighth of
-    that on each of eight. float16 (for CUDA) halves it and takes the products in half precision, added up in float32.
+    that on each of eight. float16 or bfloat16 (for CUDA) halves it and takes the products in it, added up in float32.
 
     Buffers, all part of a checkpoint: queue_embeddings [Q, D], queue_labels [Q] (-1 = empty slot) and position
     [] (the slot to be filled next) are alike on all ranks, queue_logits [Q, num_local] is each rank's own.
     """
+
+    class_sharded = {"queue_logits": 1}     # for a checkpoint that goes on on another number of ranks
 
     def __init__(self, embedding_size, num_classes, queue_size, temperature=1.0, logit_dtype=torch.float32):
         super().__init__()
@@ -117,12 +119,12 @@ class NeighborhoodConsensusLoss(nn.Module):
 def _inner_products(logits, queue, dtype):
     """logits [N, num_local] x queue [Q, num_local] -> [N, Q] in `dtype`, with gradient to the logits.
 
-    The large operand comes first: a quarter faster on the CPU, the same on a GPU. A float16 queue: float16 products, a
-    block of classes at a time, since a sum over 65,402 of them runs to several hundred, where float16 is coarse.
+    The large operand comes first: a quarter faster on the CPU, the same on a GPU. A half precision queue: products in
+    it, a block of classes at a time, since a sum over 65,402 of them runs to several hundred, where float16 is coarse.
     """
-    if queue.dtype != torch.float16:
+    if queue.dtype == dtype:
         return (queue @ logits.to(dtype).T).T
-    blocks = zip(logits.half().split(HALF_BLOCK, dim=1), queue.split(HALF_BLOCK, dim=1))
+    blocks = zip(logits.to(queue.dtype).split(HALF_BLOCK, dim=1), queue.split(HALF_BLOCK, dim=1))
     return sum((slots @ part.T).to(dtype) for part, slots in blocks).T
 
 

@@ -32,7 +32,8 @@ class NCCL(Trainer):
             cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
         )
         self.credible = load_credible(cfg.credible_old_feature, self.train_set, cfg.old_model_path)
-        logit_dtype = torch.float16 if cfg.fp16 and self.device.type == "cuda" else torch.float32
+        half = cfg.fp16 and self.device.type == "cuda"
+        logit_dtype = torch.get_autocast_dtype("cuda") if half else torch.float32
         self.extra["consensus"] = NeighborhoodConsensusLoss(
             cfg.embedding_size, cfg.num_classes, cfg.queue_size, cfg.temperature, logit_dtype
         )

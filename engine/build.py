@@ -1,0 +1,82 @@
+"""What a config says about margin, precision, optimiser and parallel backbone, made."""
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.amp import start_momentum
+from engine.config import ConfigError
+from losses import ArcFace, CombinedMarginLoss, CosFace
+
+
+def margin_loss(cfg):
+    """The margin that `loss`, `margin_list` and `margin_scale` describe."""
+    m1, m2, m3 = cfg.margin_list
+    if not {"arcface": (m1, m3) == (1, 0), "cosface": (m1, m2) == (1, 0), "combined": True}.get(cfg.loss):
+        raise ConfigError(
+            f"{cfg.config_file}: loss = {cfg.loss!r} does not go with margin_list = {cfg.margin_list}; "
+            '"arcface" takes (1, m, 0), "cosface" (1, 0, m), "combined" any'
+        )
+    if cfg.interclass_filtering_threshold > 0 or cfg.loss == "combined":
+        return CombinedMarginLoss(cfg.margin_scale, m1, m2, m3, cfg.interclass_filtering_threshold)
+    return ArcFace(cfg.margin_scale, m2) if cfg.loss == "arcface" else CosFace(cfg.margin_scale, m3)
+
+
+def set_precision(cfg, device):
+    """How CUDA computes: the type of mixed precision, and that of products that stay in float32."""
+    if device.type != "cuda":
+        return
+    torch.set_autocast_dtype("cuda", getattr(torch, cfg.amp_dtype))
+    torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
+    torch.backends.cudnn.allow_tf32 = cfg.tf32
+
+
+def scales_loss(cfg, device):
+    """Whether gradients need a loss scaler: float16's exponents do not reach far enough down, bfloat16's do."""
+    return cfg.fp16 and cfg.amp_dtype == "float16" and device.type == "cuda"
+
+
+def make_optimizer(cfg, groups, device):
+    """The optimiser of `cfg` over parameter `groups`; fused on CUDA."""
+    fused = device.type == "cuda"
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    optimizer = torch.optim.SGD(
+        groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused
+    )
+    start_momentum(optimizer)
+    return optimizer
+
+
+def replicate(module, cfg, device, world_size):
+    """`module` on the device, in training mode; with several ranks rank 0's weights everywhere, gradients summed."""
+    for key in ("sync_bn", "channels_last"):
+        if cfg[key] and device.type != "cuda":
+            # torch has no SyncBatchNorm for the CPU; a channels_last backward there crashed torch 2.15.
+            raise ConfigError(f"{cfg.config_file}: {key} = True needs CUDA; set {key} = False on the CPU")
+    module = module.train().to(device)
+    if cfg.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    if world_size > 1 and cfg.sync_bn:
+        module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if cfg.compile:
+        module.compile()    # in place: the names in the state dict stay
+    if world_size == 1:
+        return module
+    module = DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # BatchNorm statistics stay each rank's own; rank 0's are saved
+        gradient_as_bucket_view=True,
+    )
+    module.register_comm_hook(None, _sum_gradients)
+    return module
+
+
+def unwrap(module):
+    """The network itself, without DistributedDataParallel around it."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def _sum_gradients(_, bucket):
+    """DDP communication hook: the sum over the ranks, where DDP's own is the mean."""
+    return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])

@@ -1,0 +1,75 @@
+"""A run that is asked to stop finishes its step: SIGTERM from the launcher or the scheduler, noticed by all ranks."""
+
+import os
+import shlex
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from engine.distributed import world_size
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)      # Slurm sends SIGTERM at the end of the time, SIGUSR1 on request before
+
+
+class StopRequest:
+    """Within its `with` block the SIGNALS are remembered instead of ending the process; `agreed` says when to stop.
+
+    device: the training's; the ranks talk about it there, without the host waiting for a CUDA device.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.received = 0
+        self.pending = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, _):
+        self.received = number
+
+    def agreed(self):
+        """Name of the signal for which all ranks stop now, or None. All ranks call it once a step.
+
+        One rank's signal is enough, and all get the same answer at the same step, so that none waits for another in a
+        collective. With several ranks on CUDA it is the answer to what was asked one step before.
+        """
+        number = self.received if world_size() == 1 else self._ask()
+        return signal.Signals(number).name if number else None
+
+    def _ask(self):
+        flag = torch.tensor(int(self.received), dtype=torch.int32)
+        if self.device.type != "cuda":
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            return int(flag)
+        flag = flag.pin_memory().to(self.device, non_blocking=True)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        answer, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record()
+        previous, self.pending = self.pending, (answer, event)
+        if previous is None:
+            return 0
+        answer, event = previous
+        event.synchronize()
+        return int(answer)
+
+
+def command_to_go_on():
+    """The command line of this process, with its launcher, that resumes the run."""
+    words = [word for word in sys.argv if not word.startswith(("--local-rank", "--local_rank"))]
+    ranks, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1
+    if "RANK" in os.environ:
+        nodes = int(os.environ["WORLD_SIZE"]) // ranks
+        launcher = ["torchrun", f"--nproc_per_node={ranks}", *([f"--nnodes={nodes}"] if nodes > 1 else [])]
+    else:
+        launcher = ["python"]
+    if "--resume" not in words and not any(word.startswith("--resume=") for word in words):
+        words += ["--resume", "True"]
+    return shlex.join([*launcher, *words])
