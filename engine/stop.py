@@ -63,13 +63,17 @@ class StopRequest:
 
 def command_to_go_on():
     """The command line of this process, with its launcher, that resumes the run."""
-    words = [word for word in sys.argv if not word.startswith(("--local-rank", "--local_rank"))]
+    words, rest = [], list(sys.argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--resume":
+            rest[:1] = []
+        elif not word.startswith(("--local-rank", "--local_rank", "--resume=")):
+            words.append(word)
     ranks, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1
     if "RANK" in os.environ:
         nodes = int(os.environ["WORLD_SIZE"]) // ranks
         launcher = ["torchrun", f"--nproc_per_node={ranks}", *([f"--nnodes={nodes}"] if nodes > 1 else [])]
     else:
         launcher = ["python"]
-    if "--resume" not in words and not any(word.startswith("--resume=") for word in words):
-        words += ["--resume", "True"]
-    return shlex.join([*launcher, *words])
+    return shlex.join([*launcher, *words, "--resume", "True"])

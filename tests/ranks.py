@@ -13,7 +13,8 @@ import torch
 
 # The server process imports these once; ranks are forked from it and start in a fraction of a second. It runs no
 # tensor code, so forking it is safe where forking pytest, with its OpenMP and autograd threads, would not be.
-PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "numpy", "pytest", "engine.trainer"]
+# (torch._dynamo: the first optimiser imports it, a second of each rank's time.)
+PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "numpy", "pytest", "engine.trainer"]
 
 
 def run_ranks(fn, world_size, *args, timeout=120, env=None):

@@ -15,26 +15,38 @@ WIDTH = 8
 
 
 def write_old_features(folder, labels, width=WIDTH, seed=0):
-    """Clustered features of any length for `labels`: `<folder>/old_feature.npy` and `old_label.npy`."""
+    """Clustered features of any length for `labels`, and their class means.
+
+    `<folder>/old_feature.npy`, `old_label.npy` and `old_avg_feature.npy`; every class must have an image.
+    """
     random = np.random.default_rng(seed)
     labels = np.asarray(labels)
     centres = random.normal(size=(labels.max() + 1, width))
     rows = centres[labels] + 0.4 * random.normal(size=(len(labels), width))
     rows *= random.uniform(0.5, 20, (len(labels), 1))
+    means = [rows[labels == c].mean(axis=0) for c in range(len(centres))]
     np.save(folder / "old_feature.npy", rows.astype(np.float32))
     np.save(folder / "old_label.npy", labels.astype(np.int64))
+    np.save(folder / "old_avg_feature.npy", np.stack(means).astype(np.float32))
 
 
 def write_config(folder, method, name, **keys):
-    """A config of `method` in `<folder>/<method>/configs`, over the method's own base.py; returns its path."""
+    """A config of `method` in `<folder>/<method>/configs`, over the method's own base.py; returns its path.
+
+    method: a folder of BCT_methods, or any other name for a run without a method's keys.
+    """
     configs = folder / method / "configs"
     configs.mkdir(parents=True, exist_ok=True)
-    base = configs / "base.py"
-    if not base.exists():
-        base.write_text((REPO / "BCT_methods" / method / "configs" / "base.py").read_text())
+    base, own = configs / "base.py", REPO / "BCT_methods" / method / "configs" / "base.py"
+    if own.is_file() and not base.exists():
+        base.write_text(own.read_text())
+    known = load_config(own if own.is_file() else REPO / "configs" / "base.py")
+    usual = {
+        "rec": folder / "set.rec", "output": folder / name, "old_embedding": folder / "old_feature.npy",
+        "old_embedding_label": folder / "old_label.npy", "old_prototype": folder / "old_avg_feature.npy",
+    }
     keys = {
-        "rec": str(folder / "set.rec"), "output": str(folder / name), "old_embedding": str(folder / "old_feature.npy"),
-        "old_embedding_label": str(folder / "old_label.npy"), "embedding_size": WIDTH, "network": "tiny",
+        **{key: str(path) for key, path in usual.items() if key in known}, "embedding_size": WIDTH, "network": "tiny",
         "num_epoch": 2, "batch_size": 12, "num_workers": 0, "lr": 0.05, "margin_scale": 8.0, **keys,
     }
     lines = [f"config.{key} = {value!r}" for key, value in keys.items()]

@@ -174,11 +174,13 @@ def test_margins_of_a_config(tmp_path):
         ({"batch_size": 26}, "batch_size = 26 on each of 1 ranks, more than the 25 images"),
         ({"rec": "synthetic"}, "needs num_classes and num_image"),
         ({"sync_bn": True}, "sync_bn = True needs CUDA"),
+        ({"channels_last": True}, "channels_last = True needs CUDA"),
+        ({"amp_dtype": "float32"}, 'amp_dtype = \'float32\'; it must be "float16" or "bfloat16"'),
     ],
 )
 def test_wrong_values_stop_before_the_first_step(tmp_path, rec, keys, message):
-    if "sync_bn" in keys and torch.cuda.is_available():
-        pytest.skip("this machine has SyncBatchNorm")
+    if "needs CUDA" in message and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
     with pytest.raises(ConfigError, match=message):
         Plain(load_config(config(tmp_path, **{"rec": rec, **keys})))
 

@@ -1,0 +1,47 @@
+import errno
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engine.errors import UserError, report_errors
+from recordio import RecordError
+
+
+@pytest.mark.parametrize("error, line", [
+    (UserError("a.py: key = 1; set it to 2"), "UserError: a.py: key = 1; set it to 2"),
+    (RecordError("a.rec: cut"), "RecordError: a.rec: cut"),
+    (FileNotFoundError("a.rec: no such file"), "FileNotFoundError: a.rec: no such file"),
+    (OSError(errno.ENOSPC, "No space left on device", "log"), "OSError: [Errno 28] No space left on device: 'log'"),
+    (PermissionError(errno.EACCES, "Permission denied", "out"), "PermissionError: [Errno 13] Permission denied: 'out'"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
+     "OutOfMemoryError: CUDA out of memory. Set a smaller batch_size, with gradient_acc raised"),
+])
+@pytest.mark.parametrize("rank", [None, "3"])
+def test_what_a_user_can_mend_ends_with_one_line(error, line, rank, capsys, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr("sys.exit", end)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(Ended, match="1"), report_errors():
+        raise error
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"[rank 3] {line}" if rank else line) and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EBADF, "Bad file descriptor"), ValueError("x")])
+def test_a_bug_goes_through(error):
+    with pytest.raises(type(error)), report_errors():
+        raise error
+
+
+def test_scripts_without_torch_do_not_wait_for_it():
+    subprocess.run([sys.executable, "-c", "import sys, engine.errors; assert 'torch' not in sys.modules"], check=True)

@@ -1,0 +1,152 @@
+"""What a resumed run takes from its checkpoint and what from its config; where it goes on; what it refuses."""
+
+import os
+import pickle
+import signal
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.checkpoint import CheckpointError
+from engine.config import load_config
+from engine.schedule import learning_rate_factor
+from tests.engine.test_trainer import Plain, WithBatchNorm, assert_same, close_log_files, config, rec, run  # noqa: F401
+
+
+class Stopped(Plain):
+    """Gets a SIGTERM while it is at work on step `at`."""
+
+    at = 4
+
+    def losses(self, images, labels, index):
+        if self.step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().losses(images, labels, index)
+
+
+def stopped_after_five_steps(path, *overrides):
+    torch.set_num_threads(1)
+    trainer = Stopped(load_config(path, overrides))
+    trainer.train()
+    assert trainer.step == 5
+    return trainer
+
+
+@pytest.mark.parametrize("keys", [{}, {"gradient_acc": 2, "batch_size": 2}, {"optimizer": "adamw", "lr": 1e-3}])
+def test_stopped_within_an_epoch_and_gone_on_ends_bit_for_bit(tmp_path, rec, keys):     # noqa: F811
+    whole = run(config(tmp_path, rec, "whole", num_epoch=3, **keys))
+    path = config(tmp_path, rec, "parts", num_epoch=3, **keys)
+    stopped_after_five_steps(path)
+    assert checkpoint.complete_sets(tmp_path / "parts") == [(5, 1)]
+    log = (tmp_path / "parts/training.log").read_text()
+    assert "stopped by SIGTERM at step 5; go on with: python " in log and log.endswith(" --resume True\n")
+    torch.manual_seed(99)
+    parts = run(path, "--resume", "True")
+    assert_same(whole[0], parts[0], 0)
+    assert torch.equal(whole[1], parts[1])
+    final = [checkpoint.load(checkpoint.checkpoint_path(tmp_path / name, 18, 0, 1)) for name in ("whole", "parts")]
+    assert_same(final[0]["optimizer"]["state"][0], final[1]["optimizer"]["state"][0], 0)
+    assert torch.equal(final[0]["random"]["run"], final[1]["random"]["run"])
+
+
+def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
+    """6 steps an epoch: at 4, 6 (the epoch's end), 8, 12; the last two stay."""
+    written = []
+
+    class Watched(Plain):
+        def save_checkpoint(self):
+            written.append((self.epoch, self.step))
+            super().save_checkpoint()
+
+    Watched(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
+    assert written == [(0, 4), (1, 6), (1, 8), (2, 12)]
+    assert checkpoint.complete_sets(tmp_path / "run") == [(8, 1), (12, 1)]
+    written.clear()
+    Watched(load_config(config(tmp_path, rec, "few", checkpoint_steps=4, save_all_states=False))).train()
+    assert written == [(0, 4), (1, 8), (2, 12)]
+
+
+def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):      # noqa: F811
+    path = config(tmp_path, rec, num_epoch=3)
+    stopped_after_five_steps(path)
+    trainer = Plain(load_config(path, ["--lr", "0.01", "--weight_decay", "0.0", "--num_epoch", "4"]))
+    trainer.resume()
+    group = trainer.optimizer.param_groups[0]
+    assert group["lr"] == trainer.schedule.get_last_lr()[0] == 0.01 * learning_rate_factor(5, 6, 4)
+    assert group["weight_decay"] == 0.0 and trainer.schedule.last_epoch == 5
+    log = (tmp_path / "run/training.log").read_text()
+    assert "changed since the checkpoint: lr was 0.05, is 0.01" in log
+    assert "weight_decay was 0.0005, is 0.0" in log and "resume was" not in log and "margin_list" not in log[-900:]
+
+
+def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):      # noqa: F811
+    path = config(tmp_path, rec, num_epoch=3)
+    stopped_after_five_steps(path)
+    with pytest.raises(CheckpointError, match=r"holds checkpoints of an unfinished run \(step 5 of 18\).*--resume True"):
+        run(path)
+    assert checkpoint.complete_sets(tmp_path / "run") == [(5, 1)]
+    run(path, "--resume", "True")
+    stopped_after_five_steps(path)      # a finished run may be begun again, and its checkpoints go
+    assert checkpoint.complete_sets(tmp_path / "run") == [(5, 1)]
+
+
+def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):      # noqa: F811
+    whole = run(config(tmp_path, rec, "whole", num_epoch=3))
+    path = config(tmp_path, rec, "parts", num_epoch=3)
+    stopped_after_five_steps(path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert_same(whole[0], run(path)[0], 0)
+
+
+def test_a_changed_global_batch_is_refused_on_the_same_ranks(tmp_path, rec):      # noqa: F811
+    stopped_after_five_steps(config(tmp_path, rec))
+    with pytest.raises(CheckpointError, match="written with batch_size = 4 and gradient_acc = 1, this run has 2 and 1"):
+        run(config(tmp_path, rec, batch_size=2, resume=True))
+    run(config(tmp_path, rec, batch_size=2, gradient_acc=2, resume=True))       # the same steps
+
+
+def test_a_broken_weight_gets_into_no_checkpoint(tmp_path, rec):      # noqa: F811
+    class Broken(Plain):
+        def update(self):
+            super().update()
+            if self.step == 8:
+                with torch.no_grad():
+                    self.backbone[0].weight[0, 0, 0, 0] = float("nan")
+
+    with pytest.raises(CheckpointError, match="step 8: NaN or infinity in backbone.0.weight; no checkpoint written"):
+        Broken(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
+    assert checkpoint.complete_sets(tmp_path / "run") == [(4, 1), (6, 1)]
+
+
+def png(value):
+    return cv2.imencode(".png", np.full((112, 112, 3), value, np.uint8))[1].tobytes()
+
+
+def test_the_best_model_is_kept_and_known_after_a_resume(tmp_path, rec, monkeypatch):      # noqa: F811
+    """Verification says 0.5, 0.9, 0.7 | 0.8, 0.9, 0.95 after steps 2, 4, ...; the run is stopped after step 7."""
+    (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
+    said = iter([0.5, 0.9, 0.7, 0.8, 0.9, 0.95])
+    monkeypatch.setattr("engine.verification.Verifier.run", lambda self, backbone: {"a": next(said), "b": 0.5})
+    kept = {}
+
+    class Watched(Stopped):
+        at = 6
+
+        def save_backbone(self, name):
+            super().save_backbone(name)
+            kept[name, self.step] = {key: value.clone() for key, value in self.backbone.state_dict().items()}
+
+    path = config(tmp_path, rec, val_targets=["pairs"], verbose=2)
+    Watched(load_config(path)).train()
+    best = torch.load(tmp_path / "run/model_best.pt", weights_only=True)
+    assert_same(best, kept["model_best.pt", 4], 0)
+    trainer = Plain(load_config(path, ["--resume", "True"]))
+    trainer.train()
+    assert trainer.best == {"accuracy": pytest.approx(0.725), "step": 12}
+    log = (tmp_path / "run/training.log").read_text()
+    for step, accuracy, its in ((6, 0.7, 4), (8, 0.7, 4), (10, 0.7, 4), (12, 0.725, 12)):
+        assert f"[mean][{step}]Accuracy-Highest: {accuracy:.5f} at step {its}" in log
+    assert_same(torch.load(tmp_path / "run/model_best.pt", weights_only=True), trainer.backbone.state_dict(), 0)
