@@ -37,6 +37,9 @@ step() {  # step RESULT COMMAND...: run the command, its output in a log, unless
     printf '\n[%3d s] $ %s\n' "$SECONDS" "$*"
     mkdir -p "$root/log"
     rm -f "$log.done"
+    if [[ $result == */work_dirs/* ]]; then     # a run is not begun over the checkpoints of one that was cut short
+        rm -rf "$(dirname "$result")"
+    fi
     if ! "$@" > "$log" 2>&1; then
         tail -n 25 "$log"
         echo "that failed; the whole output is in $log" >&2
