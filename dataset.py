@@ -8,30 +8,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from image_bytes import IMAGE_SHAPE, decode_bgr
 from image_layout import image_layout
 from recordio import RecordError, RecordReader, class_label
-
-IMAGE_SHAPE = (112, 112, 3)
-
-
-def decode_bgr(data):
-    """Decode a JPEG or PNG, a uint8 array: [112, 112, 3], in OpenCV's order of channels.
-
-    Raises `ValueError` for bytes that are not a whole image (OpenCV alone would fill the missing end of a JPEG with
-    grey) and for images of another size.
-    """
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) and not _is_cut_jpeg(data) else None
-    if image is None:
-        raise ValueError(f"its {len(data)} bytes do not decode as an image")
-    if image.shape != IMAGE_SHAPE:
-        raise ValueError(f"image is {image.shape[1]} x {image.shape[0]}, not 112 x 112: align the faces first")
-    return image
-
-
-def _is_cut_jpeg(data):
-    """Whether the end marker lacks. Scan data cannot hold it: 0xff is always followed by a zero or a restart number."""
-    end = b"\xff\xd9"
-    return end not in data[-64:].tobytes() and data[:3].tobytes() == b"\xff\xd8\xff" and end not in data.tobytes()
 
 
 def open_train_set(rec, num_classes=None, num_image=None):
@@ -130,7 +109,7 @@ class RecordDataset(_ImageSet):
         label, data = self.reader.read_image(key)
         try:
             bgr = decode_bgr(data)
-        except (ValueError, cv2.error) as error:
+        except ValueError as error:
             raise RecordError(f"{self.path}: key {key} at offset {self.reader.offset(key)}: {error}") from None
         return bgr, self._checked(label, key)
 

@@ -44,7 +44,7 @@ def image_layout(reader):
         return ImageLayout(range(1, first_identity), end - first_identity)
     if np.float32(end) != counts[0]:
         raise RecordError(f"{says}, but {reader.idx_path.name} has the keys 0 to {end - 1}: one of them is not its own")
-    if counts[-1] > _EXACT_FLOAT32:
+    if len(counts) == 2 and counts[1] > _EXACT_FLOAT32:
         raise RecordError(f"{says}; so many classes cannot be told apart by float32 labels")
     return ImageLayout(range(1, end), int(counts[1]) if len(counts) == 2 else None)
 

@@ -4,7 +4,7 @@ Workers decode a whole batch into one uint8 tensor; mirroring and normalisation 
 Order and mirroring follow from (seed, epoch) alone: one rank and many, or a run resumed in mid-epoch, see the same.
 """
 
-import gc
+import sys
 import traceback
 
 import cv2
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_workers import FileSize, WorkerError, Workers, start_worker
 from dataset import IMAGE_SHAPE
 from recordio import RecordError
 
@@ -20,19 +21,38 @@ class _Batches(Dataset):
     """What the workers run: decode a batch into its place in memory that they share with the main process.
 
     The places are used again and again. A fresh one for each batch would cost a worker a fifth of its time, in page
-    faults, and file descriptors.
+    faults, and file descriptors. Raises WorkerError where there is no room for them.
+
+    A file that has been cut is noticed before each batch. Cut just while one is read, it ends the process by SIGBUS: a
+    worker, which the main process explains, or with num_workers = 0 the training.
     """
 
-    def __init__(self, dataset, places, batch_size):
-        self.dataset = dataset
-        self.places = torch.empty((places, batch_size, *IMAGE_SHAPE), dtype=torch.uint8).share_memory_()
+    def __init__(self, dataset, file, places, batch_size, num_workers):
+        self.dataset, self.file = dataset, file
+        self.places = torch.empty((places, batch_size, *IMAGE_SHAPE), dtype=torch.uint8)
+        try:
+            if num_workers:
+                self.places.share_memory_()
+        except RuntimeError as error:
+            raise WorkerError(
+                f"num_workers = {num_workers} need {self.places.nbytes >> 20} MB of shared memory on each rank "
+                f"({str(error).splitlines()[0]}): enlarge /dev/shm (docker: --shm-size=8g) or lower num_workers"
+            ) from error
 
     def __getitem__(self, item):
         place, rows, mirrored = item
         try:
-            return place, self.dataset.fill(rows, self.places[place].numpy()), rows, mirrored
+            return place, self._fill(rows, self.places[place].numpy()), rows, mirrored
         except RecordError as error:
             return error  # raised in a worker, its message would be lost in that process's traceback
+
+    def _fill(self, rows, images):
+        self.file.check()
+        try:
+            return self.dataset.fill(rows, images)
+        except RecordError:
+            self.file.check()  # a record is broken, too, where a file was cut meanwhile
+            raise
 
 
 class _Places:
@@ -47,11 +67,6 @@ class _Places:
 
 def _unchanged(batch):
     return batch
-
-
-def _start_worker(_):
-    cv2.setNumThreads(0)  # the workers are the parallelism
-    gc.freeze()  # the parent's objects are not for this process to walk through again and again
 
 
 def to_input(images, mirrored=None):
@@ -93,6 +108,11 @@ class ShuffledRows:
         self.num_image, self.batch_size, self.seed = num_image, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.start_step = 0
+        self._readers = []
+
+    def read_ahead(self, reader, batches):
+        """Let `reader.prefetch(rows, batches)` know the rows of every step, at most so many batches before its turn."""
+        self._readers.append((reader, batches))
 
     def __len__(self):
         return self.num_image // (self.batch_size * self.world_size)
@@ -105,6 +125,8 @@ class ShuffledRows:
         whole, mine = self.batch_size * self.world_size, self.batch_size * self.rank
         for step in range(self.start_step, len(self)):
             place = slice(step * whole + mine, step * whole + mine + self.batch_size)
+            for reader, batches in self._readers:
+                reader.prefetch(order[place], batches)
             yield order[place], mirrored[place]
 
 
@@ -132,16 +154,20 @@ class _Loader:
         self._plan = plan
         # A DataLoader keeps `prefetch` batches a worker in the making; one more is in our hands.
         places = num_workers * prefetch + 1
-        self._shared = _Batches(dataset, places, plan.batch_size)
+        file = FileSize(dataset.path)
+        self._shared = _Batches(dataset, file, places, plan.batch_size, num_workers)
+        self._workers = Workers(file, num_workers)
         self._batches = DataLoader(
             self._shared,
             batch_size=None,
             sampler=_Places(plan, places),
             num_workers=num_workers,
             collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=num_workers > 0,
+            # Forked they share the index in memory and begin at once, with one thread: see data_workers.start_worker.
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             generator=torch.Generator(),  # else every epoch would draw from the generator that the training uses
         )
 
@@ -154,7 +180,7 @@ class _Loader:
 
     def _decoded(self):
         try:
-            for batch in self._batches:
+            for batch in self._received():
                 if isinstance(batch, RecordError):
                     raise batch
                 yield batch
@@ -164,6 +190,20 @@ class _Loader:
             batch = None
             traceback.clear_frames(error.__traceback__)
             raise
+
+    def _received(self):
+        """What the workers give. A worker that died is an error here, between two batches, and nowhere else."""
+        self._workers.check()
+        try:
+            with self._workers.starting():
+                batches = iter(self._batches)
+            for batch in batches:
+                yield batch
+                self._workers.check()
+        except RuntimeError:
+            if not self._workers.dead():
+                raise
+        self._workers.check()
 
     def _on_device(self, batch):
         place, labels, rows, mirrored = batch
@@ -206,6 +246,9 @@ class TrainLoader(_Loader):
         batch_size: images a rank and step.
         num_workers: processes that decode; 0 decodes in this one.
         seed: >= 0 and the same on every rank.
+
+    Raises `WorkerError` where shared memory is too small. Iterating raises `RecordError` for a broken record or a file
+    that was cut, and `WorkerError` for a worker that was killed.
     """
 
     def __init__(self, dataset, batch_size, device, num_workers=2, seed=0, rank=0, world_size=1):
@@ -221,6 +264,10 @@ class TrainLoader(_Loader):
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step {start_step} is outside the epoch of {len(self)} steps")
         self._plan.epoch, self._plan.start_step = epoch, start_step
+
+    def read_ahead(self, reader):
+        """Announce the rows of every coming batch to a reader such as OldFeatures: see `ShuffledRows.read_ahead`."""
+        self._plan.read_ahead(reader, len(self._shared.places) + 1)  # one more than places is on its way to the GPU
 
 
 class ExtractLoader(_Loader):

@@ -95,7 +95,7 @@ def _read_index(path, block=1 << 23):
     tables, lines = [np.empty((0, 2), np.int64)], 0
     with open(path, "rb") as file:
         while text := file.read(block):
-            text += file.readline()
+            text += file.readline(64)  # a longer line is wrong whatever follows
             text = text.replace(b"\r\n", b"\n")
             table = _parse_index_lines(text if text.endswith(b"\n") else text + b"\n")
             if table is None:
@@ -191,7 +191,10 @@ class RecordReader:
             stop = offset + 8 + length
             if magic == MAGIC and length < _MAX_PAYLOAD and stop <= self._end:
                 return self._map[offset + 8:stop]
-        return _MAGIC_BYTES.join([self._map[start:stop] for start, stop in self._parts(key, offset)])
+        payload = bytearray()
+        for start, stop in self._parts(key, offset):  # not joined: that takes 88 bytes for each part, however short
+            payload += _MAGIC_BYTES + self._map[start:stop]
+        return bytes(memoryview(payload)[4:])
 
     def read_record(self, key):
         """`(IRHeader, image bytes)` of record `key`."""
@@ -242,9 +245,8 @@ class RecordReader:
     def read_raw(self, key):
         """Record `key` as it lies in the file: frame, payload and padding (for `RecordWriter.write_raw`)."""
         offset = self.offset(key)
-        flag, _, stop = self._part(key, offset, offset)
-        if flag != 0:
-            *_, (_, stop) = self._parts(key, offset)
+        for _, stop in self._parts(key, offset):
+            pass
         return self._map[offset:stop + -stop % 4]
 
     def check(self):
@@ -272,24 +274,22 @@ class RecordReader:
             raise self._error(f"found {magic:#010x} at {offset} instead of {MAGIC:#010x}", key, record_offset)
         if flag not in ((0, 1) if offset == record_offset else (2, 3)):
             raise self._error(f"continuation flag {flag} at {offset} is out of turn", key, record_offset)
-        start = offset + _FRAME.size
-        stop = start + length
+        start, stop = offset + _FRAME.size, offset + _FRAME.size + length
         if stop + -stop % 4 > self._size:
             raise self._error(f"{length} bytes from {start} end outside the file of {self._size} bytes: truncated?",
                               key, record_offset)
         return flag, start, stop
 
     def _parts(self, key, record_offset):
-        """Spans `(start, stop)` of the payload's parts, in order."""
-        spans, offset, total, flag = [], record_offset, 0, None
+        """Yields the spans `(start, stop)` of the payload's parts, in order."""
+        offset, total, flag = record_offset, 0, None
         while flag not in (0, 3):
             flag, start, stop = self._part(key, record_offset, offset)
-            spans.append((start, stop))
             offset = stop + -stop % 4
             total += stop - start + len(_MAGIC_BYTES)
             if total > _MAX_PAYLOAD + len(_MAGIC_BYTES):
                 raise self._error("the parts of the record exceed the largest possible record", key, record_offset)
-        return spans
+            yield start, stop
 
     def _plain_labels(self, offsets):
         """For records at `offsets`: bool [n] whether each is an image record in one part, and its label where it is."""

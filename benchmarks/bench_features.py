@@ -14,13 +14,13 @@ import functools
 import pathlib
 import sys
 import tempfile
-import threading
 import time
 
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the repo root
 
+from benchmarks.common import PeakMemory, write_features
 from tools.get_feature.denoise_credible import credible_rows
 from tools.get_feature.get_avg_feature import class_means
 
@@ -39,46 +39,6 @@ def credible_rows_plain(features, labels, num_classes, ratio=0.9):
         distances = np.linalg.norm(scaled[rows] - scaled[rows].mean(axis=0), axis=1)
         credible[rows[np.argsort(distances, kind="stable")[:int(np.ceil(ratio * len(rows) - 1e-9))]]] = True
     return credible
-
-
-class PeakMemory:
-    """`with PeakMemory() as peak`: peak.own and peak.mapped, in MB, the most held at once beyond the start (Linux)."""
-
-    def __enter__(self):
-        self.own = self.mapped = 0
-        self.start, self.stop = self.read(), threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stop.set()
-        self.thread.join()
-
-    def watch(self):
-        while not self.stop.wait(0.02):
-            own, mapped = (now - start for now, start in zip(self.read(), self.start))
-            self.own, self.mapped = max(self.own, own), max(self.mapped, mapped)
-
-    @staticmethod
-    def read():
-        try:
-            lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return 0, 0
-        held = {key: value for key, _, value in (line.partition(":") for line in lines)}
-        return tuple(int(held.get(key, "0 kB").split()[0]) // 1024 for key in ("RssAnon", "RssFile"))
-
-
-def write_features(path, rows, width, labels, seed=0):
-    """Features that cluster by class, written a part at a time."""
-    random = np.random.default_rng(seed)
-    features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, width))
-    centres = random.standard_normal((labels.max() + 1, width), dtype=np.float32)
-    for start in range(0, rows, 1 << 16):
-        part = labels[start:start + (1 << 16)]
-        features[start:start + len(part)] = centres[part] + random.standard_normal((len(part), width), dtype=np.float32)
-    features.flush()
 
 
 def seconds(function, *arguments):
@@ -109,7 +69,8 @@ def main():
     labels = np.sort(labels) if args.sorted else random.permutation(labels)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "feature.npy"
-        write_features(path, args.rows, args.width, labels)
+        centres = random.standard_normal((classes, args.width), dtype=np.float32)
+        write_features(path, labels, centres, random)
         features = np.load(path, mmap_mode="r")
         some = first_classes(features, labels, min(args.loop_rows, args.rows))
         print(f"{args.rows} x {args.width} float32 ({features.nbytes / 1e6:.0f} MB), {classes} classes")
@@ -127,9 +88,9 @@ def main():
                 equal = (result == expected).mean() > 0.9999
             else:
                 equal = np.allclose(result, expected, atol=1e-5)
+            memory = f"{peak.own / 1e6:.0f} MB of its own, {peak.mapped / 1e6:.0f} MB of mapped file pages"
             print(
-                f"{name:14s} {whole:6.1f} s, {peak.own} MB of its own, {peak.mapped} MB of mapped file pages; "
-                f"{len(some[0])} rows, {some[2]} classes: {small:.2f} s, "
+                f"{name:14s} {whole:6.1f} s, {memory}; {len(some[0])} rows, {some[2]} classes: {small:.2f} s, "
                 f"plain loop {loop:.2f} s, ratio {loop / small:.1f}"
             )
             if not equal:

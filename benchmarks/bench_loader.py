@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-import recordio
+from benchmarks.common import draw_record_set
 from dataset import RecordDataset
 from loader import TrainLoader
 
@@ -51,24 +51,6 @@ class PerSample(Dataset):
         return self.transform(image.numpy()), label
 
 
-def draw_jpeg(rng):
-    """A smooth picture with some grain, as a JPEG of the size that faces have at quality 95."""
-    image = cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
-    grain = rng.normal(0, 6, (112, 112, 1))
-    return cv2.imencode(".jpg", np.clip(image + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-
-
-def draw_set(path, images):
-    """Write the training set; returns its JPEGs."""
-    rng = np.random.default_rng(0)
-    jpegs = [draw_jpeg(rng) for _ in range(images)]
-    with recordio.RecordWriter(path) as writer:
-        writer.write(0, recordio.pack(recordio.IRHeader(0, [images + 1, 100], 0, 0), b""))
-        for key, jpeg in enumerate(jpegs, start=1):
-            writer.write(key, recordio.pack(recordio.IRHeader(0, float(key % 100), key, 0), jpeg.tobytes()))
-    return jpegs
-
-
 def rate(batches, images):
     """Images a second over one pass through `batches`."""
     begin = time.perf_counter()
@@ -88,7 +70,7 @@ def main():
     torch.set_num_threads(1)  # one worker, one thread beside it: what is compared is the work, not the spinning
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "train.rec")
-        jpegs = draw_set(path, images)
+        jpegs = draw_record_set(path, images)
         dataset = RecordDataset(path)
         loader = TrainLoader(dataset, args.batch_size, "cpu", num_workers=1)
         per_sample = DataLoader(

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from BCT_methods.AdvBCT.boundary import class_boundaries
+from benchmarks.common import machine, old_feature_paths, seconds, write_old_features
 from engine import distributed
 from engine.config import REPO, load_config
 from engine.trainer import Trainer
@@ -52,20 +53,6 @@ class FreeClassifier:
         return embeddings.sum()
 
 
-def write_old_features(folder, args):
-    """Random old features and prototypes for the labels of the synthetic set: the paths, by config key."""
-    random = np.random.default_rng(0)
-    rows = 2 * args.num_classes
-    paths = {key: str(folder / f"{key}.npy") for key in ("old_embedding", "old_embedding_label", "old_prototype")}
-    prototypes = random.standard_normal((args.num_classes, args.embedding_size), dtype=np.float32)
-    noise = random.standard_normal((rows, args.embedding_size), dtype=np.float32)
-    labels = np.arange(rows) % args.num_classes
-    np.save(paths["old_embedding"], prototypes[labels] + noise)
-    np.save(paths["old_embedding_label"], labels)
-    np.save(paths["old_prototype"], prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True))
-    return {**paths, "credible_old_feature": "", "refine_epochs": [2 * EPOCH]}
-
-
 def make_trainer(kind, config, folder, args, keys):
     """`kind` on the synthetic set; of `keys`, those that the config knows."""
     cfg = load_config(config)
@@ -80,7 +67,8 @@ def make_trainer(kind, config, folder, args, keys):
 
 def make_extras(folder, args, plain, batch):
     """`{method: function}`, each running once what its method adds to the step of `plain`, on a given batch."""
-    keys = {**write_old_features(folder, args), "network": "tiny"}
+    keys = {**old_feature_paths(folder), "refine_epochs": [2 * EPOCH], "network": "tiny"}
+    write_old_features(keys, plain.train_set.labels(), args.num_classes, args.embedding_size)
     small = argparse.Namespace(**{**vars(args), "network": "tiny"})     # its backbone is thrown away
     embeddings = torch.randn(args.batch_size, args.embedding_size, device=plain.device, requires_grad=True)
     classifier = plain.classifier
@@ -112,16 +100,6 @@ def run_plain(trainer, batch):
     trainer.update()
 
 
-def seconds(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def bench_steps(folder, args):
     config = folder / "plain.py"
     config.write_text("config = {}\n")
@@ -147,11 +125,9 @@ def bench_steps(folder, args):
 def report(times, plain, args):
     steps = times.pop("plain step")
     step = statistics.median(steps)
-    cuda = plain.device.type == "cuda"
-    device = torch.cuda.get_device_name(plain.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{args.network}, batch {args.batch_size}, {args.num_classes:,} classes, embedding {args.embedding_size}, "
-        f"{device}, torch {torch.__version__}, medians of {args.rounds} rounds"
+        f"{machine(plain.device)}, medians of {args.rounds} rounds"
     )
     print(f"plain ArcFace step   {1e3 * step:10.1f} ms")
     for name, spent in times.items():

@@ -15,13 +15,13 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the repo root
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import machine, seconds
 from losses import ArcFace, PartialFC
 
 S, MARGIN = 64.0, 0.5
@@ -65,16 +65,6 @@ def build(name, args, device):
         embeddings.grad = None
 
     return step
-
-
-def seconds(step, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peak(name, args, device):
@@ -123,9 +113,8 @@ def main():
             if round_number >= 2:       # the first are warm-up
                 times[name].append(elapsed)
 
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     size = f"batch {args.batch}, {args.classes} classes, sample rate {args.sample_rate:g}"
-    print(f"torch {torch.__version__}, {machine}; {size}")
+    print(f"{machine(args.device)}; {size}")
     for name in names:
         print(f"{name:10} {1000 * statistics.median(times[name]):9.2f} ms/step   peak {memory[name]:8.0f} MiB")
     ratio = statistics.median(ours / plain for ours, plain in zip(times["PartialFC"], times["plain"]))

@@ -13,16 +13,15 @@ import argparse
 import pathlib
 import sys
 import tempfile
-import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the repo root
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from BCT_methods.UniBCT.prototypes import refine_prototypes
+from benchmarks.common import PeakMemory, write_features
 
 FULL = (3_600_000, 65_402)      # images and classes of MS1M-V3's 70 % part
 
@@ -50,12 +49,15 @@ def main():
     )
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         folder = pathlib.Path(folder)
-        old, new = (draw_features(rng, labels, args.dim, folder / f"{name}.npy") for name in ("old", "new"))
+        for name in ("old", "new"):
+            centres = rng.standard_normal((args.classes, args.dim), dtype=np.float32)
+            write_features(folder / f"{name}.npy", labels, centres, rng)
+        old, new = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("old", "new"))
         with PeakMemory() as memory:
             start = time.perf_counter()
             prototypes = refine_prototypes(old, new, labels, device=args.device).cpu()
             seconds = time.perf_counter() - start
-        print(f"refinement: {seconds:.1f} s, {memory.peak / 1e9:.2f} GB beside the mapped files")
+        print(f"refinement: {seconds:.1f} s, {memory.own / 1e9:.2f} GB beside the mapped files")
         if len(labels) < FULL[0]:
             print(f"  all {FULL[1]} classes at this spread: {seconds * FULL[1] / args.classes / 60:.1f} min")
         compare_with_plain(rng, old, new, labels, prototypes, min(args.plain, args.classes), args.device)
@@ -95,39 +97,6 @@ def plain(old, new, damping=0.9, temperature=0.05):
 def class_sizes(rng, images, classes):
     sizes = rng.lognormal(sigma=0.8, size=classes)
     return np.maximum(1, np.round(sizes * images / sizes.sum())).astype(int)
-
-
-def draw_features(rng, labels, dim, path, rows=1 << 16):
-    features = np.lib.format.open_memmap(path, "w+", np.float32, (len(labels), dim))
-    centres = rng.standard_normal((labels.max() + 1, dim), dtype=np.float32)
-    for start in tqdm(range(0, len(labels), rows), desc=path.stem, disable=None):
-        part = labels[start:start + rows]
-        features[start:start + rows] = centres[part] + rng.standard_normal((len(part), dim), dtype=np.float32)
-    features.flush()
-    return np.load(path, mmap_mode="r")
-
-
-class PeakMemory:
-    """Largest memory of this process beyond mapped files while the block runs, looked at 50 times a second (Linux)."""
-
-    def __enter__(self):
-        self.peak, self.stop = 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stop.set()
-        self.thread.join()
-
-    def _watch(self):
-        while not self.stop.wait(0.02):
-            self.peak = max(self.peak, self._anonymous())
-
-    @staticmethod
-    def _anonymous():
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ With several machines `output` must be a directory that all of them share.
 """
 
 import copy
+import errno
+import math
 import pathlib
 import re
 import zipfile
 
 import torch
+import torch.distributed as dist
 
 from engine.atomic import atomic_write, remove_leftovers
 from engine.distributed import all_reduce_, barrier, is_main
@@ -16,6 +19,8 @@ from engine.errors import UserError
 from engine.recut import recut
 
 KEEP = 2
+DAMAGED = "damaged_"    # what the files of a set that was passed over are called from then on, before their names
+_REFUSED = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # by the system
 _NAME = re.compile(r"checkpoint_step_(\d+)_gpu_(\d+)_of_(\d+)\.pt")
 
 
@@ -39,14 +44,26 @@ def save_atomically(state, path):
 
 
 def load(path, map_location="cpu", mmap=False):
-    """torch.load of tensors and plain values alone (`weights_only`); raises CheckpointError naming the file."""
+    """torch.load of tensors and plain values alone (`weights_only`).
+
+    Raises CheckpointError, naming the file, for one that is damaged; what the system refuses (a missing file, another
+    user's, too little memory) goes through as it is, for then the file may be a good one.
+    """
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from error
+        raise _as_damage(path, error) from error
+
+
+def _as_damage(path, error):
+    """The CheckpointError for what reading a file raised, which of a damaged one is nearly anything.
+
+    Re-raises what says nothing about the content.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) in _REFUSED:
+        raise error
+    reason = str(error).partition("\n")[0]
+    return CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})")
 
 
 def checkpoint_path(output, step, rank, world_size):
@@ -54,14 +71,51 @@ def checkpoint_path(output, step, rank, world_size):
 
 
 def complete_sets(output):
-    """`[(step, world_size)]` of the sets of which every rank's file is present, oldest first."""
+    """`[(step, world_size)]` of the sets of which every rank's file is present, in the order of the training.
+
+    That is not always the order of their steps: gone on with a larger global batch, a run counts fewer of them.
+    """
+    files = _files(output)
+    order = _order(files)
+    return sorted((key for key in files if _is_complete(key, files)), key=order.get)
+
+
+def _files(output):
+    """`{(step, world_size): {rank: path}}` of all checkpoint files."""
     found = {}
     for path in pathlib.Path(output).glob("checkpoint_step_*.pt"):
         match = _NAME.fullmatch(path.name)
         if match:
             step, rank, world_size = map(int, match.groups())
-            found.setdefault((step, world_size), set()).add(rank)
-    return sorted(key for key, ranks in found.items() if ranks == set(range(key[1])))
+            found.setdefault((step, world_size), {})[rank] = path
+    return found
+
+
+def _is_complete(key, files):
+    return set(files[key]) == set(range(key[1]))
+
+
+def _order(files):
+    """`{(step, world_size): what to sort by}`.
+
+    The same number of ranks means the same global batch (else a run is not gone on with), and so the same count of
+    steps: files are opened only where there are sets of several numbers.
+    """
+    if len({world_size for _, world_size in files}) < 2:
+        return {key: key for key in files}
+    return {key: (_progress(min(paths.values()), key[0]), key) for key, paths in files.items()}
+
+
+def _progress(path, step):
+    """`(epoch, images of it that are done)` of a checkpoint file; infinite if damaged, so that it is not overlooked."""
+    try:
+        state = _of_step(step, path, load(path, mmap=True))
+    except CheckpointError:
+        return math.inf, step
+    except FileNotFoundError:   # rank 0 is deleting this one
+        return -1, step
+    epoch = state.get("epoch", 0)
+    return epoch, (step - epoch * state.get("steps_per_epoch", 0)) * state.get("global_batch", 1)
 
 
 def remove_old(output, rank):
@@ -70,34 +124,54 @@ def remove_old(output, rank):
     Other ranks may be deleting theirs meanwhile: that changes older sets only, never which ones are the newest KEEP.
     Files of ranks that this run has no longer go with those of rank 0.
     """
-    sets = complete_sets(output)
+    files = _files(output)
+    order = _order(files)
+    sets = sorted((key for key in files if _is_complete(key, files)), key=order.get)
     if len(sets) < KEEP:
         return
-    oldest_kept, world_size = sets[-KEEP][0], sets[-1][1]
-    for path in pathlib.Path(output).glob("checkpoint_step_*.pt"):
-        match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) < oldest_kept and (int(match[2]) if int(match[2]) < world_size else 0) == rank:
-            path.unlink(missing_ok=True)
+    for key, paths in files.items():
+        for its_rank, path in paths.items():
+            if order[key] < order[sets[-KEEP]] and (its_rank if its_rank < sets[-1][1] else 0) == rank:
+                path.unlink(missing_ok=True)
 
 
 def load_newest(output, rank, world_size, device, warn):
     """This rank's state of the newest set that is whole, and its file; all ranks call it together. None if none is.
 
     A set in which any rank finds a file that cannot be read, or that is of another step than its name says, is passed
-    over, with a line to `warn`. A set of another number of ranks is made into one of `world_size`: see engine/recut.py.
+    over, with a line to `warn`, and renamed: what the run writes from there on would be older than it by its name, or
+    stand in one set with a file of it. A set of another number of ranks is made into one of `world_size`: see
+    engine/recut.py.
     """
-    for step, ranks in reversed(complete_sets(output)):
+    # Of rank 0: on a network disk another machine may not see the newest file yet, and would go on from another step.
+    for step, ranks in reversed(_of_rank_zero(complete_sets(output))):
         state = problem = None
         try:
             state = _load_set(output, step, ranks, rank, world_size, device)
         except (CheckpointError, FileNotFoundError) as error:
             problem = error
         whole = torch.tensor(int(problem is None), device=device)
-        if all_reduce_(whole, torch.distributed.ReduceOp.MIN):
+        if all_reduce_(whole, dist.ReduceOp.MIN):
             return state, checkpoint_path(output, step, rank % ranks, ranks)
         if problem is not None:
-            warn("%s; going back to the set before that of step %d", problem, step)
+            warn("%s; going back to the set before that of step %d, whose files are now %s*", problem, step, DAMAGED)
+        if is_main():
+            _set_aside(output, step, ranks)
     return None
+
+
+def _of_rank_zero(value):
+    """`value`, anything that can be pickled, as rank 0 has it."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _set_aside(output, step, ranks):
+    for path in (checkpoint_path(output, step, rank, ranks) for rank in range(ranks)):
+        if path.exists():
+            path.replace(path.with_name(DAMAGED + path.name))
 
 
 def _load_set(output, step, ranks, rank, world_size, device):
@@ -123,10 +197,8 @@ def check_whole(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of a damaged archive nearly anything
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+    except Exception as error:
+        raise _as_damage(path, error) from error
     if damaged:
         raise CheckpointError(f"{path}: damaged, the checksum of its part {damaged} is wrong")
 
@@ -139,25 +211,38 @@ def start_afresh(output):
     """
     sets = complete_sets(output)
     if sets:
-        step, ranks = sets[-1]
-        path = checkpoint_path(output, step, 0, ranks)
-        total = load(path, mmap=True).get("total_steps", step)
-        if step < total:
-            raise CheckpointError(
-                f"{output}: holds checkpoints of an unfinished run (step {step} of {total}); go on from there with "
-                f"--resume True, choose another `output`, or delete {output}/checkpoint_step_*.pt"
-            )
+        _refuse_unfinished(output, *sets[-1])
     barrier()
     if is_main():
-        for path in pathlib.Path(output).glob("checkpoint_step_*.pt"):
-            path.unlink()
+        for paths in _files(output).values():
+            for path in paths.values():
+                path.unlink()
     clear_leftovers(output)
 
 
+def _refuse_unfinished(output, step, ranks):
+    way_out = f"--resume True, choose another `output`, or delete {output}/checkpoint_step_*.pt"
+    try:
+        total = load(checkpoint_path(output, step, 0, ranks), mmap=True).get("total_steps", step)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; go on from an earlier one with {way_out}") from error
+    if step < total:
+        raise CheckpointError(
+            f"{output}: holds checkpoints of an unfinished run (step {step} of {total}); go on from there "
+            f"with {way_out}"
+        )
+
+
 def clear_leftovers(output):
-    """Delete what processes that were killed while writing left behind; all ranks call it together."""
+    """Delete what processes that were killed while writing left behind; all ranks call it together.
+
+    Those are temporary files, and files of sets that have not become complete. The latter would become so with files
+    that another attempt writes at the same step, though two attempts on CUDA differ.
+    """
     barrier()
     if is_main():
-        for name in ("checkpoint_step_*.pt", "model*.pt", "softmax_fc_gpu_*.pt"):
-            remove_leftovers(output, name)
+        remove_leftovers(output, "*")
+        files = _files(output)
+        for path in (path for key, paths in files.items() if not _is_complete(key, files) for path in paths.values()):
+            path.unlink()
     barrier()

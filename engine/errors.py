@@ -35,8 +35,8 @@ def report_errors():
         if type(error).__name__ != "OutOfMemoryError":  # torch's; scripts that do without torch need not import it here
             raise
         _end(
-            f"{type(error).__name__}: {str(error).partition('. ')[0]}. Set a smaller batch_size, with gradient_acc raised "
-            "to keep the global batch, or a sample_rate below 1"
+            f"{type(error).__name__}: {str(error).partition('. ')[0]}. "
+            "Set a smaller batch_size, with gradient_acc raised to keep the global batch, or a sample_rate below 1"
         )
 
 

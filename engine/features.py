@@ -1,12 +1,12 @@
-"""Features on disk: written by all ranks together, read back by row number, held against their training set.
+"""Feature files: written by all ranks together, opened again.
 
-engine/feature_files.py says which files there are and what they are called.
+engine/feature_files.py says which files there are and what they are called; engine/old_features.py reads them row by
+row for a training run.
 """
 
 import errno
 import os
 import pathlib
-import re
 
 import numpy as np
 import torch
@@ -15,11 +15,8 @@ from tqdm import tqdm
 
 from engine.atomic import atomic_write
 from engine.distributed import barrier, is_main, rank, rows_of_rank, world_size
-from engine.feature_files import FeatureError, again, again_from_images, check_not_older, command_for
+from engine.feature_files import FeatureError, again, command_for
 from loader import ExtractLoader
-
-LABELS_SAMPLED = 1024   # rows whose labels are held against the record file when features are opened
-
 
 # --- Writing -----------------------------------------------------------------------------------------------------
 
@@ -207,108 +204,3 @@ def open_feature_set(files):
             f"as there are images. Write them again: {files.command()}"
         )
     return features, labels
-
-
-class OldFeatures:
-    """The old model's features of the training set, memory-mapped: all ranks of a machine share one copy.
-
-    feature_path: …_feature.npy, float [N, D]. label_path: by default the …_label.npy beside it.
-    train_set: the training set, of which length and a spread sample of labels are compared here.
-    embedding_size: the width that the new model needs; None = any.
-    old_model_path: the model that the features must not be older than; "" or None = any age will do.
-    Raises FeatureError, with the command to run, for files that are missing, stale or not of this training set.
-    """
-
-    def __init__(self, feature_path, train_set, label_path=None, embedding_size=None, old_model_path=None):
-        if not feature_path:
-            raise FeatureError("old_embedding is empty; set it in the config to a …_feature.npy of get_feature.py")
-        self.path, self.record = pathlib.Path(feature_path), train_set.path
-        label_path = pathlib.Path(label_path or re.sub(r"_feature\.npy$", "_label.npy", str(feature_path)))
-        self.features = open_array(self.path, 2, np.floating)
-        self.labels = open_array(label_path, 1, np.integer)
-        self.pending = None
-        for path, array in ((self.path, self.features), (label_path, self.labels)):
-            if len(array) != len(train_set):
-                self._wrong(f"{path}: {len(array)} rows, but {self.record} has {len(train_set)} images")
-        if embedding_size is not None and self.features.shape[1] != embedding_size:
-            raise FeatureError(
-                f"{self.path}: features of width {self.features.shape[1]}, but embedding_size is {embedding_size}; "
-                "set embedding_size to the old model's, or take the features of an old model of that width; "
-                f"if that model has changed since, {again(self.path)}"
-            )
-        check_not_older(self.path, old_model_path)
-        rows = np.unique(np.linspace(0, len(train_set) - 1, LABELS_SAMPLED).astype(np.int64)) if len(train_set) else []
-        for row in rows:
-            self._compare(row, self.labels[row], train_set.label(int(row)))
-
-    def __len__(self):
-        return len(self.features)
-
-    def __getitem__(self, index):
-        """Rows as they are stored: index int64 [B], on the CPU -> float32 [B, D] on the CPU."""
-        rows = np.asarray(self.features[np.asarray(index)], dtype=np.float32)
-        if not np.isfinite(rows).all():
-            broken = np.asarray(index)[~np.isfinite(rows).all(axis=1)]
-            raise FeatureError(f"{self.path}: NaN or infinity in row {broken[0]}; {again(self.path)}")
-        return torch.from_numpy(rows)
-
-    def fetch(self, index, device):
-        """Rows of index int64 [B] (CPU) as float32 [B, D] on the device, without waiting for it: see `to_device`.
-
-        Called before the backbone, the rows are read from the file and on their way while the device is still at work.
-        """
-        return to_device(self[index], device)
-
-    def check_labels(self, index, labels):
-        """Hold a batch's labels [B] (any device) against the stored ones of its rows `index` [B] (CPU).
-
-        Raises FeatureError. On CUDA the labels come over while the step runs and are compared when the next batch
-        comes, so that the host never waits for the device.
-        """
-        stored = torch.from_numpy(self.labels[np.asarray(index)].astype(np.int64))
-        if not labels.is_cuda:
-            return self._check(index, stored, labels)
-        if self.pending is not None:
-            event, *batch = self.pending
-            event.synchronize()
-            self._check(*batch)
-        event, on_host = torch.cuda.Event(), labels.detach().to("cpu", non_blocking=True)
-        event.record()
-        self.pending = (event, index, stored, on_host)
-
-    def _check(self, index, stored, labels):
-        wrong = (stored != labels.view(-1)).nonzero().flatten()
-        if len(wrong):
-            self._compare(index[wrong[0]], stored[wrong[0]], labels.view(-1)[wrong[0]])
-
-    def _compare(self, row, stored, label):
-        if int(stored) != int(label):
-            self._wrong(
-                f"{self.path}: row {int(row)} is of class {int(stored)}, but in {self.record} of class {int(label)}"
-            )
-
-    def _wrong(self, what):
-        raise FeatureError(
-            f"{what}: the features were made from another record file. Run get_feature again: {command_for(self.path)}"
-        )
-
-
-def load_credible(path, train_set, old_model_path=None):
-    """bool [N] on the CPU: which rows of the training set have a credible old feature (see denoise_credible.py).
-
-    path: …_credible_ratio_90_feature.npy; "" = all rows are credible. old_model_path: as for OldFeatures.
-    Raises FeatureError, with the command to run, for a missing file, one that is stale or of another length, or one
-    without a credible row.
-    """
-    if not path:
-        return torch.ones(len(train_set), dtype=torch.bool)
-    credible = torch.from_numpy(np.array(open_array(path, 1, np.bool_)))
-    if len(credible) != len(train_set):
-        raise FeatureError(
-            f"{path}: {len(credible)} rows, but {train_set.path} has {len(train_set)} images: "
-            f"it was made from another record file; {again_from_images(path)}"
-        )
-    if not credible.any():
-        raise FeatureError(f"{path}: no row is credible; {again(path)}")
-    check_not_older(path, old_model_path)
-    return credible

@@ -1,5 +1,7 @@
-"""What a run tells: log lines, TensorBoard scalars, and a stop at a loss that is no number."""
+"""What a run tells: log lines, a progress bar, TensorBoard scalars, and a stop at a loss that is no number."""
 
+import collections
+import contextlib
 import logging
 import math
 import pathlib
@@ -7,10 +9,23 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
+from engine.distributed import is_main
 from engine.errors import UserError
 
+RECENT = 100        # batches whose terms are kept, to be looked at when one is no number
+SKIPS_TO_WARN = 10  # steps skipped in a row; fewer belong to a loss scale that is still looking for its level
+
 log = logging.getLogger("bct")
+
+
+class _TerminalHandler(logging.StreamHandler):
+    """Writes above the progress bars that are open, whose line it would tear apart; without any, plainly."""
+
+    def emit(self, record):
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 def init_logging(output, main):
@@ -18,7 +33,7 @@ def init_logging(output, main):
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if main else logging.WARNING)
-    handlers = [logging.StreamHandler(sys.stdout)]
+    handlers = [_TerminalHandler(sys.stdout)]
     if main:
         pathlib.Path(output).mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(pathlib.Path(output) / "training.log"))
@@ -27,28 +42,94 @@ def init_logging(output, main):
         log.addHandler(handler)
 
 
+def _to_file(line):
+    """Log to training.log alone: of what the terminal learns in another way."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, line, (), None))
+
+
 class NonFiniteLoss(UserError):
-    """A loss term became NaN or infinite; the message names the step, the terms and the images of the batch."""
+    """A loss term became NaN or infinite.
+
+    step: optimiser steps that were done when the batch was taken; terms: {name: float}; rows: int64 [B], the batch of
+    this rank. engine/post_mortem.py adds to the message what the run can say about it.
+    """
+
+    def __init__(self, step, terms, rows):
+        super().__init__(f"step {step}: the loss is not finite: {in_words(terms)}")
+        self.step, self.terms, self.rows = step, terms, rows
+
+
+class _Clock:
+    """The time that training takes, without the pauses in it, and what is left of a run."""
+
+    def __init__(self, step):
+        self.paused, self.pauses = 0.0, {}  # in all; {kind: (seconds, times, steps between two)}
+        self.start = self.tick = (step, self.now())
+        self.warm = False
+
+    def now(self):
+        """Seconds from an arbitrary moment, which stand still in a pause."""
+        return time.perf_counter() - self.paused
+
+    @contextlib.contextmanager
+    def pause(self, kind, every):
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self.paused += spent
+            seconds, times, _ = self.pauses.get(kind, (0.0, 0, every))
+            self.pauses[kind] = (seconds + spent, times + 1, every)
+
+    def lap(self, step, total):
+        """After `step` of `total` steps: `(steps a second since the last lap, seconds left)`."""
+        now = self.now()
+        rate = (step - self.tick[0]) / (now - self.tick[1])
+        per_step = (now - self.start[1]) / max(step - self.start[0], 1)
+        per_step += sum(seconds / times / every for seconds, times, every in self.pauses.values())
+        self.tick = (step, now)
+        if not self.warm:  # the first steps wait for workers to start, kernels to be chosen, code to be compiled
+            self.start, self.warm = self.tick, True
+        return rate, per_step * (total - step)
 
 
 class Monitor:
     """Averages the loss terms between two log lines and writes insightface's line and TensorBoard scalars.
 
     Terms are the same on all ranks, so nothing is reduced here. On CUDA a step's terms are read one step later, so that
-    the host never waits for the device before it has launched the next step.
+    the host never waits for the device before it has launched the next step. On a terminal rank 0 shows a progress bar.
+    Used as a context manager it closes bar and `writer` however the block ends, and notes an error in training.log.
+
+    total_steps: of the whole run; start_step: those done before, of a resumed one; images_per_step: on all ranks.
     """
 
     def __init__(self, cfg, total_steps, images_per_step, start_step, writer=None):
         self.cfg, self.total_steps, self.images_per_step, self.writer = cfg, total_steps, images_per_step, writer
         self.sums, self.count, self.pending = {}, 0, None
-        self.start_step, self.start_time = start_step, time.perf_counter()
-        self.restart_clock(start_step)
+        self.recent = collections.deque(maxlen=RECENT)  # (step, {term: value}), oldest first
+        self.skipped, self.skips_in_a_row, self.warned = None, 0, False
+        self.clock = _Clock(start_step)
+        self.bar = _progress_bar(total_steps, start_step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        self.bar.close()
+        if error is not None:
+            _to_file(f"ended by {kind.__name__}: {error}")
+        if self.writer is not None:
+            self.writer.close()
 
     def update(self, step, terms, index):
         """Take in the terms `{name: 0-d tensor}` of `step`, whose batch on this rank has the rows `index`.
 
         Raises NonFiniteLoss: for this step's terms on the CPU, for those of the step before on CUDA.
         """
+        self.bar.update(step - self.bar.n)
         values = torch.stack([term.detach().float() for term in terms.values()])
         if values.is_cuda:
             values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -66,48 +147,83 @@ class Monitor:
             event.synchronize()
         values = dict(zip(names, values.tolist()))
         if not all(map(math.isfinite, values.values())):
-            raise NonFiniteLoss(
-                f"step {step}: loss terms {values} are not finite; "
-                f"rows of this rank's batch in {self.cfg.rec}: {index.tolist()}. "
-                "Look at those images; else lower lr, add warmup_epoch, or set fp16 = False"
-            )
+            raise NonFiniteLoss(step, values, index)
+        self.recent.append((step, values))
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
-
-    def restart_clock(self, step):
-        """Count the speed from now on, after `step` steps: what was done since the last line was not all training."""
-        self.tick = (step, time.perf_counter())
 
     def flush(self):
         """Take in what is still on its way from the device."""
         record, self.pending = self.pending, None
         self._take(record)
 
+    def pause(self, kind, every):
+        """`with monitor.pause("verification", 2000):` this is no training, and comes once in `every` steps.
+
+        Its time does not count for the speed; that of those to come is part of the time left. Not to be nested.
+        """
+        return self.clock.pause(kind, every)
+
     def line(self, step, epoch, lr, scaler=None):
-        """After `step` steps: write one line of the log, and the scalars to TensorBoard."""
-        now = time.perf_counter()
-        speed = self.images_per_step * (step - self.tick[0]) / (now - self.tick[1])
-        self.tick = (step, now)
+        """After `step` steps: write one line of the log, and the scalars to TensorBoard.
+
+        The line is insightface's, as tools that read logs know it; what it has no place for comes after.
+        """
+        rate, left = self.clock.lap(step, self.total_steps)
         terms = {name: total / max(self.count, 1) for name, total in self.sums.items()}
         self.sums, self.count = {}, 0
-        loss = sum(terms.values())
-        done = max(step - self.start_step, 1)
-        hours = (now - self.start_time) / done * (self.total_steps - step) / 3600
-        text = f"Speed {speed:.2f} samples/sec   Loss {loss:.4f}   "
-        if len(terms) > 1:
-            text += "".join(f"{name} {value:.4f}   " for name, value in terms.items())
+        scalars = {"loss": sum(terms.values()), "lr": lr, "speed": rate * self.images_per_step}
+        text = f"Speed {scalars['speed']:.2f} samples/sec   Loss {scalars['loss']:.4f}   "
         text += f"LearningRate {lr:.6f}   Epoch: {epoch}   Global Step: {step}   "
+        after = [f"{name} {value:.4f}" for name, value in terms.items()] if len(terms) > 1 else []
         if scaler is not None and scaler.is_enabled():  # asking for these makes the host wait for the device
-            text += f"Fp16 Grad Scale: {scaler.get_scale():.0f}   Skipped Steps: {int(scaler.skipped)}   "
-        log.info("%sRequired: %.1f hours", text, hours)
+            scalars["grad_scale"], scalars["skipped_steps"] = scaler.get_scale(), int(scaler.skipped)
+            text += f"Fp16 Grad Scale: {scalars['grad_scale']:.0f}   "
+            after.append(f"Skipped Steps: {scalars['skipped_steps']}")
+            self._watch_skipped(step, scalars["skipped_steps"], scalars["grad_scale"])
+        self.bar.update(step - self.bar.n)
+        left_words = tqdm.format_interval(left)
+        self.bar.set_postfix_str(f"{left_words} left, epoch {epoch}, loss {scalars['loss']:.4f}, lr {lr:.6f}", False)
+        log.info("%s", "   ".join([f"{text}Required: {left / 3600:.1f} hours", *after]))
         if self.writer is not None:
-            scalars = {
-                "loss": loss,
-                "lr": lr,
-                "speed": speed,
-                **{f"loss/{name}": value for name, value in terms.items()},
-            }
-            for name, value in scalars.items():
+            for name, value in {**scalars, **{f"loss/{name}": value for name, value in terms.items()}}.items():
                 if math.isfinite(value):
                     self.writer.add_scalar(name, value, step)
+
+    def _watch_skipped(self, step, skipped, scale):
+        """Say once that the weights have ceased to move: a skip now and then is how the scale finds its level."""
+        if self.skipped is not None:
+            since, steps = skipped - self.skipped[1], step - self.skipped[0]
+            self.skips_in_a_row = self.skips_in_a_row + steps if since >= steps else 0
+        self.skipped = (step, skipped)
+        if self.skips_in_a_row >= SKIPS_TO_WARN and not self.warned and is_main():
+            self.warned = True
+            log.warning(
+                "step %d: the last %d steps were all skipped, their gradients are not finite at a loss scale of %g: "
+                'the weights do not move. Set amp_dtype = "bfloat16", or fp16 = False, and go on with --resume True',
+                *(step, self.skips_in_a_row, scale),
+            )
+
+
+def _progress_bar(total, start):
+    """A bar over the steps of the run, where a person watches: on rank 0, when both outputs are a terminal.
+
+    A log that goes elsewhere holds nothing of it; one that is piped back to the terminal would tear it apart.
+    """
+    watched = is_main() and sys.stdout.isatty() and sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=start,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,  # seconds between two drawings
+        miniters=1,
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        disable=not watched,
+    )
+
+
+def in_words(terms):
+    """Loss terms {name: number} for a person to read."""
+    return ", ".join(f"{name} {value:.6g}" for name, value in terms.items())

@@ -67,14 +67,19 @@ def restore(run, state, path):
     _tell_differences(run, state)
 
 
+def named_tensors(run):
+    """`(name, tensor)` of the parameters and floating-point buffers of this rank."""
+    modules = {"backbone": unwrap(run.backbone), "classifier": run.classifier, "extra": run.extra}
+    for prefix, module in modules.items():
+        if module is not None:
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if tensor.is_floating_point():
+                    yield f"{prefix}.{name}", tensor
+
+
 def refuse_broken_weights(run):
     """Raise CheckpointError, on all ranks, where weights or statistics of any rank are NaN or infinite."""
-    modules = {"backbone": unwrap(run.backbone), "classifier": run.classifier, "extra": run.extra}
-    tensors = {
-        f"{prefix}.{name}": tensor
-        for prefix, module in modules.items() if module is not None
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_floating_point()
-    }
+    tensors = dict(named_tensors(run))
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
     everywhere = all_reduce_(finite.all().int(), torch.distributed.ReduceOp.MIN)
     if not everywhere:

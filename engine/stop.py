@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)      # Slurm sends SIGTERM at the end
 class StopRequest:
     """Within its `with` block the SIGNALS are remembered instead of ending the process; `agreed` says when to stop.
 
-    device: the training's; the ranks talk about it there, without the host waiting for a CUDA device.
+    device: the training's; the ranks talk about it there, without the host waiting for a CUDA device. In a thread,
+    which Python lets have no handlers (a notebook's, say), signals do what they did before.
     """
 
     def __init__(self, device):
@@ -25,12 +27,13 @@ class StopRequest:
         self.pending = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)   # None: it was not set by Python
 
     def _remember(self, number, _):
         self.received = number
@@ -76,4 +79,6 @@ def command_to_go_on():
         launcher = ["torchrun", f"--nproc_per_node={ranks}", *([f"--nnodes={nodes}"] if nodes > 1 else [])]
     else:
         launcher = ["python"]
-    return shlex.join([*launcher, *words, "--resume", "True"])
+    command = shlex.join([*launcher, *words, "--resume", "True"])
+    overrides = os.environ.get("BCT_OVERRIDES")
+    return f"BCT_OVERRIDES={shlex.quote(overrides)} {command}" if overrides else command

@@ -23,14 +23,16 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import backbones
+from dali_loader import DaliLoader
 from dataset import open_train_set
 from engine import checkpoint, distributed
 from engine.amp import make_scaler
 from engine.build import make_optimizer, margin_loss, replicate, scales_loss, set_precision, unwrap
 from engine.config import ConfigError, load_config
 from engine.errors import report_errors
-from engine.features import OldFeatures
-from engine.monitor import Monitor, init_logging, log
+from engine.monitor import Monitor, NonFiniteLoss, init_logging, log
+from engine.old_features import OldFeatures
+from engine.post_mortem import explain
 from engine.random_state import seed_everything
 from engine.run_state import refuse_broken_weights, restore, state_of
 from engine.schedule import make_schedule
@@ -57,11 +59,6 @@ class Trainer:
         set_precision(cfg, self.device)
         seed_everything(cfg.seed + self.rank, cfg.deterministic)
         self.generator = torch.Generator().manual_seed(cfg.seed + self.rank)
-        if cfg.dali:
-            raise ConfigError(
-                f"{cfg.config_file}: dali = True is not supported; set dali = False and raise num_workers instead"
-            )
-
         if cfg.rec == "synthetic" and not (cfg.num_classes and cfg.num_image):
             raise ConfigError(f'{cfg.config_file}: rec = "synthetic" needs num_classes and num_image')
         self.train_set = open_train_set(cfg.rec, cfg.num_classes, cfg.num_image)
@@ -71,7 +68,7 @@ class Trainer:
                 f"{cfg.config_file}: a step takes batch_size = {cfg.batch_size} on each of {self.world_size} ranks, "
                 f"more than the {cfg.num_image} images of {self.train_set.path}; set a smaller batch_size"
             )
-        self.loader = TrainLoader(
+        self.loader = (DaliLoader if cfg.dali else TrainLoader)(
             self.train_set, cfg.batch_size, self.device, cfg.num_workers, cfg.seed, self.rank, self.world_size
         )
         self.steps_per_epoch = len(self.loader) // cfg.gradient_acc
@@ -154,14 +151,16 @@ class Trainer:
         writer = SummaryWriter(f"{cfg.output}/tensorboard", purge_step=self.step) if self.rank == 0 else None
         self.log_start()
         self.monitor = Monitor(cfg, self.total_steps, self.global_batch, self.step, writer)
-        with StopRequest(self.device) as self.stop:
+        with self.monitor, StopRequest(self.device) as self.stop:
             stopped = None
-            while self.epoch < cfg.num_epoch and not stopped:
-                stopped = self.train_epoch()
+            try:
+                while self.epoch < cfg.num_epoch and not stopped:
+                    stopped = self.train_epoch()
+            except NonFiniteLoss as error:
+                explain(self, error)    # in here, where the launcher's SIGTERM to the other ranks finds them writing
+                raise
         if stopped and self.epoch < cfg.num_epoch:
             log.info("stopped by %s at step %d; go on with: %s", stopped, self.step, command_to_go_on())
-        if writer is not None:
-            writer.close()
 
     def train_epoch(self):
         """The rest of the epoch. Returns the name of the signal that asks to stop, or None."""
@@ -169,8 +168,8 @@ class Trainer:
         done = self.step - self.epoch * self.steps_per_epoch  # not 0 after resuming within an epoch
         self.loader.set_epoch(self.epoch, start_step=done * cfg.gradient_acc)
         if done == 0:
-            self.begin_epoch()
-        self.monitor.restart_clock(self.step)
+            with self.monitor.pause("begin of an epoch", self.steps_per_epoch):
+                self.begin_epoch()
         batches, stopped = iter(self.loader), None
         while done < self.steps_per_epoch:
             for micro in range(cfg.gradient_acc):
@@ -180,18 +179,21 @@ class Trainer:
             if self.step % cfg.frequent == 0 or self.step == self.total_steps:
                 self.monitor.line(self.step, self.epoch, self.schedule.get_last_lr()[0], self.scaler)
             if self.verifier and (self.step % cfg.verbose == 0 or self.step == self.total_steps):
-                self.verify()
+                with self.monitor.pause("verification", cfg.verbose):
+                    self.verify()
             stopped = self.stop.agreed()
             due = cfg.checkpoint_steps and self.step % cfg.checkpoint_steps == 0
             if done < self.steps_per_epoch and (stopped or due):
-                self.save_checkpoint()
+                with self.monitor.pause("checkpoint", cfg.checkpoint_steps or self.total_steps):
+                    self.save_checkpoint()
                 if stopped:
                     return stopped
         self.monitor.flush()
         self.epoch += 1
-        self.save_models()
-        if cfg.save_all_states or stopped or (cfg.checkpoint_steps and self.step % cfg.checkpoint_steps == 0):
-            self.save_checkpoint()
+        with self.monitor.pause("end of an epoch", self.steps_per_epoch):
+            self.save_models()
+            if cfg.save_all_states or stopped or (cfg.checkpoint_steps and self.step % cfg.checkpoint_steps == 0):
+                self.save_checkpoint()
         return stopped
 
     def accumulate(self, images, labels, index, last):
@@ -227,7 +229,6 @@ class Trainer:
             self.best = {"accuracy": mean, "step": self.step}
             self.save_backbone("model_best.pt")
         log.info("[mean][%d]Accuracy-Highest: %.5f at step %d", self.step, self.best["accuracy"], self.best["step"])
-        self.monitor.restart_clock(self.step)
 
     def log_start(self):
         for key, value in sorted(self.cfg.items()):
@@ -262,7 +263,6 @@ class Trainer:
         checkpoint.save_atomically(state_of(self), path)
         distributed.barrier()  # the set is complete before an older one goes
         checkpoint.remove_old(self.cfg.output, self.rank)
-        self.monitor.restart_clock(self.step)
 
     def resume(self):
         checkpoint.clear_leftovers(self.cfg.output)

@@ -1,11 +1,6 @@
-"""Verification on insightface's .bin sets (LFW, CFP-FP, AgeDB-30, ...) while training.
+"""Verification on insightface's .bin sets (LFW, CFP-FP, AgeDB-30, ...) while training."""
 
-A .bin file is a pickle of `(images, same)`: 2·N encoded images and N booleans; images 2i and 2i+1 are pair i.
-"""
-
-import codecs
 import pathlib
-import pickle
 
 import cv2
 import numpy as np
@@ -13,52 +8,10 @@ import torch
 from sklearn.model_selection import KFold
 
 from engine import distributed
-from engine.errors import UserError
+from engine.bin_files import VerificationError, read_bin
+from image_bytes import IMAGE_SHAPE, decode_bgr, image_size
 
 THRESHOLDS = np.arange(0, 4, 0.01)  # of the squared Euclidean distance of unit vectors, as the field's tables use
-
-
-class VerificationError(UserError):
-    """A .bin set that is missing or damaged; the message names the file."""
-
-
-class _BinUnpickler(pickle.Unpickler):
-    """Admits lists, tuples, bytes and booleans, which need no class; a file that asks for any other is refused."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in the pickle protocols 0 to 2
-            return _latin1_bytes
-        raise pickle.UnpicklingError(f"asks for {module}.{name}, which a verification set has no use for")
-
-
-def _latin1_bytes(text, encoding):
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
-    return codecs.latin_1_encode(text)[0]
-
-
-def read_bin(path):
-    """Read a .bin set without running any code in it.
-
-    Returns `(images, same)`: a list of 2·N encoded images (bytes) and a bool array [N]. Raises VerificationError.
-    """
-    path = pathlib.Path(path)
-    try:
-        with open(path, "rb") as file:
-            images, same = _BinUnpickler(file, encoding="bytes").load()
-        same = np.array([{True: True, False: False}[value] for value in same], dtype=bool)
-    except FileNotFoundError:
-        raise VerificationError(
-            f"{path}: no such verification set; put it there, or take it out of val_targets"
-        ) from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise VerificationError(f"{path}: not a verification set ({type(error).__name__}: {error})") from error
-    if not isinstance(images, list) or len(images) != 2 * len(same) or len(same) == 0:
-        raise VerificationError(f"{path}: must hold a list of 2·N images and N booleans, N > 0")
-    for position, image in enumerate(images):
-        if not isinstance(image, bytes):
-            raise VerificationError(f"{path}: image {position} is a {type(image).__name__}, not bytes")
-    return images, same
 
 
 def k_fold_accuracy(first, second, same, folds=10):
@@ -76,6 +29,15 @@ def k_fold_accuracy(first, second, same, folds=10):
     return float(np.mean(scores))
 
 
+def _check_headers(path, images):
+    """What can be said of the images before the first step, long before the first of them is decoded."""
+    for position, image in enumerate(images):
+        size = image_size(image)
+        if size != IMAGE_SHAPE[1::-1]:
+            what = f"{size[0]} x {size[1]}, not 112 x 112: align the faces first" if size else "no JPEG and no PNG"
+            raise VerificationError(f"{path}: image {position} is {what}")
+
+
 class Verifier:
     """Runs a backbone over the .bin sets `names` under `directory`, all ranks together. Falsy without names."""
 
@@ -83,6 +45,8 @@ class Verifier:
         self.batch_size, self.device = batch_size, device
         self.paths = {name: pathlib.Path(directory) / f"{name}.bin" for name in names}
         self.sets = {name: read_bin(path) for name, path in self.paths.items()}
+        for name, (images, _) in self.sets.items():
+            _check_headers(self.paths[name], images)
 
     def __bool__(self):
         return bool(self.sets)
@@ -119,7 +83,7 @@ class Verifier:
         return torch.nn.functional.normalize(table).cpu().numpy()
 
     def _decode(self, name, position, data):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        if image is None:
-            raise VerificationError(f"{self.paths[name]}: image {position} does not decode")
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        try:
+            return cv2.cvtColor(decode_bgr(np.frombuffer(data, np.uint8)), cv2.COLOR_BGR2RGB)
+        except ValueError as error:
+            raise VerificationError(f"{self.paths[name]}: image {position}: {error}") from None

@@ -21,14 +21,14 @@ def run_ranks(fn, world_size, *args, timeout=120, env=None):
     """`fn(*args)` on `world_size` ranks of a gloo group; returns the list of their results in rank order.
 
     fn: importable by name (module level); args: picklable. Results are of tensors, numbers, strings, None, and lists,
-    tuples and dicts of them. The ranks see this process's environment, with RANK, WORLD_SIZE and LOCAL_RANK set, and
-    `env` on top, and one thread each. The first rank to fail or to exit ends them all: RuntimeError with its
-    traceback. TimeoutError after `timeout` seconds. Nothing is left running.
+    tuples and dicts of them. The ranks see this process's environment, with RANK, WORLD_SIZE and LOCAL_RANK set, but no
+    GPU (CUDA_VISIBLE_DEVICES is empty), and `env` on top, and have one thread each. The first rank to fail or to exit
+    ends them all: RuntimeError with its traceback. TimeoutError after `timeout` seconds. Nothing is left running.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, **(env or {})}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
         ranks = [
             context.Process(target=_rank_main, args=(folder, rank, world_size, environment, fn, args))
             for rank in range(world_size)

@@ -12,7 +12,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 from BCT_methods.AdvBCT.boundary import ElasticBoundary, default_path, load_boundaries, point_to_set_loss
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength
 from engine.config import require
-from engine.features import OldFeatures
 from engine.trainer import Trainer
 
 
@@ -24,9 +23,7 @@ class AdvBCT(Trainer):
         require(cfg, "threshold", 0 < cfg.threshold <= 2, "above 0 and at most 2")
         for weight in ("p2s_weight", "adv_weight"):
             require(cfg, weight, cfg[weight] >= 0, "at least 0")
-        self.old = OldFeatures(
-            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
-        )
+        self.old = self.open_old_features()
         path = cfg.center_radius or default_path(cfg.old_embedding)
         self.classes = [array.to(self.device) for array in load_boundaries(path, self.old, cfg.num_classes)]
         self.extra["boundary"] = ElasticBoundary(cfg.num_classes)

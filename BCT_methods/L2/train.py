@@ -12,7 +12,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 from BCT_methods.L2.loss import feature_l2_loss
 from engine.config import require
 from engine.distributed import global_mean
-from engine.features import OldFeatures
 from engine.trainer import Trainer
 
 
@@ -25,9 +24,7 @@ class L2(Trainer):
         two = len(weights) == 2 and all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
         require(cfg, "loss_weight", two, "two numbers, [w0, w1], each at least 0")
         require(cfg, "threshold", 0 <= cfg.threshold <= 2, "in [0, 2]")
-        self.old = OldFeatures(
-            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
-        )
+        self.old = self.open_old_features()
 
     def losses(self, images, labels, index):
         self.old.check_labels(index, labels)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from BCT_methods.MixBCT.mix import mix_old_features
 from engine.config import require
-from engine.features import OldFeatures, load_credible
+from engine.old_features import load_credible
 from engine.trainer import Trainer
 
 
@@ -21,9 +21,7 @@ class MixBCT(Trainer):
     def setup(self):
         cfg = self.cfg
         require(cfg, "mix_ratio", 0 <= cfg.mix_ratio <= 1, "in [0, 1]")
-        self.old = OldFeatures(
-            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
-        )
+        self.old = self.open_old_features()
         self.credible = load_credible(cfg.credible_old_feature, self.train_set, cfg.old_model_path)
 
     def losses(self, images, labels, index):

@@ -14,7 +14,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
 from engine.config import require
 from engine.distributed import gather, gather_with_grad
-from engine.features import OldFeatures, load_credible, to_device
+from engine.features import to_device
+from engine.old_features import load_credible
 from engine.trainer import Trainer
 
 
@@ -28,9 +29,7 @@ class NCCL(Trainer):
         require(cfg, "temperature", cfg.temperature > 0, "above 0")
         for weight in ("alpha", "beta"):
             require(cfg, weight, cfg[weight] >= 0, "at least 0")
-        self.old = OldFeatures(
-            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
-        )
+        self.old = self.open_old_features()
         self.credible = load_credible(cfg.credible_old_feature, self.train_set, cfg.old_model_path)
         half = cfg.fp16 and self.device.type == "cuda"
         logit_dtype = torch.get_autocast_dtype("cuda") if half else torch.float32

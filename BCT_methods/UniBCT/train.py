@@ -11,7 +11,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from BCT_methods.UniBCT.refinement import Refinement, check_config
 from engine.distributed import global_mean
-from engine.features import OldFeatures
 from engine.trainer import Trainer, unwrap
 from losses import old_prototype_loss
 
@@ -22,9 +21,7 @@ class UniBCT(Trainer):
     def setup(self):
         cfg = self.cfg
         check_config(cfg)
-        self.old = OldFeatures(
-            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
-        )
+        self.old = self.open_old_features()
         self.extra["refinement"] = Refinement(self.old, cfg, self.device)
 
     def begin_epoch(self):

@@ -12,8 +12,7 @@ from dataset import RecordDataset
 from engine.config import ConfigError, load_config
 from engine.feature_files import FeatureError
 from loader import ExtractLoader
-from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_old_features
-from tests.ranks import run_ranks
+from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 
 CONFIGS = REPO / "BCT_methods" / "BCT" / "configs"
 
@@ -62,21 +61,10 @@ def test_prototypes_that_are_not_there(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, make_record_set):
-    labels = np.array([0, 1, 2, 3, 4] * 5)
-    make_record_set(tmp_path / "set.rec", labels.tolist())
+    labels = [0, 1, 2, 3, 4] * 5
+    make_record_set(tmp_path / "set.rec", labels)
     write_old_features(tmp_path, labels)
-    features = np.load(tmp_path / "old_feature.npy")
-    np.save(tmp_path / "old_avg_feature.npy", np.stack([features[labels == c].mean(axis=0) for c in range(5)]))
     return tmp_path
-
-
-def config(folder, name, **keys):
-    keys = {
-        "rec": folder / "set.rec", "output": folder / name, "old_prototype": folder / "old_avg_feature.npy",
-        "embedding_size": 8, "network": "tiny", "num_epoch": 2, "batch_size": 12, "num_workers": 0, "lr": 0.05,
-        "margin_scale": 8.0, **keys,
-    }
-    return CONFIGS / "base.py", *(f"--{key}={value}" for key, value in keys.items())
 
 
 def cosine_to_prototypes(folder, backbone):
@@ -91,24 +79,15 @@ def cosine_to_prototypes(folder, backbone):
 
 def test_a_run_draws_new_features_to_the_prototypes_the_more_the_higher_the_scale(folder):
     weak, strong = (
-        cosine_to_prototypes(folder, train(BCT, *config(folder, f"scale{scale}", scale=scale, num_epoch=8))[0])
+        cosine_to_prototypes(folder, train(BCT, write_config(folder, "BCT", f"{scale}", scale=scale, num_epoch=8))[0])
         for scale in (0.01, 16.0)
     )
     assert strong > weak + 0.2
 
 
-def test_a_run_on_two_ranks_is_the_run_on_one(folder):
-    backbone, centres, _ = train(BCT, *config(folder, "one", scale=16.0))
-    results = run_ranks(train, 2, BCT, *config(folder, "two", scale=16.0, batch_size=6))
-    for name, value in backbone.items():
-        torch.testing.assert_close(results[0][0][name], value, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.cat([result[1] for result in results]), centres, rtol=0, atol=1e-5)
-
-
 def test_values_and_files_that_do_not_fit(folder):
     def start(**keys):
-        path, *overrides = config(folder, "run", **keys)
-        return BCT(load_config(path, overrides))
+        return BCT(load_config(write_config(folder, "BCT", "run", **keys)))
 
     with pytest.raises(ConfigError, match="scale = 0.0; it must be above 0"):
         start(scale=0.0)

@@ -18,8 +18,6 @@ LABELS = np.arange(12) % 3
 def folder(tmp_path):
     """Old features of a synthetic training set, old_avg_feature.npy, credible.npy, and model.pt, older than them."""
     write_old_features(tmp_path, LABELS)
-    features = np.load(tmp_path / "old_feature.npy")
-    np.save(tmp_path / "old_avg_feature.npy", np.stack([features[LABELS == c].mean(axis=0) for c in range(3)]))
     np.save(tmp_path / "credible.npy", np.ones(12, bool))
     (tmp_path / "model.pt").write_bytes(b"")
     os.utime(tmp_path / "model.pt", (100, 100))

@@ -1,4 +1,4 @@
-"""L2: the distance against a plain loop, its gradient at the edges and on two ranks, whole runs."""
+"""L2: the distance against a plain loop, its gradient at the edges, whole runs."""
 
 import math
 
@@ -11,12 +11,10 @@ from BCT_methods.L2.loss import feature_l2_loss
 from BCT_methods.L2.train import L2
 from dataset import RecordDataset
 from engine.config import ConfigError, load_config
-from engine.distributed import global_mean
 from engine.feature_files import FeatureError
-from engine.features import OldFeatures
+from engine.old_features import OldFeatures
 from loader import ExtractLoader
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
-from tests.ranks import run_ranks
 
 
 def batch(size=6, width=5, seed=0, dtype=torch.float64):
@@ -96,24 +94,6 @@ def test_arguments_that_do_not_fit():
         feature_l2_loss(new, old, -0.1)
 
 
-def gradient(new, old, size):
-    """Term and gradient of this rank's `size` rows of the batch."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    mine = slice(rank * size, (rank + 1) * size)
-    new = new[mine].clone().requires_grad_()
-    term = global_mean(feature_l2_loss(new, old[mine], 0.2))
-    term.backward()
-    return term.detach(), new.grad
-
-
-def test_two_ranks_have_the_gradient_of_one():
-    new, old = batch(8)
-    term, whole = gradient(new, old, 8)
-    results = run_ranks(gradient, 2, new, old, 4)
-    torch.testing.assert_close(torch.cat([grad for _, grad in results]), whole)
-    assert [value.item() for value, _ in results] == pytest.approx([term.item()] * 2)
-
-
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 
@@ -141,14 +121,6 @@ def test_a_run_draws_new_features_to_old_ones_as_far_as_the_threshold_says(folde
     classified, strong = after("classified", loss_weight=[1, 0]), after("strong")
     weak = after("weak", threshold=1.0)
     assert strong < weak - 0.05 < classified - 0.1
-
-
-def test_a_run_on_two_ranks_is_the_run_on_one(folder):
-    backbone, centres, _ = train(L2, write_config(folder, "L2", "one", threshold=0.2))
-    results = run_ranks(train, 2, L2, write_config(folder, "L2", "two", threshold=0.2, batch_size=6))
-    for name, value in backbone.items():
-        torch.testing.assert_close(results[0][0][name], value, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.cat([result[1] for result in results]), centres, rtol=0, atol=1e-5)
 
 
 def test_values_and_files_that_do_not_fit(folder):

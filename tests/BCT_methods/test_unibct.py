@@ -259,17 +259,6 @@ def test_a_refinement_before_the_term_begins_is_kept_for_it(folder):
     np.testing.assert_allclose(run.notes[2][1], expected, atol=1e-5)
 
 
-def test_a_run_on_two_ranks_is_the_run_on_one(folder):
-    backbone, centres, extra = train(UniBCT, config(folder, "one"))
-    results = run_ranks(train, 2, UniBCT, config(folder, "two", batch_size=6))
-    for name, value in backbone.items():
-        torch.testing.assert_close(results[0][0][name], value, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.cat([result[1] for result in results]), centres, rtol=0, atol=1e-5)
-    for result in results:
-        torch.testing.assert_close(result[2], extra, rtol=0, atol=1e-5)
-    assert np.array_equal(np.load(folder / "two/prototypes_epoch_2.npy"), results[0][2]["refinement.prototypes"])
-
-
 def test_a_resumed_run_has_the_prototypes_of_the_whole_one(folder):
     keys = {"refine_epochs": [1], "save_all_states": True}
     whole = train(UniBCT, config(folder, "whole", **keys))
@@ -311,6 +300,7 @@ def test_all_ranks_embed_with_the_backbone_of_rank_0(folder):
     for mean, training, prototypes in results:
         assert not mean.any() and training
         torch.testing.assert_close(prototypes, expected, rtol=0, atol=1e-5)
+        assert np.array_equal(np.load(folder / "two/prototypes_epoch_1.npy"), prototypes)
 
 
 @pytest.mark.parametrize(

@@ -15,19 +15,16 @@ WIDTH = 8
 
 
 def write_old_features(folder, labels, width=WIDTH, seed=0):
-    """Clustered features of any length for `labels`, and their class means.
-
-    `<folder>/old_feature.npy`, `old_label.npy` and `old_avg_feature.npy`; every class must have an image.
-    """
+    """Clustered features of any length: `<folder>/old_feature.npy`, `old_label.npy`, `old_avg_feature.npy`."""
     random = np.random.default_rng(seed)
     labels = np.asarray(labels)
     centres = random.normal(size=(labels.max() + 1, width))
     rows = centres[labels] + 0.4 * random.normal(size=(len(labels), width))
     rows *= random.uniform(0.5, 20, (len(labels), 1))
-    means = [rows[labels == c].mean(axis=0) for c in range(len(centres))]
+    member = labels == np.arange(len(centres))[:, None]
     np.save(folder / "old_feature.npy", rows.astype(np.float32))
     np.save(folder / "old_label.npy", labels.astype(np.int64))
-    np.save(folder / "old_avg_feature.npy", np.stack(means).astype(np.float32))
+    np.save(folder / "old_avg_feature.npy", (member @ rows / member.sum(1, keepdims=True).clip(1)).astype(np.float32))
 
 
 def write_config(folder, method, name, **keys):

@@ -1,4 +1,4 @@
-"""Feature files: writing on one rank and many, and what is refused when they are read back."""
+"""Feature files: writing on one rank and many, and what is refused when they are opened again."""
 
 import errno
 import os
@@ -10,16 +10,7 @@ import torch
 from dataset import SyntheticDataset
 from engine import features
 from engine.feature_files import FeatureError, FeatureSet
-from engine.features import (
-    OldFeatures,
-    SharedArray,
-    extract_features,
-    load_credible,
-    open_array,
-    open_feature_set,
-    save_array,
-    to_device,
-)
+from engine.features import SharedArray, extract_features, open_array, open_feature_set, save_array, to_device
 from tests.ranks import run_ranks
 
 WIDTH = 6
@@ -149,34 +140,7 @@ def test_save_array_is_whole_or_absent(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-# --- Reading -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stored(tmp_path):
-    """A feature set of `training_set()` in files; its features count upwards."""
-    files = FeatureSet("f128_r18_softmax_class70", tmp_path)
-    files.feature.parent.mkdir()
-    np.save(files.feature, np.arange(11 * WIDTH, dtype=np.float32).reshape(11, WIDTH))
-    np.save(files.label, training_set().labels())
-    return files
-
-
-def test_rows_come_as_they_are_stored(stored):
-    old = OldFeatures(stored.feature, training_set(), embedding_size=WIDTH)
-    index = torch.tensor([7, 0, 7, 10])
-    rows = old[index]
-    assert rows.dtype == torch.float32 and len(old) == 11
-    assert torch.equal(rows, torch.arange(11.0 * WIDTH).view(11, WIDTH)[index])
-    assert isinstance(old.features, np.memmap)
-    rows.zero_()    # a copy: the file stays
-    assert np.load(stored.feature)[7, 0] == 7 * WIDTH
-
-
-def test_rows_are_fetched_to_a_device(stored):
-    old, index = OldFeatures(stored.feature, training_set()), torch.tensor([3, 3, 0])
-    rows = old.fetch(index, torch.device("cpu"))
-    assert rows.device.type == "cpu" and torch.equal(rows, old[index])
+# --- Opening -----------------------------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -205,153 +169,19 @@ def test_copies_to_the_gpu_are_pinned_and_not_waited_for(device, calls):
         assert to_device(tensor, form) is tensor and tensor.calls == calls
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_fetching_to_the_gpu_never_waits_for_it(stored):
-    old, index = OldFeatures(stored.feature, training_set()), torch.tensor([3, 3, 0])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        rows = old.fetch(index, "cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert rows.is_cuda and torch.equal(rows.cpu(), old[index])
-
-
-@pytest.mark.parametrize("which", ["feature", "credible"])
-def test_files_older_than_their_model(stored, which):
-    model = stored.root / "model.pt"
-    model.write_bytes(b"")
-    np.save(stored.credible(0.9), np.ones(11, bool))
-    readers = {
-        "feature": lambda: OldFeatures(stored.feature, training_set(), old_model_path=model),
-        "credible": lambda: load_credible(stored.credible(0.9), training_set(), model),
-    }
-    path = {"feature": stored.feature, "credible": stored.credible(0.9)}[which]
-    later = path.stat().st_mtime_ns + 10**9
-    os.utime(path, ns=(later, later))
-    readers[which]()
-    os.utime(model, ns=(later + 1, later + 1))
-    with pytest.raises(FeatureError, match=f"{path}: older than old_model_path {model}"):
-        readers[which]()
-    load_credible("", training_set(), model)
-
-
-def test_missing_features_name_the_command(stored):
-    stored.feature.unlink()
-    command = "get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70"
-    with pytest.raises(FeatureError, match=f"no such file.*{command}"):
-        OldFeatures(stored.feature, training_set())
-
-
-def test_missing_labels_name_the_command(stored):
-    stored.label.unlink()
-    with pytest.raises(FeatureError, match="class70_label.npy: no such file.*get_feature.py"):
-        OldFeatures(stored.feature, training_set())
-
-
-def test_an_empty_config_key_is_named(stored):
-    with pytest.raises(FeatureError, match="old_embedding is empty"):
-        OldFeatures("", training_set())
-
-
-@pytest.mark.parametrize("which", ["feature", "label"])
-def test_another_length(stored, which):
-    np.save(getattr(stored, which), np.load(getattr(stored, which))[:-1])
-    with pytest.raises(FeatureError, match=f"{which}.npy: 10 rows.*11 images.*another record file.*get_feature.py"):
-        OldFeatures(stored.feature, training_set())
-
-
-def test_another_width(stored):
-    with pytest.raises(FeatureError, match=f"width {WIDTH}, but embedding_size is 512.*get_feature.py configs/"):
-        OldFeatures(stored.feature, training_set(), embedding_size=512)
-
-
-@pytest.mark.parametrize("row", [0, 6, 10])
-def test_another_sets_labels_are_noticed_at_once(stored, row):
-    labels = np.load(stored.label)
-    labels[row] += 1
-    np.save(stored.label, labels)
-    with pytest.raises(FeatureError, match=f"row {row} is of class.*another record file.*get_feature.py"):
-        OldFeatures(stored.feature, training_set())
-
-
-def test_a_large_sets_labels_are_sampled_at_first_and_all_held_in_the_batches(stored):
-    dataset = training_set(5000)
-    labels = dataset.labels().copy()
-    labels[3] = 0   # between two samples
-    np.save(stored.feature, np.ones((5000, WIDTH), np.float32))
-    np.save(stored.label, labels)
-    read = []
-    dataset.label = lambda row: read.append(row) or row % 4
-    old = OldFeatures(stored.feature, dataset)
-    assert len(read) == features.LABELS_SAMPLED and {0, 4999} <= set(read)
-    old.check_labels(torch.tensor([4, 2, 4999]), torch.tensor([0, 2, 3]))
-    with pytest.raises(FeatureError, match="row 3 is of class 0.*of class 3.*get_feature.py"):
-        old.check_labels(torch.tensor([2, 3]), torch.tensor([2, 3]))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_labels_on_the_gpu_are_held_when_the_next_batch_comes(stored):
-    old = OldFeatures(stored.feature, training_set())
-    old.check_labels(torch.tensor([1, 2]), torch.tensor([1, 3]).cuda())
-    with pytest.raises(FeatureError, match="row 2"):
-        old.check_labels(torch.tensor([1, 2]), torch.tensor([1, 2]).cuda())
-
-
-def test_a_row_that_is_no_number(stored):
-    rows = np.load(stored.feature)
-    rows[5, 1] = np.nan
-    np.save(stored.feature, rows)
-    old = OldFeatures(stored.feature, training_set())
-    assert torch.isfinite(old[torch.tensor([4, 6])]).all()
-    with pytest.raises(FeatureError, match="row 5.*get_feature.py"):
-        old[torch.tensor([4, 5])]
-
-
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"\x80\x04K\x01."])
-def test_a_damaged_file(stored, content):
-    stored.feature.write_bytes(content)
-    with pytest.raises(FeatureError, match="not a readable .npy file.*get_feature.py"):
-        OldFeatures(stored.feature, training_set())
-
-
-def test_a_file_cut_short(stored):
-    whole = stored.feature.read_bytes()
-    stored.feature.write_bytes(whole[:-4])
+def test_nothing_in_a_file_is_run(tmp_path):
+    np.save(tmp_path / "a_feature.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(FeatureError, match="not a readable .npy file"):
-        OldFeatures(stored.feature, training_set())
+        open_array(tmp_path / "a_feature.npy", 2, np.floating)
 
 
-def test_nothing_in_a_file_is_run(stored):
-    np.save(stored.feature, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(FeatureError, match="not a readable .npy file"):
-        open_array(stored.feature, 2, np.floating)
-
-
-def test_a_file_of_another_kind(stored):
-    np.save(stored.feature, np.zeros((11, WIDTH), np.int64))
+def test_a_file_of_another_kind(tmp_path):
+    files = FeatureSet("f128_r18_softmax_class70", tmp_path)
+    files.feature.parent.mkdir()
+    np.save(files.feature, np.zeros((11, WIDTH), np.int64))
+    np.save(files.label, training_set().labels())
     with pytest.raises(FeatureError, match="holds int64"):
-        open_feature_set(stored)
-    np.save(stored.feature, np.zeros((4, WIDTH), np.float32))
+        open_feature_set(files)
+    np.save(files.feature, np.zeros((4, WIDTH), np.float32))
     with pytest.raises(FeatureError, match="4 rows, but .*_label.npy has 11"):
-        open_feature_set(stored)
-
-
-def test_credible_rows(stored):
-    path, dataset = stored.credible(0.9), training_set()
-    with pytest.raises(FeatureError, match="no such file.*denoise_credible.py --T 0.9 --SD f128_r18_softmax_class70"):
-        load_credible(path, dataset)
-    expected = np.arange(11) % 3 > 0
-    np.save(path, expected)
-    credible = load_credible(path, dataset)
-    assert credible.dtype == torch.bool and credible.tolist() == expected.tolist()
-    assert credible[torch.tensor([3, 4])].tolist() == [False, True]
-    assert load_credible("", dataset).tolist() == [True] * 11
-    with pytest.raises(FeatureError, match="11 rows.*12 images.*denoise_credible.py"):
-        load_credible(path, training_set(12))
-    np.save(path, np.zeros(11, bool))
-    with pytest.raises(FeatureError, match="no row is credible"):
-        load_credible(path, dataset)
-    np.save(path, np.ones(11, np.float32))
-    with pytest.raises(FeatureError, match="holds float32"):
-        load_credible(path, dataset)
+        open_feature_set(files)

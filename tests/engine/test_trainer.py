@@ -12,7 +12,6 @@ from engine.amp import make_scaler, start_momentum
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, load_config
 from engine.distributed import rank, world_size
-from engine.monitor import Monitor, NonFiniteLoss
 from engine.trainer import Trainer, margin_loss, unwrap
 from losses import ArcFace, CombinedMarginLoss, CosFace
 from tests.ranks import run_ranks
@@ -119,18 +118,6 @@ def test_what_a_run_leaves_behind(tmp_path, rec, capfd):
     assert not list(output.glob("*.tmp"))
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_images(tmp_path, rec):
-    class Broken(Plain):
-        def losses(self, images, labels, index):
-            terms = super().losses(images, labels, index)
-            return {**terms, "other": terms["cls"] * (float("nan") if self.step == 3 else 1.0)}
-
-    with pytest.raises(
-        NonFiniteLoss, match=r"step 3: .*'other': nan.*rows of this rank's batch in .*set\.rec: \[\d+, "
-    ):
-        Broken(load_config(config(tmp_path, rec))).train()
-
-
 def test_modules_of_a_method_train_and_are_saved(tmp_path, rec):
     class WithExtra(Plain):
         def setup(self):
@@ -168,7 +155,6 @@ def test_margins_of_a_config(tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"dali": True}, "dali = True is not supported"),
         ({"optimizer": "adam"}, "optimizer = 'adam'"),
         ({"gradient_acc": 100}, "gradient_acc = 100 is more than"),
         ({"batch_size": 26}, "batch_size = 26 on each of 1 ranks, more than the 25 images"),
@@ -249,14 +235,3 @@ def test_ranks_verify_the_model_that_is_saved(tmp_path, rec):
     (first, saved), (second, _) = run_ranks(statistics_after_verification, 2, path)
     assert torch.equal(first, second) and torch.equal(first, saved)
     assert "[pairs][6]Accuracy-Flip: " in (tmp_path / "run/training.log").read_text()
-
-
-def test_speed_counts_training_alone(monkeypatch):
-    times, lines = iter([0.0, 100.0, 104.0, 104.0]), []
-    monkeypatch.setattr("engine.monitor.time.perf_counter", lambda: next(times))
-    monkeypatch.setattr("engine.monitor.log.info", lambda form, *words: lines.append(form % words))
-    monitor = Monitor(load_config("configs/base.py"), total_steps=20, images_per_step=8, start_step=6)   # asks twice
-    times = iter([100.0, 104.0])
-    monitor.restart_clock(6)                # a refinement lay before
-    monitor.line(8, 0, 0.1)                 # 2 steps of 8 images in 4 s
-    assert lines[0].startswith("Speed 4.00 samples/sec")

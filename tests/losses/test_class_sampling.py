@@ -1,10 +1,13 @@
 """PartialFC with sample_rate < 1: which classes a step sees, its loss, and what the optimiser does to the centres."""
 
+import io
+
 import pytest
 import torch
 
 from losses import ArcFace, PartialFC
 from tests.losses.test_partial_fc import SIZE, make, problem, share, slow
+from tests.losses.test_row_optimizer import SlowAdamW, SlowSGD
 from tests.ranks import run_ranks
 
 
@@ -121,44 +124,115 @@ def test_evaluation_uses_every_class():
     assert classifier.cosines(embeddings).shape == (12, 30)
 
 
-def train_on_rank(name, accumulate):
-    """Some steps of sampled training, beside dense SGD or AdamW arithmetic on the sampled rows alone."""
-    embeddings, weight, labels = problem(41)
-    classifier = make(ArcFace(8.0, 0.3), weight, sample_rate=0.5)
-    if name == "sgd":
-        optimizer = torch.optim.SGD(classifier.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01)
-    else:
-        optimizer = torch.optim.AdamW(classifier.parameters(), lr=0.05, weight_decay=0.1)
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, SlowSGD, dict(lr=0.3, momentum=0.9, weight_decay=0.01)),
+    "adamw": (torch.optim.AdamW, SlowAdamW, dict(lr=0.05, weight_decay=0.1)),
+}
+TABLES = {"momentum_buffer": "buffer", "exp_avg": "first", "exp_avg_sq": "second"}     # as the slow ones call them
+
+
+def start(name, sample_rate):
+    make_optimizer, slow_optimizer, options = OPTIMIZERS[name]
+    classifier = make(ArcFace(8.0, 0.3), problem(41)[1], sample_rate=sample_rate)
+    optimizer = make_optimizer(classifier.parameters(), **options)
     classifier.attach(optimizer)
-    expected = classifier.weight.detach().clone()
-    first, second = torch.zeros_like(expected), torch.zeros_like(expected)
-    for step in range(1, 7):
+    return classifier, optimizer, slow_optimizer(classifier.weight.detach().clone(), **options)
+
+
+def tables(classifier, optimizer):
+    """The centres and each table of the optimiser's state, by name."""
+    state = optimizer.state.get(classifier.weight, {})
+    return {"weight": classifier.weight.detach().clone(), **{key: state[key].clone() for key in TABLES if key in state}}
+
+
+def saved_and_loaded(name, classifier, optimizer):
+    """Both anew, from a checkpoint of these."""
+    file = io.BytesIO()
+    torch.save([classifier.state_dict(), classifier.generator_state(), optimizer.state_dict()], file)
+    file.seek(0)
+    weight, generator, state = torch.load(file, weights_only=True)
+    classifier, optimizer, _ = start(name, classifier.sample_rate)
+    classifier.load_state_dict(weight)
+    classifier.set_generator_state(generator)
+    optimizer.load_state_dict(state)
+    return classifier, optimizer
+
+
+def train_on_rank(name, accumulate, save_at):
+    """Six steps of sampled training, beside an optimiser that goes row by row; returns what `tables` does."""
+    embeddings, _, labels = problem(41)
+    classifier, optimizer, expected = start(name, 0.5)
+    for step in range(6):
+        if step == save_at:
+            classifier, optimizer = saved_and_loaded(name, classifier, optimizer)
         for micro in range(accumulate):
             drawn = (labels + 5 * step + 11 * micro) % 41
             (classifier(share(embeddings + 0.1 * step), share(drawn)) / accumulate).backward()
-        grad = classifier.weight.grad.coalesce()
-        rows, values = grad.indices()[0], grad.values().clone()
+        gradient, before = classifier.weight.grad.coalesce(), tables(classifier, optimizer)
+        rows, values = gradient.indices()[0], gradient.values().clone()
         optimizer.step()
         optimizer.zero_grad()
-        if name == "sgd":
-            first[rows] = 0.9 * first[rows] + values + 0.01 * expected[rows]
-            expected[rows] -= 0.3 * first[rows]
-        else:
-            first[rows] = 0.9 * first[rows] + 0.1 * values
-            second[rows] = 0.999 * second[rows] + 0.001 * values ** 2
-            moved = (first[rows] / (1 - 0.9 ** step)) / ((second[rows] / (1 - 0.999 ** step)).sqrt() + 1e-8)
-            expected[rows] -= 0.05 * (0.1 * expected[rows] + moved)
-        assert len(rows) < classifier.num_local         # a step that touches every row would prove nothing
-    state = optimizer.state[classifier.weight]
-    return classifier.weight.detach(), expected, state["momentum_buffer" if name == "sgd" else "exp_avg"], first
+        expected.step(dict(zip(rows.tolist(), values)))
+        untouched = [row for row in range(classifier.num_local) if row not in rows]
+        assert untouched                            # a step that touches every row would prove nothing
+        after = tables(classifier, optimizer)
+        for key, value in before.items():
+            assert torch.equal(after[key][untouched], value[untouched]), key
+        torch.testing.assert_close(after["weight"], expected.weight, rtol=1e-8, atol=1e-10)
+        for key in after.keys() & TABLES:
+            torch.testing.assert_close(after[key], getattr(expected, TABLES[key]), rtol=1e-8, atol=1e-10)
+    return after
+
+
+def train_through_and_in_parts(name, accumulate):
+    return train_on_rank(name, accumulate, None), train_on_rank(name, accumulate, 3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name, accumulate", [("sgd", 1), ("adamw", 1), ("sgd", 2)])
-def test_training_keeps_each_centres_own_state(world_size, name, accumulate):
-    for weight, expected, state, expected_state in run_ranks(train_on_rank, world_size, name, accumulate):
-        torch.testing.assert_close(weight, expected, rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(state, expected_state, rtol=1e-8, atol=1e-10)
+def test_each_centre_keeps_its_own_state_through_checkpoints_too(world_size, name, accumulate):
+    for whole, parts in run_ranks(train_through_and_in_parts, world_size, name, accumulate):
+        assert whole.keys() == parts.keys() and len(whole) > 1
+        assert all(torch.equal(parts[key], value) for key, value in whole.items())
+
+
+def spread_labels(step):
+    """Twelve classes of 41, some in every quarter, others than in the step before."""
+    return (torch.arange(12) * 41 // 12 + step) % 41
+
+
+def train_on_positives(name):
+    """Five steps that sample nothing but the positives; the losses, and what `tables` does."""
+    embeddings, _, _ = problem(41)
+    classifier, optimizer, _ = start(name, 0.01)
+    losses = []
+    for step in range(5):
+        loss = classifier(share(embeddings + 0.1 * step), share(spread_labels(step)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses), tables(classifier, optimizer)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_number_of_ranks_takes_the_steps_of_a_plain_loop(name):
+    """Where no random negative comes in, shards of 41, 21 or 11 and 10 classes are all the same softmax."""
+    embeddings, _, _ = problem(41)
+    _, _, expected = start(name, 0.01)
+    losses = []
+    for step in range(5):
+        rows = spread_labels(step)
+        loss, _, gradient = slow(embeddings + 0.1 * step, expected.weight[rows], torch.arange(12), s=8.0, m2=0.3)
+        expected.step(dict(zip(rows.tolist(), gradient)))
+        losses.append(loss)
+    for world_size in (1, 2, 4):
+        results = run_ranks(train_on_positives, world_size, name)
+        for result in results:
+            torch.testing.assert_close(result[0], torch.stack(losses), rtol=1e-9, atol=0)
+        for key in results[0][1]:
+            got = torch.cat([result[1][key] for result in results])
+            torch.testing.assert_close(got, getattr(expected, TABLES.get(key, key)), rtol=1e-8, atol=1e-10)
 
 
 def test_forgetting_to_attach_does_not_pass_silently():

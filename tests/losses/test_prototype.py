@@ -1,4 +1,4 @@
-"""The softmax over old prototypes: against a plain loop, its gradient, two ranks."""
+"""The softmax over old prototypes: against a plain loop, its gradient."""
 
 import math
 
@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.distributed import global_mean
 from losses import old_prototype_loss
-from tests.ranks import run_ranks
 
 
 def batch(size=6, classes=4, width=5, seed=0):
@@ -65,21 +63,3 @@ def test_arguments_that_do_not_fit():
         old_prototype_loss(embeddings, labels, prototypes[:, :4])
     with pytest.raises(ValueError, match="scale"):
         old_prototype_loss(embeddings, labels, prototypes, 0.0)
-
-
-def gradient(embeddings, labels, prototypes, size):
-    """Term and gradient of this rank's `size` rows of the batch."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    mine = slice(rank * size, (rank + 1) * size)
-    embeddings = embeddings[mine].clone().requires_grad_()
-    term = global_mean(old_prototype_loss(embeddings, labels[mine], prototypes, 16.0))
-    term.backward()
-    return term.detach(), embeddings.grad
-
-
-def test_two_ranks_have_the_gradient_of_one():
-    inputs = batch(8)
-    term, whole = gradient(*inputs, 8)
-    results = run_ranks(gradient, 2, *inputs, 4)
-    torch.testing.assert_close(torch.cat([grad for _, grad in results]), whole)
-    assert [value.item() for value, _ in results] == pytest.approx([term.item()] * 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine import by_class
 from engine.feature_files import FeatureError
-from engine.features import load_credible
+from engine.old_features import load_credible
 from tools.get_feature import credible_entropy
 from tools.get_feature.credible_entropy import assignment_entropy, low_entropy_rows, means_and_variance
 

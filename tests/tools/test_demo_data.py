@@ -1,6 +1,10 @@
 import collections
 import json
 import math
+import pathlib
+import signal
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -303,6 +307,24 @@ def test_interrupted_run_is_drawn_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "demo_data.json").read_text())["complete"] is False
     assert draw_demo_data.draw(args) is True
     assert draw_demo_data.draw(args) is False
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_run_that_is_killed(end):
+    """Killed while its workers wait for tasks. They have its standard output open, which ends with the last of them."""
+    code = """
+import os, signal
+from tools.demo_data.draw_demo_data import _workers
+with _workers(2) as over:
+    list(over(abs, range(16)))
+    print("drawn", flush=True)
+    signal.pause()
+"""
+    repo = pathlib.Path(__file__).resolve().parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=repo, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "drawn\n"
+        run.send_signal(end)
+        assert run.communicate(timeout=60)[0] == "" and run.returncode == -end
 
 
 def test_files_of_others_are_not_replaced(tmp_path):

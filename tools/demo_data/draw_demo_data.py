@@ -14,10 +14,12 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import shutil
 import sys
+import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
@@ -74,8 +76,19 @@ def _workers(processes):
         return
     # Spawned, not forked: OpenCV's and BLAS's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context, cv2.setNumThreads, (1,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker) as pool:
         yield lambda function, tasks: bar(pool.map(function, tasks, chunksize=4), tasks)
+
+
+def _start_worker():
+    """One thread to draw with, and one that ends the worker with its parent, which may be killed without a word."""
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)  # sys.exit would end this thread alone
 
 
 def _stamp(args):

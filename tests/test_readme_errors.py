@@ -1,0 +1,59 @@
+"""The README's section on errors quotes messages that the sources have, and keys that a config has."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+from engine.config import load_config
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+FOLDERS = ("BCT_methods", "backbones", "engine", "losses", "tools")
+
+
+def section():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    return text.split("\n## When something goes wrong\n")[1].split("\n## ")[0]
+
+
+def quoted_messages():
+    """The code spans in the first column of the section's tables."""
+    first_columns = re.findall(r"^\| (.*?) \|", section(), re.M)
+    return [span for cell in first_columns for span in re.findall(r"`(.+?)`", cell)]
+
+
+def messages_of(tree):
+    """All strings of a module but docstrings; `…` for what an f-string or a %-form puts in; neighbours are one."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield re.sub(r"%[sdg]", "…", node.value)
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """Every string of the sources, one a line."""
+    paths = [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py"))]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    return "\n".join(text.replace("\n", " ") for tree in trees for text in messages_of(tree))
+
+
+def test_the_section_is_found():
+    assert len(quoted_messages()) >= 50, "the section, or its tables' form, got lost"
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_every_message_is_one_of_the_sources(message, sources):
+    pattern = ".*".join(re.escape(part) for part in message.split("…"))
+    assert re.search(pattern, sources), "no source has this message any more: correct the README"
+
+
+def test_every_key_is_one_of_a_config():
+    keys = load_config("configs/base.py")
+    spans = re.findall(r"`([^`]+)`", "\n".join(line.partition(" | ")[2] for line in section().splitlines()))
+    named = {match[1] for span in spans if (match := re.fullmatch(r"([a-z_0-9]+) = .*", span))}
+    named |= {span for span in spans if re.fullmatch(r"[a-z]+_[a-z_]+", span)} | {"lr", "rec", "output"}
+    assert len(named) > 15 and named <= set(keys), named - set(keys)
