@@ -12,7 +12,7 @@ import torch
 
 from dataset import RecordDataset
 from engine.errors import UserError
-from image_bytes import IMAGE_SHAPE, _is_whole, image_size
+from image_bytes import IMAGE_SHAPE, image_size, whole_image
 from loader import TrainLoader
 from recordio import RecordError
 
@@ -44,7 +44,7 @@ class _Undecoded:
 
     def _put(self, row, image):
         data = self.dataset.reader.read_image(int(self.dataset.keys[row]))[1]
-        if len(data) > image.size or image_size(data) != IMAGE_SHAPE[1::-1] or not _is_whole(data):
+        if len(data) > image.size or image_size(data) != IMAGE_SHAPE[1::-1] or whole_image(data) is None:
             self.dataset.fill([row], image[np.newaxis])  # raises for most of them, saying what is wrong
             return 0
         image.reshape(-1)[:len(data)] = data

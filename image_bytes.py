@@ -55,8 +55,9 @@ def decode_bgr(data):
     size = image_size(data)
     if size is not None and size != IMAGE_SHAPE[1::-1]:
         raise ValueError(f"image is {size[0]} x {size[1]}, not 112 x 112: align the faces first")
+    whole = whole_image(data) if size else None
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if size and _is_whole(data) else None
+        image = cv2.imdecode(whole, cv2.IMREAD_COLOR) if whole is not None else None
     except cv2.error:
         image = None
     if image is None or image.shape != IMAGE_SHAPE:
@@ -64,20 +65,19 @@ def decode_bgr(data):
     return image
 
 
-def _is_whole(data):
-    """Whether a JPEG's end marker or all of a PNG's chunks are there.
+def whole_image(data):
+    """`data`, a JPEG or PNG, without what follows a PNG's last chunk; None if a JPEG's end marker or that chunk lacks.
 
     A JPEG's scan data cannot hold the marker: 0xff is always followed by a zero or a restart number. OpenCV reserves
-    what a PNG's chunk announces, up to 2 GB, and fills it, before it finds that the file is shorter.
+    what a PNG's chunk announces, up to 2 GB, and fills it, before it finds that the file is shorter; and it looks for
+    chunks behind the last one.
     """
     if data[0] == 0xFF:
-        return b"\xff\xd9" in data[-64:].tobytes() or b"\xff\xd9" in data.tobytes()
+        return data if b"\xff\xd9" in data[-64:].tobytes() or b"\xff\xd9" in data.tobytes() else None
     view, at = memoryview(data), len(_PNG_SIGNATURE)
     while at + 12 <= len(view):
         length, kind = _CHUNK.unpack_from(view, at)
         at += 12 + length
         if kind == b"IEND":
-            break
-    else:
-        return False
-    return at <= len(view)
+            return data[:at] if at <= len(view) else None
+    return None

@@ -301,7 +301,7 @@ class RecordReader:
         length = words[at + 1].astype(np.int64)  # with flag 0 the whole word is the length
         many = words[at + 2].astype(np.int64)
         plain = inside & (words[at] == MAGIC) & (length >= _IR.size + 4 * many)
-        plain &= (length < _MAX_PAYLOAD) & (offsets + _FRAME.size + length <= self._size)
+        plain &= (length < _MAX_PAYLOAD) & (offsets + _FRAME.size + length <= self._end)
         return plain, words[np.where(plain & (many > 0), at + 8, at + 3)].view("<f4")
 
     def _error(self, reason, key, offset=None):

@@ -84,7 +84,7 @@ class _Machine:
         self.data, self.size, self.at = data, len(data), 0
         self.stack, self.below = [], []  # the values since the last mark; those before it, a list for each mark
         self.memo, self.memoized = [], 0
-        self.lists = 0
+        self.lists = self.frame_end = 0
 
     def run(self):
         """What the pickle stands for; bytes behind its end are left alone. Raises ValueError."""
@@ -94,6 +94,8 @@ class _Machine:
                 if opcode not in _OPCODES:
                     raise ValueError(f"{_name(opcode)} has no place in one")
                 _OPCODES[opcode](self)
+                if begin < self.frame_end < self.at:
+                    raise ValueError(f"{_name(opcode)} goes beyond its frame")
                 begin = self.at
             return self.pop()
         except ValueError as error:
@@ -154,8 +156,13 @@ class _Machine:
             raise ValueError("its pickle protocol is unknown")
 
     def frame(self):
-        if self.number(8) > self.size - self.at:
+        """A pickler's block, which has only whole opcodes in it (PEP 3154)."""
+        length = self.number(8)
+        if self.frame_end > self.at:
+            raise ValueError("a frame begins in another one")
+        if length > self.size - self.at:
             raise ValueError("it ends too early")
+        self.frame_end = self.at + length
 
     def put(self, index):
         """A pickler counts its memo up from 0 or 1, in the file so far: there is a byte for each place."""

@@ -56,7 +56,7 @@ def python2_pickle(images, same, protocol):
     return (b"\x80\x02" if protocol == 2 else b"(") + body + (b"\x86" if protocol == 2 else b"t") + put("pair") + b"."
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C lets some opcodes go beyond their frames
     def find_class(self, module, name):
         assert (module, name) == ("_codecs", "encode")
         return lambda text, encoding: text.encode(encoding)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings, strategies
 
 import dataset
 import image_bytes
-from image_bytes import decode_bgr, image_size
+from image_bytes import decode_bgr, image_size, whole_image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -99,6 +99,16 @@ def test_a_chunk_longer_than_its_file_is_refused_before_it_is_decoded(no_decoder
                 decoded(png_header(112, 112) + struct.pack(">I", 2**31 - 1) + kind + rest)
 
 
+def test_what_follows_the_end_of_a_png_is_not_looked_at():
+    """OpenCV would reserve 600 MB for the chunk; which it goes on to where no image came before the end."""
+    behind = struct.pack(">I", 2**29) + b"tEXt" + bytes(100)
+    assert np.array_equal(decoded(PNG + behind), picture())
+    empty = png_header(112, 112) + chunk(b"IEND", b"")
+    assert whole_image(np.frombuffer(empty + behind, np.uint8)).tobytes() == empty
+    with pytest.raises(ValueError, match="do not decode"):
+        decoded(empty + behind)
+
+
 def test_other_formats_and_bytes_are_refused_before_they_are_decoded(no_decoder):
     others = [encoded(kind, picture()) for kind in (".bmp", ".tiff", ".webp", ".ppm", ".jp2")]
     scan = b"\xff\xda" + JPEG.split(b"\xff\xda")[1]
@@ -142,9 +152,10 @@ def test_whatever_the_bytes_header_and_decoder_agree(data):
     else:
         assert size == (112, 112) and image.shape == (112, 112, 3) and image.dtype == np.uint8
     array = np.frombuffer(data, np.uint8)
-    if size is not None and size[0] * size[1] < 10**6 and image_bytes._is_whole(array):
+    whole = whole_image(array) if size is not None and size[0] * size[1] < 10**6 else None
+    if whole is not None:
         try:
-            found = cv2.imdecode(array, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+            found = cv2.imdecode(whole, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         except cv2.error:
             return
         assert found is None or found.shape[1::-1] == size

@@ -110,6 +110,7 @@ def record_sets(draw, piece=PIECE):
 @example((in_parts(struct.pack("<IfQQ", 2, 3, MAGIC << 32, 2) + WORD + b"abcd" + WORD), b"5\t0\n4\t0\n"))
 @example((frame(b"", 2) + frame(b"", 3), b"0\t0\n"))
 @example((frame(b"") * 3 + frame(b"", 1) + frame(b"", 2) + frame(b"", 0), b"0\t0\n1\t8\n2\t24\n"))
+@example((frame(struct.pack("<IfQQ", 0, 3, 1, 2) + b"abc")[:-1], b"0\t0\n"))  # the padding is cut, not the image
 def test_whatever_the_files_the_answers_are_the_plain_ones(tmp_path_factory, files):
     hold_against_plain(tmp_path_factory.getbasetemp(), *files)
 

@@ -155,6 +155,24 @@ def test_cut_anywhere_it_ends_too_early(path):
     refused(path, b"", "empty")
 
 
+def test_an_opcode_across_the_end_of_its_frame_is_refused(path):
+    whole = pickle.dumps((IMAGES, SAME), 4)
+    protocol, opcodes = whole[:2], whole[11:]
+    assert whole[2:11] == b"\x95" + struct.pack("<Q", len(opcodes)) and opcodes[:4] == b"]\x94(B"
+
+    def framed(length):
+        return protocol + b"\x95" + struct.pack("<Q", length) + opcodes
+
+    assert read(path, framed(3)) == (IMAGES, SAME) == plain_load(framed(3))     # the rest need not be in one
+    for length in (4, 8, 20):
+        refused(path, framed(length), "BINBYTES goes beyond its frame")
+    with pytest.raises(pickle.UnpicklingError):     # which lets one end between an opcode and what belongs to it
+        plain_load(framed(20))
+    refused(path, framed(len(opcodes) + 1), "ends too early")
+    inner = b"\x95" + struct.pack("<Q", 4)
+    refused(path, protocol + b"\x95" + struct.pack("<Q", 20) + inner + opcodes, "a frame begins in another one")
+
+
 def test_what_is_no_file_is_named(path, tmp_path):
     for target in (path, tmp_path):
         with pytest.raises(VerificationError, match="no such verification set; .* take it out of val_targets"):

@@ -1,10 +1,10 @@
 """Coverage-guided fuzzing of engine/bin_files.py: whatever the bytes, a VerificationError or what pickle itself reads.
 
     python -m venv fuzzenv && fuzzenv/bin/pip install atheris numpy
-    fuzzenv/bin/python tests/fuzz/fuzz_bin.py -max_total_time=900 -rss_limit_mb=1024 -timeout=10 CORPUS
+    fuzzenv/bin/python tests/fuzz/fuzz_bin.py -max_total_time=900 -timeout=10 CORPUS
 
 CORPUS is a directory, made and filled with seeds where it does not exist, and kept from run to run. What breaks an
-invariant, takes 10 s or 1 GiB ends the run and leaves a file `crash-...`, `timeout-...` or `oom-...`, which
+invariant, takes 10 s or 64 MiB ends the run and leaves a file `crash-...` or `timeout-...`, which
 
     fuzzenv/bin/python tests/fuzz/fuzz_bin.py crash-...
 

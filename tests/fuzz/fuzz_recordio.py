@@ -1,11 +1,11 @@
 """Coverage-guided fuzzing of recordio.py and image_layout.py: whatever the bytes, a RecordError or the plain answer.
 
     python -m venv fuzzenv && fuzzenv/bin/pip install atheris numpy
-    fuzzenv/bin/python tests/fuzz/fuzz_recordio.py -max_total_time=900 -rss_limit_mb=1024 -timeout=10 CORPUS
+    fuzzenv/bin/python tests/fuzz/fuzz_recordio.py -max_total_time=900 -timeout=10 CORPUS
 
 An input is an index, `----` and a record file; tests/plain_recordio.py says what must hold. CORPUS is a directory,
 made and filled with seeds where it does not exist, and kept from run to run. What breaks an invariant, takes 10 s or
-1 GiB ends the run and leaves a file `crash-...`, `timeout-...` or `oom-...`, which
+64 MiB ends the run and leaves a file `crash-...` or `timeout-...`, which
 
     fuzzenv/bin/python tests/fuzz/fuzz_recordio.py crash-...
 
