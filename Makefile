@@ -1,13 +1,15 @@
 # make demo      the whole flow, small, on this machine; ends in a table      (SEED=1 for other data and weights)
 # make compare   all methods and an independent model on the demo's data
 # make test      the tests
-PYTHON ?= python3
-SEED   ?= 0
-BIN    := .venv/bin
+# make soak      kill runs with SIGKILL and go on with them, for 20 minutes       (MINUTES=600 over night)
+PYTHON  ?= python3
+SEED    ?= 0
+MINUTES ?= 20
+BIN     := .venv/bin
 
 METHODS := MixBCT UniBCT UniBCTscale16 NCCL NCCLscale16 BCT BCTscale16 AdvBCT L2 weakenedL2
 
-.PHONY: demo compare test clean-demo
+.PHONY: demo compare test soak clean-demo
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(SEED)
@@ -17,6 +19,9 @@ compare: .venv/.installed
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest
+
+soak: .venv/.installed-test
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) --seed $(SEED)
 
 clean-demo:
 	rm -rf demo

@@ -67,6 +67,9 @@ def replicate(module, cfg, device, world_size):
         device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,  # BatchNorm statistics stay each rank's own; rank 0's are saved
         gradient_as_bucket_view=True,
+        # After the first step DDP sorts its buckets anew, and from three ranks on a sum depends on its place in one:
+        # a run that is gone on with would differ in the last bits. Not where parameters might go unused.
+        find_unused_parameters=cfg.deterministic,
     )
     module.register_comm_hook(None, _sum_gradients)
     return module

@@ -1,6 +1,6 @@
 """Checkpoints: one file a rank and step, whole or absent; a set counts only when every rank's file is there and whole.
 
-With several machines `output` must be a directory that all of them share.
+With several machines `output` must be a directory that all of them share; `check_shared` holds them to it.
 """
 
 import copy
@@ -8,6 +8,8 @@ import errno
 import math
 import pathlib
 import re
+import secrets
+import time
 import zipfile
 
 import torch
@@ -19,6 +21,7 @@ from engine.errors import UserError
 from engine.recut import recut
 
 KEEP = 2
+SECONDS_TO_APPEAR = 10      # of a new file, on a disk that other machines share
 DAMAGED = "damaged_"    # what the files of a set that was passed over are called from then on, before their names
 _REFUSED = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # by the system
 _NAME = re.compile(r"checkpoint_step_(\d+)_gpu_(\d+)_of_(\d+)\.pt")
@@ -201,6 +204,40 @@ def check_whole(path):
         raise _as_damage(path, error) from error
     if damaged:
         raise CheckpointError(f"{path}: damaged, the checksum of its part {damaged} is wrong")
+
+
+def check_shared(output):
+    """Raise CheckpointError, on all ranks, where not all of them see the same directory `output`.
+
+    Else each machine's checkpoints would be parts of sets that never become complete, which shows days later.
+    """
+    if not dist.is_initialized():
+        return
+    probe = pathlib.Path(output) / _of_rank_zero(f".shared.{secrets.token_hex(8)}.tmp")
+    if is_main():
+        probe.touch()
+    try:
+        barrier()
+        seen = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, _appears(probe))
+    finally:
+        if is_main():
+            probe.unlink()
+    blind = [rank for rank, sees in enumerate(seen) if not sees]
+    if blind:
+        raise CheckpointError(
+            f"{output}: ranks {', '.join(map(str, blind))} do not see what rank 0 writes there; set `output` to a "
+            "directory on a disk that all machines share, or no checkpoint would ever be whole"
+        )
+
+
+def _appears(path):
+    """Whether `path` can be seen, if need be some seconds later, as on network disks."""
+    for _ in range(SECONDS_TO_APPEAR):
+        if path.exists():
+            return True
+        time.sleep(1)
+    return path.exists()
 
 
 def start_afresh(output):

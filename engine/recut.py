@@ -52,7 +52,7 @@ def recut(states, rank, world_size):
 def _cut(shards, dim, rank, world_size):
     """The part of the concatenated shards that is this rank's; reads no more of them than that."""
     start, stop = rows_of_rank(sum(shard.shape[dim] for shard in shards), rank, world_size)
-    parts, first = [], 0
+    parts, first = [shards[0].narrow(dim, 0, 0)], 0     # with fewer classes than ranks some get none
     for shard in shards:
         last = first + shard.shape[dim]
         low, high = max(start, first), min(stop, last)

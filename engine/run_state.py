@@ -86,8 +86,8 @@ def refuse_broken_weights(run):
         broken = [name for name, good in zip(tensors, finite.tolist()) if not good]
         raise CheckpointError(
             f"step {run.step}: NaN or infinity in {', '.join(broken[:5]) or 'another rank'}"
-            f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}; no checkpoint written, {run.cfg.output} keeps "
-            "the earlier ones. Lower lr or add warmup_epoch, and go on from them with --resume True"
+            f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}; no checkpoint written, {run.cfg.output} "
+            "keeps the earlier ones. Lower lr or add warmup_epoch, and go on from them with --resume True"
         )
 
 

@@ -144,6 +144,7 @@ class Trainer:
     def train(self):
         """Train to the end, or until a signal asks to stop: then the step is finished and a checkpoint written."""
         cfg = self.cfg
+        checkpoint.check_shared(cfg.output)
         if cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts
             self.resume()
         else:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from BCT_methods.AdvBCT.boundary import class_boundaries
+from engine.build import unwrap
 from engine.config import load_config
-from engine.trainer import unwrap
 from loader import ShuffledRows
 from tests.BCT_methods.whole_runs import WIDTH, without_batch_norm, write_config, write_old_features
 from tests.conftest import draw_record_set

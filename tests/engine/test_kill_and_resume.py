@@ -7,13 +7,14 @@ from tests.kills import Kill, attempt, check_sets, draw_kills, kill_and_resume, 
 
 SEED = 5
 KILLS = 5           # of each run below, in a line of the code; and one from outside
-AT_LEAST = 4        # of these six, for a run may come to its end before
+AT_LEAST = 4        # of these six: a run may come to its end before
 
 # Between them: accumulated gradients, sampled centres, dropout, a process that decodes, verification, and checkpoints
 # that are not also written at the end of every epoch.
 RUNS = [
     ("MixBCT", 1, {"sample_rate": 0.5, "optimizer": "adamw", "lr": 1e-3}),
     ("MixBCT", 2, {"sample_rate": 0.5, "val_targets": ["pairs"], "verbose": 4}),
+    ("MixBCT", 3, {"deterministic": True, "batch_size": 2}),
     ("NCCL", 1, {"gradient_acc": 2, "batch_size": 2, "save_all_states": False}),
     ("NCCL", 2, {"checkpoint_steps": 2}),
     ("AdvBCT", 1, {"num_workers": 1, "dropout": 0.2, "checkpoint_steps": 2}),

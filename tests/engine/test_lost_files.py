@@ -59,6 +59,7 @@ class LosesWorker(L2):
         if self.step == 5:
             for process in self.loader._workers.processes:
                 process.kill()
+                process.join()
         return super().losses(images, labels, index)
 
 

@@ -85,7 +85,7 @@ def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):
 def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):      # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
-    with pytest.raises(CheckpointError, match=r"holds checkpoints of an unfinished run \(step 5 of 18\).*--resume True"):
+    with pytest.raises(CheckpointError, match=r"of an unfinished run \(step 5 of 18\).*--resume True"):
         run(path)
     assert checkpoint.complete_sets(tmp_path / "run") == [(5, 1)]
     run(path, "--resume", "True")

@@ -1,0 +1,189 @@
+"""A run that goes on on another number of ranks: the class shards are cut anew, everything else carries over."""
+
+import copy
+
+import pytest
+import torch
+
+from BCT_methods.AdvBCT.train import AdvBCT
+from BCT_methods.MixBCT.train import MixBCT
+from BCT_methods.NCCL.train import NCCL
+from engine import checkpoint
+from engine.checkpoint import CheckpointError
+from engine.config import load_config
+from engine.distributed import rows_of_rank
+from engine.random_state import random_state
+from engine.recut import recut
+from tests.BCT_methods.whole_runs import train, without_batch_norm, write_config, write_old_features
+from tests.ranks import run_ranks
+
+METHODS = {"MixBCT": MixBCT, "NCCL": NCCL, "AdvBCT": AdvBCT}
+CLASSES, GLOBAL_BATCH, STOPPED, STEPS = 7, 12, 4, 8      # 7 classes: the shards of 2, 3 and 4 ranks are of unequal size
+
+
+# --- the cut ------------------------------------------------------------------------------------------------------
+
+
+def states_of(ranks, total=CLASSES):
+    """States as checkpoints have them, of `total` classes in order, each class with its number everywhere."""
+    states = []
+    for rank in range(ranks):
+        classes = torch.arange(*rows_of_rank(total, rank, ranks), dtype=torch.float32)
+        states.append({
+            "classifier": {"weight": classes[:, None].expand(-1, 3).clone()},
+            "extra": {"queue.logits": classes.expand(2, -1).clone(), "queue.size": torch.tensor(5)},
+            "optimizer": {"state": {0: {"m": torch.ones(2)}, 1: {"m": 10 * classes, "step": torch.tensor(4.0)}}},
+            "class_sharded": [
+                (("classifier", "weight"), 0), (("extra", "queue.logits"), 1), (("optimizer", "state", 1, "m"), 0)
+            ],
+            "random": rank,
+            "sampler": rank,
+        })
+    return states
+
+
+@pytest.mark.parametrize("before", [1, 2, 3, 8])
+@pytest.mark.parametrize("after", [1, 2, 4, 8])
+def test_each_rank_gets_its_classes_whatever_ranks_there_were(before, after):
+    old, expected = states_of(before), states_of(after)
+    untouched = copy.deepcopy(old)
+    for rank in range(after):
+        state = recut(old, rank, after)
+        for path, _ in state["class_sharded"]:
+            value, right = state, expected[rank]
+            for key in path:
+                value, right = value[key], right[key]
+            assert torch.equal(value, right), path
+        assert state["extra"]["queue.size"] == 5 and state["optimizer"]["state"][1]["step"] == 4
+        # No two ranks go on with the same random numbers.
+        assert (state["random"], state["sampler"]) == ((rank, rank) if rank < before else (None, None))
+    for state, was in zip(old, untouched):
+        assert str(state) == str(was)
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_record_set):
+    folder, labels = tmp_path_factory.mktemp("recut"), [i % CLASSES for i in range(4 * GLOBAL_BATCH)]
+    make_record_set(folder / "set.rec", labels)
+    write_old_features(folder, labels)
+    return folder
+
+
+def config_of(folder, method, ranks, name, **keys):
+    own = {"NCCL": {"queue_size": 20}, "MixBCT": {"mix_ratio": 1.0}}.get(method, {})   # all mixed: no draw per rank
+    return write_config(
+        folder, method, name, batch_size=GLOBAL_BATCH // ranks, checkpoint_steps=STOPPED, decay_epoch=[2],
+        clip_grad_norm=0.0, **{**own, **keys},
+    )
+
+
+def stopped_run(method, path):
+    """Train to the end and leave the checkpoint of step STOPPED alone, as if the run had been killed behind it."""
+    train(METHODS[method], path)
+    torch.distributed.barrier()
+    for rank in range(torch.distributed.get_world_size()):
+        checkpoint.checkpoint_path(load_config(path).output, STEPS, rank, torch.distributed.get_world_size()).unlink(
+            missing_ok=True
+        )
+    torch.distributed.barrier()
+
+
+def resumed(method, path, *overrides):
+    """What this rank holds right after resuming, and at the end."""
+    torch.set_num_threads(1)
+    kind = type("Watched", (METHODS[method],), {"build_backbone": lambda self: without_batch_norm()})
+    trainer = kind(load_config(path, ["--resume", "True", *overrides]))
+    at_start = {}
+
+    def keep(self):
+        at_start.update(
+            step=self.step, lr=self.schedule.get_last_lr()[0], centres=self.classifier.weight.detach().clone(),
+            momentum=self.optimizer.state[self.classifier.weight]["momentum_buffer"].clone(),
+            extra={key: value.clone() for key, value in self.extra.state_dict().items()},
+            random=random_state(self.generator, self.device)["run"],
+        )
+
+    restore = trainer.resume
+    trainer.resume = lambda: (restore(), keep(trainer))
+    trainer.train()
+    backbone = {k.removeprefix("module."): v.clone() for k, v in trainer.backbone.state_dict().items()}
+    return at_start, (backbone, trainer.classifier.weight.detach().clone(), dict(trainer.extra.state_dict()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 3), (2, 4)])
+def test_the_run_goes_on_as_it_would_have(folder, method, before, after):
+    name = f"{method}_{before}_{after}"
+    path = config_of(folder, method, before, name)
+    run_ranks(stopped_run, before, method, path)
+    assert checkpoint.complete_sets(folder / name) == [(STOPPED, before)]
+    states = [checkpoint.load(checkpoint.checkpoint_path(folder / name, STOPPED, r, before)) for r in range(before)]
+    results = run_ranks(resumed, after, method, config_of(folder, method, after, name))
+
+    weight = states[0]["optimizer"]["param_groups"][1]["params"][0]
+    for key, whole in (
+        ("centres", [state["classifier"]["weight"] for state in states]),
+        ("momentum", [state["optimizer"]["state"][weight]["momentum_buffer"] for state in states]),
+    ):
+        assert torch.equal(torch.cat([start[key] for start, _ in results]), torch.cat(whole)), key
+    for rank, (start, _) in enumerate(results):
+        assert start["step"] == STOPPED and start["lr"] == results[0][0]["lr"]
+        if rank < before:
+            assert torch.equal(start["random"], states[rank]["random"]["run"])
+        for key, value in states[0]["extra"].items():
+            if not key.endswith("queue_logits"):
+                assert torch.equal(start["extra"][key], value), key
+    draws = [start["random"].tolist() for start, _ in results]
+    assert all(first != second for i, first in enumerate(draws) for second in draws[:i])
+
+    # And ends, up to rounding, where the run that nobody stopped does.
+    undisturbed = run_ranks(train_method, 1, method, config_of(folder, method, 1, f"{name}_whole"))[0]
+    for _, (backbone, _, _) in results:
+        for key, value in undisturbed[0].items():
+            torch.testing.assert_close(backbone[key], value, rtol=0, atol=1e-5)
+    centres = torch.cat([end[1] for _, end in results])
+    torch.testing.assert_close(centres, undisturbed[1], rtol=0, atol=1e-5)
+    # The newest set is that of the ranks which wrote it; the last two of the run are kept, whoever wrote them.
+    assert checkpoint.complete_sets(folder / name) == [(STOPPED, before), (STEPS, after)]
+    assert len(list((folder / name).glob("softmax_fc_gpu_*.pt"))) == after
+
+
+def train_method(method, path):
+    return train(METHODS[method], path)
+
+
+def test_another_global_batch_goes_on_at_the_same_image_with_a_warning(folder):
+    path = config_of(folder, "MixBCT", 2, "larger")
+    run_ranks(stopped_run, 2, "MixBCT", path)
+    keys = ["--batch_size", "12"]       # two ranks of 6 become two of 12 images, which is refused, or one of 24
+    with pytest.raises(RuntimeError, match="CheckpointError.*written with batch_size = 6 and gradient_acc = 1"):
+        run_ranks(resumed, 2, "MixBCT", path, *keys)
+    (start, _), = run_ranks(resumed, 1, "MixBCT", path, "--batch_size", "24")
+    assert start["step"] == STOPPED * GLOBAL_BATCH // 24    # the end of the first epoch, of 2 steps now
+    log = (folder / "larger/training.log").read_text()
+    assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr stays" in log
+    # Fewer steps have been done by now, yet the later set is the one to go on from.
+    assert checkpoint.complete_sets(folder / "larger")[-1] == (4, 1)
+
+
+# --- a disk for each machine ----------------------------------------------------------------------------------------
+
+
+def start_on_disks_of_their_own(folder):
+    rank = torch.distributed.get_rank()
+    checkpoint.SECONDS_TO_APPEAR = 0
+    (folder / str(rank)).mkdir()
+    try:
+        checkpoint.check_shared(folder / str(rank))
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_disk_that_is_not_shared_is_noticed_at_the_start(tmp_path):
+    for rank, message in enumerate(run_ranks(start_on_disks_of_their_own, 3, tmp_path)):
+        assert "ranks 1, 2 do not see what rank 0 writes there; set `output` to a directory on a disk" in message
+        assert not list((tmp_path / str(rank)).iterdir())
+    run_ranks(checkpoint.check_shared, 2, tmp_path)

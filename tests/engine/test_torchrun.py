@@ -1,0 +1,112 @@
+"""Runs under torchrun: restarted when a rank dies, stopped by its SIGTERM, gone on with by the command in the log."""
+
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from engine import checkpoint
+from tests.BCT_methods.whole_runs import REPO, write_config, write_old_features
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {repo!r})
+from BCT_methods.MixBCT.train import MixBCT
+
+class Disturbed(MixBCT):
+    def update(self):
+        super().update()
+        if os.environ.get("DIES") and self.step == 8 and self.rank == 1 and not self.cfg.resume:
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("SLOW"):
+            open(f"{{self.cfg.output}}/at_work_{{self.rank}}", "w").close()
+            time.sleep(0.05)    # else the run would be over before a signal comes
+
+if __name__ == "__main__":
+    Disturbed.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_record_set):
+    folder, labels = tmp_path_factory.mktemp("torchrun"), [i % 5 for i in range(60)]
+    make_record_set(folder / "set.rec", labels)
+    write_old_features(folder, labels)
+    (folder / "train.py").write_text(SCRIPT.format(repo=str(REPO)))
+    return folder
+
+
+def start(folder, name, *launcher, **environment):
+    """torchrun on two ranks: 10 steps an epoch, 3 epochs, a checkpoint every 3 steps."""
+    path = write_config(folder, "MixBCT", name, batch_size=3, num_epoch=3, checkpoint_steps=3, frequent=1)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+        f"--master_port={31500 + os.getpid() % 2000}", *launcher, str(folder / "train.py"), str(path),
+    ]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=at_work(**environment)
+    )
+
+
+def at_work(**environment):
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path, **environment}
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The directory of a run that nobody disturbs."""
+    process = start(folder, "whole")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    return folder / "whole"
+
+
+def assert_same_end(whole, output):
+    for name in ("model.pt", "softmax_fc_gpu_0.pt", "softmax_fc_gpu_1.pt"):
+        first, second = checkpoint.load(whole / name), checkpoint.load(output / name)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), name
+
+
+def test_max_restarts_goes_on_from_the_last_checkpoint(folder, whole):
+    process = start(folder, "restarted", "--max-restarts=1", DIES="1")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    log = (folder / "restarted/training.log").read_text()
+    assert re.findall(r"resumed from .*: epoch (\d), step (\d)", log) == [("0", "6")]
+    assert_same_end(whole, folder / "restarted")
+
+
+def test_without_restarts_the_run_ends_and_says_so(folder):
+    process = start(folder, "dead", DIES="1")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
+    assert [step for step, _ in checkpoint.complete_sets(folder / "dead")] == [3, 6]
+
+
+def test_a_sigterm_to_torchrun_stops_all_ranks_and_the_log_says_how_to_go_on(folder, whole):
+    process = start(folder, "stopped", SLOW="1")
+    deadline = time.monotonic() + 100
+    while not all((folder / f"stopped/at_work_{rank}").exists() for rank in range(2)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    found = re.search(r"stopped by SIGTERM at step (\d+); go on with: (torchrun .*)", printed)
+    assert found, printed
+    step = int(found[1])
+    assert 1 <= step < 30 and checkpoint.complete_sets(folder / "stopped")[-1] == (step, 2)
+    done = subprocess.run(
+        shlex.split(found[2]), cwd=folder, capture_output=True, text=True, timeout=120, env=at_work()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resumed from {folder}/stopped/checkpoint_step_{step}_gpu_0_of_2.pt" in done.stdout
+    assert_same_end(whole, folder / "stopped")
