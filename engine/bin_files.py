@@ -157,9 +157,9 @@ class _Machine:
 
     def frame(self):
         """A pickler's block, which has only whole opcodes in it (PEP 3154)."""
-        length = self.number(8)
-        if self.frame_end > self.at:
+        if self.frame_end >= self.at:
             raise ValueError("a frame begins in another one")
+        length = self.number(8)
         if length > self.size - self.at:
             raise ValueError("it ends too early")
         self.frame_end = self.at + length

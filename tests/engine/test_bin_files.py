@@ -169,8 +169,9 @@ def test_an_opcode_across_the_end_of_its_frame_is_refused(path):
     with pytest.raises(pickle.UnpicklingError):     # which lets one end between an opcode and what belongs to it
         plain_load(framed(20))
     refused(path, framed(len(opcodes) + 1), "ends too early")
-    inner = b"\x95" + struct.pack("<Q", 4)
-    refused(path, protocol + b"\x95" + struct.pack("<Q", 20) + inner + opcodes, "a frame begins in another one")
+    for length in (20, 4):
+        whole = protocol + b"\x95" + struct.pack("<Q", length) + b"\x95" + struct.pack("<Q", 4) + opcodes
+        refused(path, whole, "a frame begins in another one")
 
 
 def test_what_is_no_file_is_named(path, tmp_path):
