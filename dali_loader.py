@@ -17,6 +17,7 @@ from loader import TrainLoader
 from recordio import RecordError
 
 _IN_DALI = 3  # batches: one is handed out, two are in the making
+_STREAMS = {}  # one of each GPU for good: memory that was allocated on a stream is reused by that one alone
 _PPM_HEADER = b"P6 %d %d 255\n" % IMAGE_SHAPE[1::-1]
 
 
@@ -83,7 +84,7 @@ class _Decoder:
         self._device, gpu, how = device, None, {"device": "cpu"}
         if device.type == "cuda":
             gpu = torch.cuda.current_device() if device.index is None else device.index
-            self._stream = torch.cuda.Stream(gpu)
+            self._stream = _STREAMS.setdefault(gpu, torch.cuda.Stream(gpu))
             # Colour between its samples as OpenCV interpolates it; and threads that the system may place: tied to
             # cores, those of several ranks could all be tied to the same few.
             how = {"device": "mixed", "jpeg_fancy_upsampling": True, "affine": False}

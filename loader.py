@@ -151,7 +151,7 @@ class _Loader:
         if plan.batch_size < 1:
             raise ValueError(f"batch_size is {plan.batch_size}, it must be at least 1")
         self.dataset, self.device = dataset, torch.device(device)
-        self._plan = plan
+        self._plan, self._stream = plan, None
         # A DataLoader keeps `prefetch` batches a worker in the making; one more is in our hands.
         places = num_workers * prefetch + 1
         file = FileSize(dataset.path)
@@ -217,10 +217,12 @@ class _Loader:
 
     def _one_ahead(self):
         """Copy and prepare each batch on a stream of its own while the one before it is computed with."""
-        stream, waiting = torch.cuda.Stream(self.device), None
+        if self._stream is None:    # one for good: memory that was allocated on a stream is reused by that one alone
+            self._stream = torch.cuda.Stream(self.device)
+        waiting = None
         for batch in self._decoded():
-            with torch.cuda.stream(stream):
-                ready = self._on_device(batch), stream.record_event()
+            with torch.cuda.stream(self._stream):
+                ready = self._on_device(batch), self._stream.record_event()
             if waiting is not None:
                 yield self._hand_over(*waiting)
             waiting = ready

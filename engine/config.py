@@ -16,6 +16,7 @@ Only the `base.py` files may declare keys. A key that none of them knows is an e
 
 import ast
 import difflib
+import math
 import os
 import pathlib
 import runpy
@@ -46,9 +47,10 @@ RANGES = {
     "embedding_size": (lambda v: v > 0, "above 0"),
     "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "margin_list": (
-        lambda v: len(v) == 3 and all(isinstance(m, (int, float)) for m in v),
-        "three numbers, (m1, m2, m3)",
+        lambda v: len(v) == 3 and all(isinstance(m, (int, float)) for m in v) and 0 <= v[1] < math.pi,
+        "three numbers, (m1, m2, m3), of which m2 is at least 0 and below pi",
     ),
+    "decay_epoch": (lambda v: all(isinstance(epoch, (int, float)) for epoch in v), "epochs, numbers"),
     "margin_scale": (lambda v: v > 0, "above 0"),
     "sample_rate": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "lr": (lambda v: v > 0, "above 0"),

@@ -22,6 +22,11 @@ def init_distributed(backend=None, timeout_minutes=30):
     torch.distributed.launch both set them); without them this is a single process. The device is
     `cuda:LOCAL_RANK` where CUDA is available, else `cpu`; the backend is nccl or gloo accordingly.
     """
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
+        raise SystemExit(
+            f"Slurm started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, but none knows its rank: each would be a run "
+            "of its own. Have srun start torchrun, one task a machine (--ntasks-per-node=1)"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -121,8 +121,24 @@ class Monitor:
         self.bar.close()
         if error is not None:
             _to_file(f"ended by {kind.__name__}: {error}")
-        if self.writer is not None:
-            self.writer.close()
+        with self._without_tensorboard():
+            if self.writer is not None:
+                self.writer.close()
+
+    def scalar(self, name, value, step):
+        """To TensorBoard, if this rank writes to it, and only if it is finite."""
+        with self._without_tensorboard():
+            if self.writer is not None and math.isfinite(value):
+                self.writer.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _without_tensorboard(self):
+        """A disk that is full is for the checkpoint to complain of, which says what to do."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            log.warning("TensorBoard gets nothing from here on: %s", error)
 
     def update(self, step, terms, index):
         """Take in the terms `{name: 0-d tensor}` of `step`, whose batch on this rank has the rows `index`.
@@ -186,10 +202,8 @@ class Monitor:
         left_words = tqdm.format_interval(left)
         self.bar.set_postfix_str(f"{left_words} left, epoch {epoch}, loss {scalars['loss']:.4f}, lr {lr:.6f}", False)
         log.info("%s", "   ".join([f"{text}Required: {left / 3600:.1f} hours", *after]))
-        if self.writer is not None:
-            for name, value in {**scalars, **{f"loss/{name}": value for name, value in terms.items()}}.items():
-                if math.isfinite(value):
-                    self.writer.add_scalar(name, value, step)
+        for name, value in {**scalars, **{f"loss/{name}": value for name, value in terms.items()}}.items():
+            self.scalar(name, value, step)
 
     def _watch_skipped(self, step, skipped, scale):
         """Say once that the weights have ceased to move: a skip now and then is how the scale finds its level."""

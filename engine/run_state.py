@@ -30,6 +30,7 @@ def state_of(run):
         "steps_per_epoch": run.steps_per_epoch,
         "world_size": run.world_size,
         "global_batch": run.global_batch,
+        "method": type(run).__name__,
         "config": {key: value for key, value in run.cfg.items() if _is_plain(value)},
         "best": dict(run.best),
         "backbone": unwrap(run.backbone).state_dict(),
@@ -50,12 +51,16 @@ def restore(run, state, path):
     Raises CheckpointError for the checkpoint of another run.
     """
     _check_same_run(run, state, path)
-    unwrap(run.backbone).load_state_dict(state["backbone"])
-    if run.classifier is not None:
-        run.classifier.load_state_dict(state["classifier"])
-        run.classifier.set_generator_state(state["sampler"])
-    run.extra.load_state_dict(state["extra"])
-    _load_optimizer(run.optimizer, state["optimizer"])
+    try:
+        unwrap(run.backbone).load_state_dict(state["backbone"])
+        if run.classifier is not None:
+            run.classifier.load_state_dict(state["classifier"])
+            run.classifier.set_generator_state(state["sampler"])
+        run.extra.load_state_dict(state["extra"])
+        _load_optimizer(run.optimizer, state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).replace("\n", " ")[:300]
+        raise CheckpointError(f"{path}: does not fit this run ({reason}); choose another `output`") from error
     if run.scaler.is_enabled() and state["scaler"]:     # empty: written with another amp_dtype
         run.scaler.load_state_dict(state["scaler"])
         run.scaler.skipped = None if state["skipped"] is None else torch.tensor(state["skipped"], device=run.device)
@@ -86,8 +91,8 @@ def refuse_broken_weights(run):
         broken = [name for name, good in zip(tensors, finite.tolist()) if not good]
         raise CheckpointError(
             f"step {run.step}: NaN or infinity in {', '.join(broken[:5]) or 'another rank'}"
-            f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}; no checkpoint written, {run.cfg.output} "
-            "keeps the earlier ones. Lower lr or add warmup_epoch, and go on from them with --resume True"
+            f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}; nothing saved, {run.cfg.output} "
+            "keeps the earlier checkpoints. Lower lr or add warmup_epoch, and go on from them with --resume True"
         )
 
 
@@ -122,9 +127,13 @@ def _check_same_run(run, state, path):
 def _load_optimizer(optimizer, state):
     """Momentum and the like from the checkpoint; learning rate, weight decay and the like stay the config's."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, setting in zip(optimizer.param_groups, settings):
-        group.update(setting)
+    # Before it is loaded: a setting says where some of the state has to lie.
+    groups = [{**group, **setting} for group, setting in zip(state["param_groups"], settings)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, its in optimizer.state.items():
+        for key, value in its.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                its[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # channels_last has changed
 
 
 def _position(run, state):
@@ -136,6 +145,8 @@ def _position(run, state):
 
 
 def _tell_differences(run, state):
+    if state.get("method", type(run).__name__) != type(run).__name__:
+        log.warning("the checkpoint was written by %s, this run is of %s", state["method"], type(run).__name__)
     for key, now in run.cfg.items():
         before = state["config"].get(key, now)
         if key not in NOT_TOLD and before != now and not (isinstance(now, (list, tuple)) and list(before) == list(now)):

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 import backbones
 from dali_loader import DaliLoader
 from dataset import open_train_set
-from engine import checkpoint, distributed
+from engine import checkpoint, checkpoint_sets, distributed
 from engine.amp import make_scaler
 from engine.build import make_optimizer, margin_loss, replicate, scales_loss, set_precision, unwrap
 from engine.config import ConfigError, load_config
@@ -63,6 +63,11 @@ class Trainer:
             raise ConfigError(f'{cfg.config_file}: rec = "synthetic" needs num_classes and num_image')
         self.train_set = open_train_set(cfg.rec, cfg.num_classes, cfg.num_image)
         cfg.num_classes, cfg.num_image = self.train_set.num_classes, self.train_set.num_image
+        if cfg.num_classes < self.world_size:
+            raise ConfigError(
+                f"{cfg.config_file}: the {cfg.num_classes} classes of {self.train_set.path} cannot be shared by "
+                f"{self.world_size} ranks; start fewer of them"
+            )
         if cfg.num_image < cfg.batch_size * self.world_size:
             raise ConfigError(
                 f"{cfg.config_file}: a step takes batch_size = {cfg.batch_size} on each of {self.world_size} ranks, "
@@ -144,11 +149,13 @@ class Trainer:
     def train(self):
         """Train to the end, or until a signal asks to stop: then the step is finished and a checkpoint written."""
         cfg = self.cfg
-        checkpoint.check_shared(cfg.output)
-        if cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts
+        self.claimed = checkpoint_sets.claim(cfg.output)
+        # By torchrun --max-restarts, whose agents on several machines do not all count the same.
+        restarted = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
+        if distributed.all_reduce_(restarted, torch.distributed.ReduceOp.MAX) or cfg.resume:
             self.resume()
         else:
-            checkpoint.start_afresh(cfg.output)
+            checkpoint_sets.start_afresh(cfg.output)
         writer = SummaryWriter(f"{cfg.output}/tensorboard", purge_step=self.step) if self.rank == 0 else None
         self.log_start()
         self.monitor = Monitor(cfg, self.total_steps, self.global_batch, self.step, writer)
@@ -189,11 +196,11 @@ class Trainer:
                     self.save_checkpoint()
                 if stopped:
                     return stopped
-        self.monitor.flush()
         self.epoch += 1
         with self.monitor.pause("end of an epoch", self.steps_per_epoch):
             self.save_models()
-            if cfg.save_all_states or stopped or (cfg.checkpoint_steps and self.step % cfg.checkpoint_steps == 0):
+            due = cfg.checkpoint_steps and (self.step % cfg.checkpoint_steps == 0 or self.step == self.total_steps)
+            if cfg.save_all_states or stopped or due:
                 self.save_checkpoint()
         return stopped
 
@@ -219,12 +226,12 @@ class Trainer:
         self.step += 1
 
     def verify(self):
+        self.refuse_broken_weights()
         distributed.broadcast_buffers(self.backbone)  # of the model that is saved, rank 0's, on every rank
         accuracies = self.verifier.run(unwrap(self.backbone))
         for name, value in accuracies.items():
             log.info("[%s][%d]Accuracy-Flip: %.5f", name, self.step, value)
-            if self.monitor.writer is not None:
-                self.monitor.writer.add_scalar(f"val/{name}", value, self.step)
+            self.monitor.scalar(f"val/{name}", value, self.step)
         mean = sum(accuracies.values()) / len(accuracies)
         if mean > self.best["accuracy"]:
             self.best = {"accuracy": mean, "step": self.step}
@@ -249,6 +256,7 @@ class Trainer:
 
     def save_models(self):
         """`model.pt`: the backbone; `softmax_fc_gpu_{rank}.pt`: each rank's class centres."""
+        self.refuse_broken_weights()
         self.save_backbone("model.pt")
         if self.classifier is not None:
             output = pathlib.Path(self.cfg.output)
@@ -257,19 +265,23 @@ class Trainer:
             for path in itertools.takewhile(pathlib.Path.exists, (output / f"softmax_fc_gpu_{r}.pt" for r in others)):
                 path.unlink()   # of ranks that a run which was resumed on fewer has no longer
 
-    def save_checkpoint(self):
-        self.monitor.flush()  # a loss that is no number must not get into a checkpoint, nor what it made of the weights
+    def refuse_broken_weights(self):
+        """A loss that is no number, and what it made of the weights, must get into no file and be nobody's best."""
+        self.monitor.flush()
         refuse_broken_weights(self)
+
+    def save_checkpoint(self):
+        self.refuse_broken_weights()
         path = checkpoint.checkpoint_path(self.cfg.output, self.step, self.rank, self.world_size)
         checkpoint.save_atomically(state_of(self), path)
         distributed.barrier()  # the set is complete before an older one goes
-        checkpoint.remove_old(self.cfg.output, self.rank)
+        checkpoint_sets.remove_old(self.cfg.output, self.rank)
 
     def resume(self):
-        checkpoint.clear_leftovers(self.cfg.output)
-        found = checkpoint.load_newest(self.cfg.output, self.rank, self.world_size, self.device, log.warning)
+        checkpoint_sets.clear_leftovers(self.cfg.output)
+        found = checkpoint_sets.load_newest(self.cfg.output, self.rank, self.world_size, self.device, log.warning)
         if found is None:
-            log.warning("resume = True, but %s holds no whole checkpoint: starting from the beginning", self.cfg.output)
+            log.warning("resume = True, but %s holds no checkpoint: starting from the beginning", self.cfg.output)
             return
         restore(self, *found)
         log.info("resumed from %s: epoch %d, step %d", found[1], self.epoch, self.step)

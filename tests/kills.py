@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import engine.trainer
-from engine import checkpoint
+from engine import checkpoint, checkpoint_sets
 from tests.BCT_methods.whole_runs import write_config, write_old_features
 from tests.conftest import draw_image, draw_record_set
 from tests.ranks import PRELOAD
@@ -57,7 +57,7 @@ class Task:
         return self.folder / name
 
     def steps(self, name):
-        return [step for step, _ in checkpoint.complete_sets(self.output(name))]
+        return [step for step, _ in checkpoint_sets.complete_sets(self.output(name))]
 
     def log(self, name, rank, suffix):
         return self.folder / f"{name}_rank_{rank}{suffix}"
@@ -293,7 +293,8 @@ def check_sets(task, name, before=()):
     if not found:
         return found
     newest = written.index(found[-1])
-    assert found[-checkpoint.KEEP:] == written[max(newest + 1 - checkpoint.KEEP, 0):newest + 1], f"{found} of {written}"
+    last = written[max(newest + 1 - checkpoint_sets.KEEP, 0):newest + 1]
+    assert found[-checkpoint_sets.KEEP:] == last, f"{found} of {written}"
     for rank in range(task.ranks):
         path = checkpoint.checkpoint_path(task.output(name), found[-1], rank, task.ranks)
         checkpoint.check_whole(path)

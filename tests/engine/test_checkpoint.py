@@ -12,29 +12,6 @@ class Unsavable:
         raise RuntimeError("an error of its own")
 
 
-def save_set(output, step, ranks, world_size):
-    for rank in ranks:
-        checkpoint.save_atomically({"step": step}, checkpoint.checkpoint_path(output, step, rank, world_size))
-
-
-def test_only_whole_sets_count(tmp_path):
-    save_set(tmp_path, 5, [0, 1], 2)
-    save_set(tmp_path, 10, [0, 1, 2], 3)
-    save_set(tmp_path, 15, [1], 2)
-    assert checkpoint.complete_sets(tmp_path) == [(5, 2), (10, 3)]
-
-
-def test_the_last_two_whole_sets_are_kept(tmp_path):
-    for step in (5, 10, 15):
-        save_set(tmp_path, step, [0, 1], 2)
-    save_set(tmp_path, 20, [0], 2)
-    checkpoint.remove_old(tmp_path, 0)
-    checkpoint.remove_old(tmp_path, 1)      # to this rank, the set of step 5 is no longer complete
-    assert not list(tmp_path.glob("*step_5_*"))
-    assert checkpoint.complete_sets(tmp_path) == [(10, 2), (15, 2)]
-    assert checkpoint.checkpoint_path(tmp_path, 20, 0, 2).exists()
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     checkpoint.save_atomically({"a": 1}, path)

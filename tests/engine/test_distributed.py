@@ -84,6 +84,13 @@ def test_init_distributed_without_a_launcher_is_a_single_process(monkeypatch):
     assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_tasks_of_slurm_without_ranks_are_refused(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(SystemExit, match="Slurm started 8 tasks, but none knows its rank.* Have srun start torchrun"):
+        distributed.init_distributed()
+
+
 def init_on_rank():
     rank, world_size, device = distributed.init_distributed()
     return rank, world_size, str(device), os.environ.get("FROM_THE_CALLER")

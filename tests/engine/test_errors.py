@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 
@@ -38,9 +39,21 @@ def test_what_a_user_can_mend_ends_with_one_line(error, line, rank, capsys, monk
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EBADF, "Bad file descriptor"), ValueError("x")])
-def test_a_bug_goes_through(error):
+def test_a_bug_goes_through(error, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(type(error)), report_errors():
         raise error
+
+
+def test_a_bug_on_a_rank_ends_it_at_once_with_its_traceback():
+    """Without a wait at Python's exit for what other ranks, or threads, are still at."""
+    script = "import os, threading, time\nfrom engine.errors import report_errors\n" \
+        "threading.Thread(target=time.sleep, args=(600,)).start()\nwith report_errors():\n    os.no_such_thing"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "RANK": "3"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.startswith("[rank 3] Traceback")
+    assert "no_such_thing" in done.stderr.splitlines()[-2]
 
 
 def test_scripts_without_torch_do_not_wait_for_it():

@@ -7,7 +7,7 @@ import torch
 
 from BCT_methods.L2.train import L2
 from data_workers import WorkerError
-from engine.checkpoint import complete_sets
+from engine.checkpoint_sets import complete_sets
 from engine.feature_files import FeatureError
 from recordio import RecordError
 from tests.BCT_methods.whole_runs import train, write_config, write_old_features

@@ -1,5 +1,6 @@
 """What a person reads of a run: insightface's line, speed and time left, a bar that log lines do not tear apart."""
 
+import errno
 import io
 import logging
 import math
@@ -206,6 +207,23 @@ def on_terminal(monkeypatch, tmp_path, watched=(True, True)):
 
 
 LINE = re.compile(r"Training: \S+ \S+-(Speed .* hours|a word)")
+
+
+class FullDisk:
+    def add_scalar(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    close = add_scalar
+
+
+def test_a_disk_that_tensorboard_finds_full_ends_nothing_and_hides_no_error(cfg, clock, lines):
+    with Monitor(cfg, 100, 8, 0, FullDisk()) as monitor:
+        for clock.now in (1.0, 2.0):
+            monitor.line(int(clock.now), 0, 0.1)
+    warning = "warning: TensorBoard gets nothing from here on: [Errno 28] No space left on device"
+    assert [line for line in lines if "TensorBoard" in line] == [warning]
+    with pytest.raises(KeyError, match="the cause"), Monitor(cfg, 100, 8, 0, FullDisk()):
+        raise KeyError("the cause")
 
 
 def test_log_lines_stand_above_the_bar(monkeypatch, tmp_path, cfg):

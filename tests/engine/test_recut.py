@@ -8,8 +8,7 @@ import torch
 from BCT_methods.AdvBCT.train import AdvBCT
 from BCT_methods.MixBCT.train import MixBCT
 from BCT_methods.NCCL.train import NCCL
-from engine import checkpoint
-from engine.checkpoint import CheckpointError
+from engine import checkpoint, checkpoint_sets
 from engine.config import load_config
 from engine.distributed import rows_of_rank
 from engine.random_state import random_state
@@ -119,7 +118,7 @@ def test_the_run_goes_on_as_it_would_have(folder, method, before, after):
     name = f"{method}_{before}_{after}"
     path = config_of(folder, method, before, name)
     run_ranks(stopped_run, before, method, path)
-    assert checkpoint.complete_sets(folder / name) == [(STOPPED, before)]
+    assert checkpoint_sets.complete_sets(folder / name) == [(STOPPED, before)]
     states = [checkpoint.load(checkpoint.checkpoint_path(folder / name, STOPPED, r, before)) for r in range(before)]
     results = run_ranks(resumed, after, method, config_of(folder, method, after, name))
 
@@ -147,7 +146,7 @@ def test_the_run_goes_on_as_it_would_have(folder, method, before, after):
     centres = torch.cat([end[1] for _, end in results])
     torch.testing.assert_close(centres, undisturbed[1], rtol=0, atol=1e-5)
     # The newest set is that of the ranks which wrote it; the last two of the run are kept, whoever wrote them.
-    assert checkpoint.complete_sets(folder / name) == [(STOPPED, before), (STEPS, after)]
+    assert checkpoint_sets.complete_sets(folder / name) == [(STOPPED, before), (STEPS, after)]
     assert len(list((folder / name).glob("softmax_fc_gpu_*.pt"))) == after
 
 
@@ -166,24 +165,4 @@ def test_another_global_batch_goes_on_at_the_same_image_with_a_warning(folder):
     log = (folder / "larger/training.log").read_text()
     assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr stays" in log
     # Fewer steps have been done by now, yet the later set is the one to go on from.
-    assert checkpoint.complete_sets(folder / "larger")[-1] == (4, 1)
-
-
-# --- a disk for each machine ----------------------------------------------------------------------------------------
-
-
-def start_on_disks_of_their_own(folder):
-    rank = torch.distributed.get_rank()
-    checkpoint.SECONDS_TO_APPEAR = 0
-    (folder / str(rank)).mkdir()
-    try:
-        checkpoint.check_shared(folder / str(rank))
-    except CheckpointError as error:
-        return str(error)
-
-
-def test_a_disk_that_is_not_shared_is_noticed_at_the_start(tmp_path):
-    for rank, message in enumerate(run_ranks(start_on_disks_of_their_own, 3, tmp_path)):
-        assert "ranks 1, 2 do not see what rank 0 writes there; set `output` to a directory on a disk" in message
-        assert not list((tmp_path / str(rank)).iterdir())
-    run_ranks(checkpoint.check_shared, 2, tmp_path)
+    assert checkpoint_sets.complete_sets(folder / "larger")[-1] == (4, 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, checkpoint_sets
 from engine.checkpoint import CheckpointError
 from engine.config import load_config
 from engine.schedule import learning_rate_factor
@@ -40,7 +40,7 @@ def test_stopped_within_an_epoch_and_gone_on_ends_bit_for_bit(tmp_path, rec, key
     whole = run(config(tmp_path, rec, "whole", num_epoch=3, **keys))
     path = config(tmp_path, rec, "parts", num_epoch=3, **keys)
     stopped_after_five_steps(path)
-    assert checkpoint.complete_sets(tmp_path / "parts") == [(5, 1)]
+    assert checkpoint_sets.complete_sets(tmp_path / "parts") == [(5, 1)]
     log = (tmp_path / "parts/training.log").read_text()
     assert "stopped by SIGTERM at step 5; go on with: python " in log and log.endswith(" --resume True\n")
     torch.manual_seed(99)
@@ -63,7 +63,7 @@ def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
 
     Watched(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
     assert written == [(0, 4), (1, 6), (1, 8), (2, 12)]
-    assert checkpoint.complete_sets(tmp_path / "run") == [(8, 1), (12, 1)]
+    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(8, 1), (12, 1)]
     written.clear()
     Watched(load_config(config(tmp_path, rec, "few", checkpoint_steps=4, save_all_states=False))).train()
     assert written == [(0, 4), (1, 8), (2, 12)]
@@ -87,10 +87,10 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):      # noqa: F811
     stopped_after_five_steps(path)
     with pytest.raises(CheckpointError, match=r"of an unfinished run \(step 5 of 18\).*--resume True"):
         run(path)
-    assert checkpoint.complete_sets(tmp_path / "run") == [(5, 1)]
+    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(5, 1)]
     run(path, "--resume", "True")
     stopped_after_five_steps(path)      # a finished run may be begun again, and its checkpoints go
-    assert checkpoint.complete_sets(tmp_path / "run") == [(5, 1)]
+    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(5, 1)]
 
 
 def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):      # noqa: F811
@@ -116,9 +116,59 @@ def test_a_broken_weight_gets_into_no_checkpoint(tmp_path, rec):      # noqa: F8
                 with torch.no_grad():
                     self.backbone[0].weight[0, 0, 0, 0] = float("nan")
 
-    with pytest.raises(CheckpointError, match="step 8: NaN or infinity in backbone.0.weight; no checkpoint written"):
+    with pytest.raises(CheckpointError, match="step 8: NaN or infinity in backbone.0.weight; nothing saved"):
         Broken(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
-    assert checkpoint.complete_sets(tmp_path / "run") == [(4, 1), (6, 1)]
+    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(4, 1), (6, 1)]
+
+
+class BreaksWithoutALoss(Plain):
+    """The last gradient is no number, though the loss was one."""
+
+    def update(self):
+        if self.step == self.total_steps - 1:
+            self.backbone[0].weight.grad.fill_(float("nan"))
+        super().update()
+
+
+@pytest.mark.parametrize("keys", [{"save_all_states": False}, {"val_targets": ["pairs"], "verbose": 12}])
+def test_a_broken_weight_gets_into_no_model_either(tmp_path, rec, keys):      # noqa: F811
+    (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
+    path = config(tmp_path, rec, clip_grad_norm=0.0, **keys)
+    with pytest.raises(CheckpointError, match="step 12: NaN or infinity in backbone.0.weight; nothing saved"):
+        BreaksWithoutALoss(load_config(path)).train()
+    model = torch.load(tmp_path / "run/model.pt", weights_only=True)        # of the first epoch
+    assert all(torch.isfinite(value).all() for value in model.values())
+    assert not (tmp_path / "run/model_best.pt").exists()
+
+
+def test_a_run_that_has_ended_is_known_as_such_whatever_checkpoint_steps(tmp_path, rec):      # noqa: F811
+    path = config(tmp_path, rec, checkpoint_steps=5, save_all_states=False)
+    run(path)
+    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(10, 1), (12, 1)]
+    run(path)
+
+
+def test_another_method_is_told_or_refused(tmp_path, rec):      # noqa: F811
+    path = config(tmp_path, rec, num_epoch=3)
+    stopped_after_five_steps(path)
+    run(path, "--resume", "True")
+    assert "the checkpoint was written by Stopped, this run is of Plain" in (tmp_path / "run/training.log").read_text()
+    stopped_after_five_steps(path)
+    with pytest.raises(CheckpointError, match=r"gpu_0_of_1.pt: does not fit this run \(.*running_mean"):
+        WithBatchNorm(load_config(path, ["--resume", "True"])).train()
+
+
+def test_momentum_takes_the_layout_of_its_parameter(tmp_path, rec):      # noqa: F811
+    """As where channels_last was changed: fused optimisers refuse a momentum that lies otherwise than its weight."""
+    path = config(tmp_path, rec, num_epoch=3)
+    before = stopped_after_five_steps(path)
+    trainer = Plain(load_config(path))
+    weight = trainer.backbone[0].weight
+    weight.data = weight.data.to(memory_format=torch.channels_last)
+    trainer.resume()
+    momentum = trainer.optimizer.state[weight]["momentum_buffer"]
+    assert momentum.stride() == weight.stride() != before.backbone[0].weight.stride()
+    assert torch.equal(momentum, before.optimizer.state[before.backbone[0].weight]["momentum_buffer"])
 
 
 def png(value):

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, checkpoint_sets
 from tests.BCT_methods.whole_runs import REPO, write_config, write_old_features
 
 SCRIPT = """
@@ -89,7 +89,7 @@ def test_without_restarts_the_run_ends_and_says_so(folder):
     process = start(folder, "dead", DIES="1")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
-    assert [step for step, _ in checkpoint.complete_sets(folder / "dead")] == [3, 6]
+    assert [step for step, _ in checkpoint_sets.complete_sets(folder / "dead")] == [3, 6]
 
 
 def test_a_sigterm_to_torchrun_stops_all_ranks_and_the_log_says_how_to_go_on(folder, whole):
@@ -103,7 +103,7 @@ def test_a_sigterm_to_torchrun_stops_all_ranks_and_the_log_says_how_to_go_on(fol
     found = re.search(r"stopped by SIGTERM at step (\d+); go on with: (torchrun .*)", printed)
     assert found, printed
     step = int(found[1])
-    assert 1 <= step < 30 and checkpoint.complete_sets(folder / "stopped")[-1] == (step, 2)
+    assert 1 <= step < 30 and checkpoint_sets.complete_sets(folder / "stopped")[-1] == (step, 2)
     done = subprocess.run(
         shlex.split(found[2]), cwd=folder, capture_output=True, text=True, timeout=120, env=at_work()
     )

@@ -161,6 +161,8 @@ def test_margins_of_a_config(tmp_path):
         ({"rec": "synthetic"}, "needs num_classes and num_image"),
         ({"sync_bn": True}, "sync_bn = True needs CUDA"),
         ({"channels_last": True}, "channels_last = True needs CUDA"),
+        ({"margin_list": (1.0, 4.0, 0.0)}, "m2 is at least 0 and below pi"),
+        ({"decay_epoch": ["a"]}, "decay_epoch = \\['a'\\]; it must be epochs, numbers"),
         ({"amp_dtype": "float32"}, 'amp_dtype = \'float32\'; it must be "float16" or "bfloat16"'),
     ],
 )
@@ -169,6 +171,12 @@ def test_wrong_values_stop_before_the_first_step(tmp_path, rec, keys, message):
         pytest.skip("this machine has CUDA")
     with pytest.raises(ConfigError, match=message):
         Plain(load_config(config(tmp_path, **{"rec": rec, **keys})))
+
+
+def test_more_ranks_than_classes_stop_before_the_first_step(tmp_path, rec, monkeypatch):
+    monkeypatch.setattr("engine.distributed.init_distributed", lambda: (0, 6, torch.device("cpu")))
+    with pytest.raises(ConfigError, match="the 5 classes of .*set.rec cannot be shared by 6 ranks; start fewer"):
+        Plain(load_config(config(tmp_path, rec)))
 
 
 @pytest.fixture(autouse=True)
