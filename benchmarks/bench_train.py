@@ -18,6 +18,10 @@ number of steps is timed of loops that do less:
     minimal loop    the same backbone, classifier and optimiser on random tensors that lie on the device
     backbone alone  forward, backward and optimiser of the backbone with a given gradient
 
+Memory is that of the run alone, but the loops need room beside it for a second backbone, classifier and optimiser.
+--draw writes at least as many records as there are classes, 7 KB each, and --fake-old a row of features for each, to
+the temporary directory (TMPDIR). Several machines need an `--output` that they share.
+
 A step of the run that takes 5 % longer than one of the minimal loop has a ratio of 0.95. docs/benchmarks.md explains
 each figure. With `--compare KEY=VALUE,VALUE` each value gets a process of its own (precision is a setting of the whole
 process, and one that crashes takes none with it), and their rounds take turns.
@@ -45,7 +49,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the rep
 
 import torch
 
-from benchmarks.common import draw_record_set, machine, old_feature_paths, write_old_features
+from benchmarks.common import draw_record_set, forget_peak, machine, old_feature_paths, write_old_features
 from benchmarks.flops import MeasuredPeak, StatedPeak, classifier_flops, training_flops
 from benchmarks.rounds import Rounds, steps_needed
 from dataset import open_train_set
@@ -263,6 +267,7 @@ def measure(args, overrides, turn):
         kind, cfg = trainer_class(method), make_config(args, overrides, folder)
         write_data(args, cfg, folder)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):     # the log has a file as well
+            forget_peak()   # what it took to write the data
             trainer = kind(cfg)
             if trainer.steps_per_epoch < steps_needed(args):
                 raise ConfigError(
@@ -283,7 +288,7 @@ def make_peak(args, cfg, device, clock):
         return StatedPeak(args.peak_tflops * 1e12, "--peak-tflops")
     if device.type != "cuda":
         return MeasuredPeak(device, torch.float32, clock)
-    precision = "half" if cfg.fp16 else "TF32" if cfg.tf32 else "float32"
+    precision = cfg.amp_dtype if cfg.fp16 else "TF32" if cfg.tf32 else "float32"
     listed = StatedPeak.of(torch.cuda.get_device_name(device), precision)
     return listed or MeasuredPeak(device, getattr(torch, cfg.amp_dtype) if cfg.fp16 else torch.float32, clock)
 

@@ -6,6 +6,7 @@ normalisation, activation functions, margins and optimiser, which move memory ra
 """
 
 import math
+import re
 import time
 import unittest.mock
 
@@ -14,19 +15,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import seconds
 
-# Dense TFLOP/s by the makers' data sheets: half precision on tensor cores, TF32 on them, float32 without.
+PRECISIONS = ("float16", "bfloat16", "TF32", "float32")
+# Dense TFLOP/s in each of them by the makers' data sheets: on tensor cores, but float32. The first that fits counts.
 PEAK_TFLOPS = {
-    "H200": (989, 494.5, 67),
-    "H100 PCIe": (756, 378, 51),
-    "H100": (989, 494.5, 67),
-    "A100": (312, 156, 19.5),
-    "A40": (149.7, 74.8, 37.4),
-    "L40S": (362, 183, 91.6),
-    "V100": (125, 15.7, 15.7),      # float16 alone, and no TF32
-    "T4": (65, 8.1, 8.1),           # likewise
+    "H200 NVL": (835.5, 835.5, 417.5, 60),
+    "H200": (989, 989, 494.5, 67),
+    "H100 NVL": (835.5, 835.5, 417.5, 60),
+    "H100 PCIe": (756, 756, 378, 51),
+    "H100": (989, 989, 494.5, 67),
+    "A100": (312, 312, 156, 19.5),
+    "A40": (149.7, 149.7, 74.8, 37.4),
+    "L40S": (362, 362, 183, 91.6),
+    "V100-PCIE": (112, None, 14, 14),       # TF32 is float32 there
+    "V100": (125, None, 15.7, 15.7),
+    "T4": (65, None, 8.1, 8.1),
 }
 BACKWARD = torch.ops.aten.convolution_backward
-PRECISIONS = ("half", "TF32", "float32")
 
 
 def convolution_backward_flops(grad, images, weight, *others, out_shape=None, **_):
@@ -67,10 +71,11 @@ class StatedPeak:
 
     @classmethod
     def of(cls, device_name, precision):
-        """Of a GPU whose name holds one of PEAK_TFLOPS's, or None. precision: one of PRECISIONS."""
+        """Of a GPU whose name has one of PEAK_TFLOPS's as its words, or None. precision: one of PRECISIONS."""
         for name, peaks in PEAK_TFLOPS.items():
-            if name in device_name:
-                return cls(peaks[PRECISIONS.index(precision)] * 1e12, f"{name}, {precision}, by the data sheet")
+            peak = peaks[PRECISIONS.index(precision)]
+            if re.search(rf"\b{name}\b", device_name):
+                return peak and cls(peak * 1e12, f"{name}, {precision}, by the data sheet")
         return None
 
     def __str__(self):

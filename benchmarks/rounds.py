@@ -10,7 +10,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import memory_held, seconds, synchronize
+from benchmarks.common import memory_held, private_memory, seconds, synchronize
 from engine import distributed
 from engine.amp import make_scaler
 from engine.build import make_optimizer, replicate, scales_loss
@@ -52,6 +52,7 @@ class Minimal:
         for micro in range(self.cfg.gradient_acc):
             with no_exchange(self.backbone, micro, self.cfg):
                 self.scaler.scale(self.loss() / self.cfg.gradient_acc).backward()
+        self.scaler.unscale_(self.optimizer)    # here all ranks agree on whether to skip the step
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -68,7 +69,10 @@ class Minimal:
 
 
 def same_losses_step(trainer, batch):
-    """A step on a given batch with nothing but the losses and the optimiser."""
+    """A step on a given batch with nothing but the losses and the optimiser.
+
+    It trains on, with the run's own scaler: what keeps the ranks and the weights in order is left in.
+    """
     acc = trainer.cfg.gradient_acc
     for micro in range(acc):
         with no_exchange(trainer.backbone, micro, trainer.cfg):
@@ -76,6 +80,9 @@ def same_losses_step(trainer, batch):
     for parameter in trainer.extra.parameters():
         if parameter.grad is not None:
             distributed.all_reduce_(parameter.grad)
+    trainer.scaler.unscale_(trainer.optimizer)
+    if trainer.cfg.clip_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_(trainer.backbone.parameters(), trainer.cfg.clip_grad_norm)
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad()
@@ -163,9 +170,11 @@ class Rounds:
         if self.trainer.device.type == "cuda":
             self.memory["device"] = torch.cuda.max_memory_allocated(self.trainer.device)
             self.memory["device, reserved"] = torch.cuda.max_memory_reserved(self.trainer.device)
-        workers = [memory_held(worker.pid).get("VmHWM", 0) for worker in multiprocessing.active_children()]
+            free, whole = torch.cuda.mem_get_info(self.trainer.device)
+            self.memory["device, in all"] = whole - free    # with CUDA's own, NCCL's, nvJPEG's; and other processes'
         self.memory["process"] = memory_held().get("VmHWM", 0)
-        self.memory["largest worker"] = max(workers, default=0)
+        workers = multiprocessing.active_children()
+        self.memory["largest worker's own"] = max((private_memory(worker.pid) for worker in workers), default=0)
 
     def _make_loops(self):
         minimal = Minimal(self.trainer)

@@ -1,11 +1,18 @@
 """What a config says about margin, precision, optimiser and parallel backbone, made."""
 
+import inspect
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.amp import start_momentum
 from engine.config import ConfigError
 from losses import ArcFace, CombinedMarginLoss, CosFace
+
+
+# BatchNorm statistics stay each rank's own; rank 0's are saved. The option has a new name in torch 2.15.
+_KNOWN = inspect.signature(DistributedDataParallel).parameters
+_WITHOUT_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False}
 
 
 def margin_loss(cfg):
@@ -65,7 +72,7 @@ def replicate(module, cfg, device, world_size):
     module = DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # BatchNorm statistics stay each rank's own; rank 0's are saved
+        **_WITHOUT_BUFFERS,
         gradient_as_bucket_view=True,
         # After the first step DDP sorts its buckets anew, and from three ranks on a sum depends on its place in one:
         # a run that is gone on with would differ in the last bits. Not where parameters might go unused.

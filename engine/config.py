@@ -73,6 +73,13 @@ RANGES = {
 }
 
 
+# What other repos call some of the keys, for the hint at an unknown one.
+_USUAL_NAMES = {
+    "learning_rate": "lr", "epochs": "num_epoch", "epoch": "num_epoch", "bs": "batch_size", "workers": "num_workers",
+    "backbone": "network", "model": "network", "amp": "fp16", "bf16": "amp_dtype", "optim": "optimizer", "wd": "weight_decay",
+}
+
+
 class ConfigError(UserError):
     """A config file, key or value that cannot be used. The message names the file and the key."""
 
@@ -176,8 +183,10 @@ def _parse_overrides(words, where):
 
 def _assign(config, key, value, where):
     if key not in config:
-        near = difflib.get_close_matches(key, config, n=1, cutoff=0)
-        raise ConfigError(f"{where}: unknown key {key!r}; the nearest known one is {near[0]!r}")
+        near = _USUAL_NAMES.get(key) or next(iter(difflib.get_close_matches(key, config, n=1, cutoff=0)))
+        raise ConfigError(
+            f"{where}: unknown key {key!r}; the nearest known one is {near!r}, configs/base.py has all of them"
+        )
     config[key] = _checked(key, value, config[key], where)
 
 

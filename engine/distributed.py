@@ -37,12 +37,33 @@ def init_distributed(backend=None, timeout_minutes=30):
             )
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
         dist.init_process_group(
             backend or ("nccl" if device.type == "cuda" else "gloo"),
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
+            **_store_after_restart(timeout),
         )
     return rank(), world_size(), device
+
+
+def _store_after_restart(timeout):
+    """What `init_process_group` takes beside the usual when `torchrun --max-restarts` has restarted this process.
+
+    torchrun's store with --master_port outlives the attempt, and holds where its ranks listened; torch 2.15 has those
+    of the next attempt look there. On several machines --rdzv_backend=c10d has a new store for each attempt.
+    """
+    attempt, ranks = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ["WORLD_SIZE"]
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not agent or os.environ.get("LOCAL_WORLD_SIZE") != ranks:
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, int(ranks), is_master=False, timeout=timeout)
+    return {
+        "store": dist.PrefixStore(f"attempt_{attempt}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(ranks),
+    }
 
 
 def rank():

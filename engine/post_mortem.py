@@ -124,6 +124,7 @@ def _advice(run, error, broken):
     weights = [name for name in broken if name in parameters]   # statistics may have taken the batch in already
     if weights:
         return f"A step before it broke {_some(weights)}: {slower}"
+    finite = "The weights are finite" + (f" (the statistics {_some(broken)} no more)" if broken else "")
     if scaled:
-        return 'The weights are finite, float16 ends at 65504: set amp_dtype = "bfloat16", or fp16 = False'
-    return f"The weights are finite: look at the terms and the images, or {slower}"
+        return f'{finite}, float16 ends at 65504: set amp_dtype = "bfloat16", or fp16 = False'
+    return f"{finite}: look at the terms and the images, or {slower}"

@@ -91,8 +91,8 @@ def refuse_broken_weights(run):
         broken = [name for name, good in zip(tensors, finite.tolist()) if not good]
         raise CheckpointError(
             f"step {run.step}: NaN or infinity in {', '.join(broken[:5]) or 'another rank'}"
-            f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}; nothing saved, {run.cfg.output} "
-            "keeps the earlier checkpoints. Lower lr or add warmup_epoch, and go on from them with --resume True"
+            f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}; nothing saved. Lower lr or add "
+            f"warmup_epoch, and go on with --resume True from what checkpoints {run.cfg.output} has, or start again"
         )
 
 

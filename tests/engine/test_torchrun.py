@@ -26,9 +26,10 @@ class Disturbed(MixBCT):
         if os.environ.get("DIES") and self.step == 8 and self.rank == 1 and not self.cfg.resume:
             if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ.get("SLOW"):
-            open(f"{{self.cfg.output}}/at_work_{{self.rank}}", "w").close()
-            time.sleep(0.05)    # else the run would be over before a signal comes
+        if os.environ.get("WAITS") and self.step == 5:
+            open(f"{{self.cfg.output}}/waits_{{self.rank}}", "w").close()
+            while not self.stop.received:
+                time.sleep(0.01)
 
 if __name__ == "__main__":
     Disturbed.main()
@@ -93,20 +94,19 @@ def test_without_restarts_the_run_ends_and_says_so(folder):
 
 
 def test_a_sigterm_to_torchrun_stops_all_ranks_and_the_log_says_how_to_go_on(folder, whole):
-    process = start(folder, "stopped", SLOW="1")
+    process = start(folder, "stopped", WAITS="1")
     deadline = time.monotonic() + 100
-    while not all((folder / f"stopped/at_work_{rank}").exists() for rank in range(2)):
+    while not all((folder / f"stopped/waits_{rank}").exists() for rank in range(2)):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
-    found = re.search(r"stopped by SIGTERM at step (\d+); go on with: (torchrun .*)", printed)
+    found = re.search(r"stopped by SIGTERM at step 5; go on with: (torchrun .*)", printed)
     assert found, printed
-    step = int(found[1])
-    assert 1 <= step < 30 and checkpoint_sets.complete_sets(folder / "stopped")[-1] == (step, 2)
+    assert checkpoint_sets.complete_sets(folder / "stopped") == [(3, 2), (5, 2)]
     done = subprocess.run(
-        shlex.split(found[2]), cwd=folder, capture_output=True, text=True, timeout=120, env=at_work()
+        shlex.split(found[1]), cwd=folder, capture_output=True, text=True, timeout=120, env=at_work()
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"resumed from {folder}/stopped/checkpoint_step_{step}_gpu_0_of_2.pt" in done.stdout
+    assert f"resumed from {folder}/stopped/checkpoint_step_5_gpu_0_of_2.pt" in done.stdout
     assert_same_end(whole, folder / "stopped")

@@ -10,6 +10,9 @@ made and filled with seeds where it does not exist, and kept from run to run. Wh
     fuzzenv/bin/python tests/fuzz/fuzz_recordio.py crash-...
 
 runs alone. Mend it, and add it to tests/test_recordio_fuzz.py in words of its own.
+
+Last: 722,904 inputs in 20 minutes without a finding; the 240,000 before them found labels read from a record whose
+padding is cut.
 """
 
 import pathlib
