@@ -9,7 +9,6 @@ from engine.amp import start_momentum
 from engine.config import ConfigError
 from losses import ArcFace, CombinedMarginLoss, CosFace
 
-
 # BatchNorm statistics stay each rank's own; rank 0's are saved. The option has a new name in torch 2.15.
 _KNOWN = inspect.signature(DistributedDataParallel).parameters
 _WITHOUT_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False}
