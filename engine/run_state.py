@@ -58,6 +58,8 @@ def restore(run, state, path):
             run.classifier.set_generator_state(state["sampler"])
         run.extra.load_state_dict(state["extra"])
         _load_optimizer(run.optimizer, state["optimizer"])
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).replace("\n", " ")[:300]
         raise CheckpointError(f"{path}: does not fit this run ({reason}); choose another `output`") from error

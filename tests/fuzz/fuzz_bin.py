@@ -10,7 +10,7 @@ invariant, takes 10 s or 64 MiB ends the run and leaves a file `crash-...` or `t
 
 runs alone. Mend it, and add it to tests/engine/test_bin_files.py in words of its own.
 
-Last: 3,097,280 inputs in 20 minutes without a finding; 3.4 million before them found opcodes that go across the end of
+Last: 3,097,280 inputs in 20 minutes without a finding; 2.2 million before them found opcodes that go across the end of
 a frame, which Python refuses.
 """
 
