@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 
 def old_prototype_loss(embeddings, labels, prototypes, scale=1.0):
-    """Cross-entropy of the softmax over scale · f·Pᵀ, the cosines of new features and old prototypes.
+    """Cross-entropy of the softmax over scale · f·Pᵀ, f the unit new features and P the old prototypes.
 
-    embeddings: new [B, D], L2-normalised here, to f. labels: int64 [B]. prototypes: P [C, D], L2-normalised, one of
-    each class, taken as they are and without gradient. scale: factor on the cosines, above 0. All on one device.
+    embeddings: new [B, D], L2-normalised here, to f. labels: int64 [B]. prototypes: P [C, D], one of each class, taken
+    as they are (BCT: L2-normalised; UniBCT: raw means, whose norms are a scale of their own) and without gradient.
+    scale: factor on f·Pᵀ, above 0. All on one device.
 
     Returns the mean over this batch, a scalar; float32 unless the embeddings are float64. Raises ValueError for shapes
     or a scale that do not fit.
@@ -26,5 +27,5 @@ def old_prototype_loss(embeddings, labels, prototypes, scale=1.0):
         raise ValueError(f"scale = {scale} must be above 0")
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     features = F.normalize(embeddings.to(dtype), dim=1)
-    # The scale goes onto the B rows, not onto the B·C cosines.
+    # The scale goes onto the B rows, not onto the B·C products.
     return F.cross_entropy((scale * features) @ prototypes.detach().to(dtype).T, labels)

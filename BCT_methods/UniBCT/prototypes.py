@@ -7,7 +7,7 @@ Per class, with new features N [n, D] (L2-normalised) and old ones V [n, D] (as 
 
     E = softmax over each row of N·Nᵀ/τ, the diagonal at −∞
     V̂ = (1 − λ)(I − λE)⁻¹ V
-    prototype = mean of V̂'s rows, L2-normalised
+    prototype = mean of V̂'s rows, as it is; L2-normalised only where asked for
 
 Only the mean of V̂ is needed, which is wᵀV with wᵀ = (1 − λ)/n · 1ᵀ(I − λE)⁻¹: one solution of the transposed system
 (I − λEᵀ) x = 1 in place of D right-hand sides. w is not negative and sums to 1, for E's rows do: image i weighs what
@@ -23,17 +23,21 @@ BATCH_VALUES = 1 << 23      # values of a batch of classes, its similarities and
 ALIKE = 0.8                 # classes of a batch have at least this share of the images of its largest
 
 
-def refine_prototypes(old_features, new_features, labels, damping=0.9, temperature=0.05, *, classes=None, device=None):
+def refine_prototypes(
+    old_features, new_features, labels, damping=0.9, temperature=0.05, normalize=False, *, classes=None, device=None
+):
     """The classes' refined prototypes, as the head of this file says.
 
     old_features, new_features: float [N, D] and [N, D'], tensors or arrays, np.memmap among them; the rows are read
         some classes at a time and never copied as a whole. labels: int [N], 0 … C − 1 in any order.
     damping: λ in [0, 1); 0 gives the plain class means. temperature: τ above 0, divides cosines.
+    normalize: L2-normalise the prototypes. The published code does not: a class that the old model knows well has the
+        longer mean and weighs more.
     classes: `(start, stop)`, the share of the classes that is wanted; default: all of them.
     device: where to compute; default: that of tensors on a GPU, else CUDA where there is one, else the CPU.
 
-    Returns [stop − start, D], L2-normalised, on the device of old_features (CPU for arrays); float32, or float64
-    where an input is. Memory: some 0.5 GB, or the n² similarities of the largest class several times.
+    Returns [stop − start, D] on the device of old_features (CPU for arrays); float32, or float64 where an input is.
+    Memory: some 0.5 GB, or the n² similarities of the largest class several times.
     Raises ValueError for shapes and values that do not fit, a class without images, and a row that is not finite.
     """
     if not 0 <= damping < 1:
@@ -69,6 +73,8 @@ def refine_prototypes(old_features, new_features, labels, damping=0.9, temperatu
             F.normalize(_take(new_features, rows, device, dtype, "new"), dim=1),
             by_class, counts[first:last], damping, temperature,
         ).cpu()
+    if normalize:
+        prototypes = F.normalize(prototypes, dim=1)
     return prototypes.to(old_features.device) if isinstance(old_features, torch.Tensor) else prototypes
 
 
@@ -127,7 +133,7 @@ def _refine_chunk(old, new, by_class, counts, damping, temperature):
         index = by_class[offsets[picked, None] + torch.where(valid, place, 0)]
         weights = image_weights(new[index], valid, damping, temperature)
         prototypes[picked] = (weights.unsqueeze(1) @ old[index]).squeeze(1)
-    return F.normalize(prototypes, dim=1)
+    return prototypes
 
 
 def image_weights(new, valid, damping, temperature):
@@ -144,4 +150,4 @@ def image_weights(new, valid, damping, temperature):
     # No image moves on to the padding, whose right-hand side is 0: so is its weight.
     system = itself.to(new.dtype) - damping * transition.mT
     walks = torch.linalg.solve(system, valid.to(new.dtype))
-    return walks * ((1 - damping) / size).unsqueeze(1)
+    return walks * ((1 - damping) / size.to(new.dtype)).unsqueeze(1)    # by int64 it would be float32

@@ -1,5 +1,6 @@
 """The refinement within a run: all ranks embed the training set, each solves for its share of the classes."""
 
+import math
 import pathlib
 import time
 
@@ -12,6 +13,10 @@ from engine.config import require
 from engine.feature_files import FeatureError, again
 from engine.features import extract_features, save_array
 from engine.monitor import log
+
+SHORT = 2.0             # old features of a smaller median norm make raw class means that hardly pull
+CLASSES_SAMPLED = 64    # spread over all of them, for that median
+ROWS_SAMPLED = 64       # at most so many of each
 
 
 def check_config(cfg):
@@ -48,6 +53,8 @@ class Refinement(torch.nn.Module):
                 f"{old.path}: class {empty[0]} has no image ({len(empty)} of {cfg.num_classes} classes have none) and "
                 "so no prototype; write the record file again with labels 0 … C − 1, without gaps"
             )
+        if not cfg.normalize_prototypes and distributed.is_main():
+            self._tell_of_short_features()
 
     def refine(self, backbone, train_set, epoch):
         """Embed the training set as rank 0's backbone sees it, and refine the class means by that."""
@@ -73,13 +80,30 @@ class Refinement(torch.nn.Module):
         self._set(self.old.features, 0.0, epoch)     # without damping the new features play no part
         log.info("epoch %d: the prototypes are plain class means until the first of refine_epochs", epoch)
 
+    def _tell_of_short_features(self):
+        """Log the effective scale where the old features are as short as unit vectors; reads a few thousand rows."""
+        old, cfg = self.old, self.cfg
+        classes = np.unique(np.linspace(0, cfg.num_classes - 1, CLASSES_SAMPLED).astype(np.int64))
+        rows = np.flatnonzero(np.isin(old.labels, classes))
+        parts = [rows[old.labels[rows] == label][:ROWS_SAMPLED] for label in classes]
+        parts = [old.features[part].astype(np.float64) for part in parts]
+        norm = np.median(np.linalg.norm(np.concatenate(parts), axis=1))
+        if norm < SHORT:
+            scale = cfg.scale * np.median([np.linalg.norm(part.mean(axis=0)) for part in parts])
+            usual = math.sqrt(cfg.embedding_size)
+            log.warning(
+                "%s: the old features have norm %.2f (median), so the prototype term's effective scale, scale × norm "
+                "of the class means, is %.2f; coordinates of unit variance make norm √%d: for its pull set scale = %.1f",
+                old.path, norm, scale, cfg.embedding_size, usual / norm,
+            )
+
     def _set(self, new_features, damping, epoch):
         """Each rank solves for its share of the classes; the sum puts the shares together."""
         cfg = self.cfg
         start, stop = distributed.rows_of_rank(cfg.num_classes, distributed.rank(), distributed.world_size())
         try:
             share = refine_prototypes(
-                self.old.features, new_features, self.old.labels, damping, cfg.temperature,
+                self.old.features, new_features, self.old.labels, damping, cfg.temperature, cfg.normalize_prototypes,
                 classes=(start, stop), device=self.device,
             )
         except ValueError as error:
@@ -87,5 +111,10 @@ class Refinement(torch.nn.Module):
         self.prototypes.zero_()
         self.prototypes[start:stop] = share.to(self.device, torch.float32)
         distributed.all_reduce_(self.prototypes)
+        scales = cfg.scale * self.prototypes.norm(dim=1)
+        log.info(
+            "epoch %d: effective scale of the prototype term, scale × norm of a prototype: median %.2f (%.2f to %.2f)",
+            epoch, scales.median(), scales.min(), scales.max(),
+        )
         if distributed.is_main():
             save_array(pathlib.Path(cfg.output) / f"prototypes_epoch_{epoch}.npy", self.prototypes.cpu().numpy())

@@ -50,7 +50,7 @@ CASES = {
     "train_old_softmax": Case("train_old_softmax", "OldSoftmax"),
     # Each rank draws which of its credible rows it mixes. With all of them drawn, any number of ranks draws the same.
     "MixBCT": method("MixBCT", mix_ratio=1.0, credible_old_feature="credible.npy"),
-    "UniBCT": method("UniBCT", compat_start_epoch=0, refine_epochs=[1], temperature=0.2, scale=16.0),
+    "UniBCT": method("UniBCT", compat_start_epoch=0, refine_epochs=[1], temperature=0.2),
     # The first of two accumulated batches does not find the second in the queue.
     "NCCL": method(
         "NCCL", ("embedding", "logit"), queue_size=17, temperature=0.5, beta=1.0, credible_old_feature="credible.npy"

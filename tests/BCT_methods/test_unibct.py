@@ -12,6 +12,7 @@ from BCT_methods.UniBCT.train import UniBCT
 from engine.config import ConfigError, load_config
 from engine.feature_files import FeatureError
 from engine.trainer import unwrap
+from losses import old_prototype_loss
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 
@@ -24,7 +25,7 @@ def transition(new, temperature=0.05, axis=1):
     return raised / raised.sum(axis=axis, keepdims=True)
 
 
-def slowly(old, new, labels, damping=0.9, temperature=0.05, axis=1):
+def slowly(old, new, labels, damping=0.9, temperature=0.05, normalize=False, axis=1):
     """The formula as it stands, class by class, with the inverse."""
     prototypes = []
     for c in range(labels.max() + 1):
@@ -32,13 +33,19 @@ def slowly(old, new, labels, damping=0.9, temperature=0.05, axis=1):
         if len(V) > 1:
             V = (1 - damping) * np.linalg.inv(np.eye(len(V)) - damping * transition(N, temperature, axis)) @ V
         mean = V.mean(axis=0)
-        prototypes.append(mean / np.linalg.norm(mean))
+        prototypes.append(mean / np.linalg.norm(mean) if normalize else mean)
     return np.stack(prototypes)
 
 
 def class_means(old, labels):
-    means = np.stack([old[labels == c].mean(axis=0) for c in range(labels.max() + 1)])
-    return means / np.linalg.norm(means, axis=1, keepdims=True)
+    return np.stack([old[labels == c].mean(axis=0, dtype=np.float64) for c in range(labels.max() + 1)])
+
+
+def apart(result, expected):
+    """By row: the largest difference of a value, as a part of the norm of the expected row."""
+    result, expected = (np.asarray(rows, dtype=np.float64) for rows in (result, expected))
+    assert result.shape == expected.shape
+    return np.abs(result - expected).max(axis=1) / np.linalg.norm(expected, axis=1)
 
 
 def draw(sizes, width=6, seed=0, dtype=np.float64):
@@ -55,11 +62,27 @@ def draw(sizes, width=6, seed=0, dtype=np.float64):
     seed=st.integers(0, 999),
     damping=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
     temperature=st.sampled_from([0.05, 0.2, 1.0]),
+    normalize=st.booleans(),
 )
-def test_equals_the_formula(sizes, seed, damping, temperature):
+def test_equals_the_formula(sizes, seed, damping, temperature, normalize):
     old, new, labels = draw(sizes, seed=seed)
-    result = refine_prototypes(old, new, labels, damping, temperature)
-    np.testing.assert_allclose(result, slowly(old, new, labels, damping, temperature), atol=1e-10)
+    result = refine_prototypes(old, new, labels, damping, temperature, normalize)
+    assert apart(result, slowly(old, new, labels, damping, temperature, normalize)).max() < 1e-10
+
+
+def test_the_raw_means_are_the_default_and_their_norm_is_a_scale():
+    """So long as the prototypes are not normalised, old features that are c times as long are a `scale` of c."""
+    old, new, labels = draw([5, 1, 8, 3])
+    embeddings, classes = torch.from_numpy(new), torch.from_numpy(labels)
+
+    def loss(length, scale, **keys):
+        prototypes = refine_prototypes(length * old, new, labels, **keys)
+        return old_prototype_loss(embeddings, classes, prototypes, scale).item()
+
+    for c in (0.1, 3.0, 16.0):
+        assert loss(c, 1.0) == pytest.approx(loss(1.0, c), rel=1e-12)
+        assert loss(c, 1.0) != pytest.approx(loss(1.0, 1.0), rel=1e-2)
+        assert loss(c, 1.0, normalize=True) == pytest.approx(loss(1.0, 1.0, normalize=True), rel=1e-12)
 
 
 def test_batches_and_chunks_of_any_size_give_the_same(monkeypatch):
@@ -76,15 +99,14 @@ def test_classes_of_several_hundred_images_beside_small_ones_in_float32():
     old, new, labels = draw([700, 3, 250, 690, 1, 2], width=32, dtype=np.float32)
     result = refine_prototypes(old, new, labels)
     assert result.dtype == torch.float32
-    np.testing.assert_allclose(result, slowly(old, new, labels), atol=2e-6)
+    assert apart(result, slowly(old, new, labels)).max() < 2e-6
 
 
 def test_with_columns_normalised_nothing_would_be_refined():
     """1ᵀE = 1ᵀ makes 1ᵀ(1 − λ)(I − λE)⁻¹ = 1ᵀ: the mean is the plain one. So rows it must be."""
     old, new, labels = draw([8, 20, 3])
-    np.testing.assert_allclose(slowly(old, new, labels, axis=0), class_means(old, labels), atol=1e-12)
-    refined = refine_prototypes(old, new, labels).numpy()
-    assert (np.abs(refined - class_means(old, labels)).max(axis=1) > 1e-2).all()
+    assert apart(slowly(old, new, labels, axis=0), class_means(old, labels)).max() < 1e-12
+    assert apart(refine_prototypes(old, new, labels), class_means(old, labels)).min() > 1e-2
 
 
 def test_an_outlier_of_a_class_loses_weight():
@@ -93,15 +115,15 @@ def test_an_outlier_of_a_class_loses_weight():
     new[7] = rng.normal(size=16)
     labels = np.zeros(10, int)
     weights = refine_prototypes(np.eye(10), new, labels).numpy()[0]     # old features that show who contributed
-    weights /= weights.sum()
+    assert weights.sum() == pytest.approx(1)
     assert weights.min() >= 0 and weights.argmin() == 7
     assert weights[7] < 0.25 / 10       # less than a quarter of its share in the plain mean
 
     old = np.ones((10, 16)) + 0.3 * rng.normal(size=(10, 16))
     old[7] = -5
-    without = class_means(np.delete(old, 7, axis=0), labels[1:])
-    both = refine_prototypes(old, new, labels).numpy(), class_means(old, labels)
-    refined, plain = (1 - (means @ without.T).item() for means in both)
+    without = class_means(np.delete(old, 7, axis=0), labels[1:])[0]
+    both = refine_prototypes(old, new, labels).numpy()[0], class_means(old, labels)[0]
+    refined, plain = (1 - mean @ without / np.linalg.norm(mean) / np.linalg.norm(without) for mean in both)
     assert refined < plain / 4      # how far the outlier turns the prototype, 1 - cosine
 
 
@@ -116,12 +138,16 @@ def test_weights_are_those_of_the_formula_and_padding_has_none():
         assert (row[size:] == 0).all() and row.sum() == pytest.approx(1)
 
 
-def test_one_image_keeps_its_feature_two_share_alike_and_no_damping_is_the_plain_mean():
+def test_one_image_keeps_its_feature_two_share_alike():
     old, new, labels = draw([1, 2, 9, 1])
-    result = refine_prototypes(old, new, labels).numpy()
-    means = class_means(old, labels)
-    np.testing.assert_allclose(result[[0, 1, 3]], means[[0, 1, 3]], atol=1e-12)
-    np.testing.assert_allclose(refine_prototypes(old, new, labels, damping=0.0), means, atol=1e-12)
+    assert apart(refine_prototypes(old, new, labels), class_means(old, labels))[[0, 1, 3]].max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_without_damping_the_prototypes_are_the_plain_means(dtype):
+    old, new, labels = draw([1, 2, 9, 1, 700, 40], width=32, dtype=dtype)
+    result = refine_prototypes(old, new, labels, damping=0.0)
+    assert apart(result, class_means(old, labels)).max() < (1e-12 if dtype == np.float64 else 1e-6)
 
 
 def test_the_order_of_rows_and_the_length_of_new_features_do_not_matter():
@@ -131,8 +157,9 @@ def test_the_order_of_rows_and_the_length_of_new_features_do_not_matter():
     lengths = np.random.default_rng(6).uniform(0.1, 9, (len(labels), 1))
     reordered = refine_prototypes(old[order], (lengths * new)[order], labels[order])
     torch.testing.assert_close(reordered, result, rtol=0, atol=1e-12)
-    # The length of an old feature does matter: features are taken as stored.
-    assert not torch.allclose(refine_prototypes(lengths * old, new, labels), result, atol=1e-2)
+    # The length of an old feature does matter, even to the direction alone: features are taken as stored.
+    longer, directions = (refine_prototypes(rows, new, labels, normalize=True) for rows in (lengths * old, old))
+    assert not torch.allclose(longer, directions, atol=1e-2)
 
 
 @pytest.mark.parametrize("form", ["memmap", "tensor", "float16", "mixed", "wider new features"])
@@ -154,7 +181,7 @@ def test_what_features_may_be(tmp_path, form):
         new = np.concatenate([new, np.zeros_like(new)], axis=1)
     result = refine_prototypes(old, new, labels)
     assert result.dtype == dtype and result.device.type == "cpu" and not result.requires_grad
-    np.testing.assert_allclose(result, expected, atol=tolerance)
+    assert apart(result, expected).max() < tolerance
 
 
 def test_shares_of_the_classes_are_parts_of_the_whole():
@@ -204,7 +231,7 @@ def folder(tmp_path, make_record_set):
 
 
 def config(folder, name, **keys):
-    default = {"compat_start_epoch": 1, "refine_epochs": [1, 2], "num_epoch": 3, "scale": 16.0, "decay_epoch": []}
+    default = {"compat_start_epoch": 1, "refine_epochs": [1, 2], "num_epoch": 3, "decay_epoch": []}
     return write_config(folder, "UniBCT", name, **{**default, **keys})
 
 
@@ -236,27 +263,30 @@ def test_a_run_refines_when_it_should_by_the_new_features_of_that_time(folder):
     assert [note[2] for note in run.notes] == [{"cls"}] + 3 * [{"cls", "old_cls"}]
     for epoch, refined_at in ((1, 1), (2, 1), (3, 3)):
         expected = slowly(old, run.notes[refined_at][0], labels, 0.8, 0.1)
-        np.testing.assert_allclose(run.notes[epoch][1], expected, atol=1e-5)
-        np.testing.assert_allclose(np.load(folder / f"run/prototypes_epoch_{refined_at}.npy"), expected, atol=1e-5)
-    assert np.abs(run.notes[3][1] - run.notes[1][1]).max() > 1e-3
-    left = sorted(path.name for path in (folder / "run").glob("*.npy"))
-    assert left == ["prototypes_epoch_1.npy", "prototypes_epoch_3.npy"]
+        assert apart(run.notes[epoch][1], expected).max() < 1e-5
+        assert apart(np.load(folder / f"run/prototypes_epoch_{refined_at}.npy"), expected).max() < 1e-5
+    assert apart(run.notes[3][1], run.notes[1][1]).max() > 1e-3
+    assert {path.name for path in (folder / "run").glob("*.npy")} == {f"prototypes_epoch_{e}.npy" for e in (1, 3)}
 
 
 def test_before_the_first_refinement_the_plain_class_means_serve(folder):
     run = Watched(load_config(config(folder, "run", refine_epochs=[2])))
     run.train()
     means = class_means(np.load(folder / "old_feature.npy"), np.array(LABELS))
-    np.testing.assert_allclose(run.notes[1][1], means, atol=1e-6)
-    assert np.abs(run.notes[2][1] - means).max() > 1e-2
+    assert apart(run.notes[1][1], means).max() < 1e-6
+    assert apart(run.notes[2][1], means).max() > 1e-2
     assert [note[2] for note in run.notes] == [{"cls"}] + 2 * [{"cls", "old_cls"}]
 
 
-def test_a_refinement_before_the_term_begins_is_kept_for_it(folder):
-    run = Watched(load_config(config(folder, "run", refine_epochs=[0])))
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_refinement_before_the_term_begins_is_kept_for_it(folder, normalize):
+    run = Watched(load_config(config(folder, "run", refine_epochs=[0], normalize_prototypes=normalize, scale=2.0)))
     run.train()
-    expected = slowly(np.load(folder / "old_feature.npy"), run.notes[0][0], np.array(LABELS))
-    np.testing.assert_allclose(run.notes[2][1], expected, atol=1e-5)
+    expected = slowly(np.load(folder / "old_feature.npy"), run.notes[0][0], np.array(LABELS), normalize=normalize)
+    assert apart(run.notes[2][1], expected).max() < 1e-5
+    norms = 2 * np.linalg.norm(expected, axis=1)
+    told, = (line for line in (folder / "run/training.log").open() if "effective scale" in line)
+    assert told.endswith(f"median {np.median(norms):.2f} ({norms.min():.2f} to {norms.max():.2f})\n")
 
 
 def test_a_resumed_run_has_the_prototypes_of_the_whole_one(folder):
@@ -276,7 +306,7 @@ def test_a_resumed_run_has_the_prototypes_of_the_whole_one(folder):
     with pytest.raises(KeyboardInterrupt):
         Stopped(load_config(path)).train()
     backbone, centres, extra = train(UniBCT, path, "--resume", "True")
-    assert extra["refinement.prototypes"].norm(dim=1).min() > 0.99
+    assert extra["refinement.prototypes"].norm(dim=1).min() > 0.1
     assert all(torch.equal(backbone[name], value) for name, value in whole[0].items())
     assert torch.equal(centres, whole[1])
     assert torch.equal(extra["refinement.prototypes"], whole[2]["refinement.prototypes"])
@@ -299,7 +329,7 @@ def test_all_ranks_embed_with_the_backbone_of_rank_0(folder):
     results = run_ranks(features_and_statistics, 2, config(folder, "two"))
     for mean, training, prototypes in results:
         assert not mean.any() and training
-        torch.testing.assert_close(prototypes, expected, rtol=0, atol=1e-5)
+        assert apart(prototypes, expected).max() < 1e-5
         assert np.array_equal(np.load(folder / "two/prototypes_epoch_1.npy"), prototypes)
 
 
@@ -321,6 +351,24 @@ def test_values_that_would_stop_a_run_only_epochs_later(folder, keys, message):
 def test_an_epoch_that_never_comes_is_said_at_the_start(folder):
     UniBCT(load_config(config(folder, "run", refine_epochs=[1, 9])))
     assert "epoch 9 (compat_start_epoch, refine_epochs) is never reached" in (folder / "run/training.log").read_text()
+
+
+def test_the_effective_scale_is_said_where_old_features_are_short(folder):
+    features = np.load(folder / "old_feature.npy")
+    np.save(folder / "old_feature.npy", 1.5 * features / np.linalg.norm(features, axis=1, keepdims=True))
+    norm = np.median(np.linalg.norm(class_means(np.load(folder / "old_feature.npy"), np.array(LABELS)), axis=1))
+
+    def told(name, **keys):
+        UniBCT(load_config(config(folder, name, **keys)))
+        return [line for line in (folder / name / "training.log").open() if "effective scale" in line]
+
+    for name, scale in (("raw", 1.0), ("scaled", 3.0)):
+        line, = told(name, scale=scale)
+        assert "have norm 1.50 (median)" in line and f"is {scale * norm:.2f};" in line
+        assert line.endswith("set scale = 1.9\n")       # √8 / 1.5
+    assert not told("unit", normalize_prototypes=True)
+    np.save(folder / "old_feature.npy", features)
+    assert not told("long")
 
 
 def test_features_that_do_not_fit(folder, make_record_set):
@@ -346,5 +394,6 @@ def test_nine_configs_differ_from_mixbct_in_the_method_alone():
         for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
             assert config[key] == mixbct[key], (path.name, key)
         assert (config.compat_start_epoch, config.refine_epochs, config.decay_epoch) == (10, [10, 20], [20, 26, 32])
-        assert (config.temperature, config.damping, config.scale) == (0.05, 0.9, 1)
+        assert (config.temperature, config.damping) == (0.05, 0.9)
+        assert (config.scale, config.normalize_prototypes) == (1, False)
         assert config.output.endswith(path.stem.replace("MixBCT", "UniBCT"))

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from losses import old_prototype_loss
 
 
-def batch(size=6, classes=4, width=5, seed=0):
+def batch(size=6, classes=4, width=5, seed=0, lengths=(1.0,)):
+    """The prototypes' norms are `lengths`, in turns: BCT's are 1, UniBCT's those of raw class means."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = 3 * torch.randn(size, width, generator=generator, dtype=torch.float64)
     prototypes = torch.randn(classes, width, generator=generator, dtype=torch.float64)
     labels = torch.randint(classes, (size,), generator=generator)
-    return embeddings, labels, torch.nn.functional.normalize(prototypes, dim=1)
+    norms = torch.tensor([lengths[c % len(lengths)] for c in range(classes)], dtype=torch.float64)
+    return embeddings, labels, norms[:, None] * torch.nn.functional.normalize(prototypes, dim=1)
 
 
 def slowly(embeddings, labels, prototypes, scale):
@@ -34,9 +36,10 @@ def slowly(embeddings, labels, prototypes, scale):
     classes=st.integers(1, 7),
     seed=st.integers(0, 999),
     scale=st.sampled_from([1.0, 16.0, 64.0]),
+    lengths=st.sampled_from([(1.0,), (6.0, 11.8, 0.5)]),
 )
-def test_equals_the_plain_loop(size, classes, seed, scale):
-    inputs = batch(size, classes, seed=seed)
+def test_equals_the_plain_loop(size, classes, seed, scale, lengths):
+    inputs = batch(size, classes, seed=seed, lengths=lengths)
     assert old_prototype_loss(*inputs, scale).item() == pytest.approx(slowly(*inputs, scale), abs=1e-10)
 
 

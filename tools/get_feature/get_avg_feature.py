@@ -1,4 +1,4 @@
-"""Class means of an old model's features: the old classifier, as BCT and UniBCT synthesise it.
+"""Class means of an old model's features: the old classifier, as BCT synthesises it.
 
     python tools/get_feature/get_avg_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70
 

@@ -6,7 +6,9 @@ config = edict()
 
 config.network = "r50"
 config.decay_epoch = [20, 26, 32]   # epochs at which lr drops ×0.1; the other methods decay polynomially
-config.scale = 1.0                  # factor on the cosines of new features and prototypes; 16 pulls harder than 1
+config.scale = 1.0                  # factor on f·P, the unit new features times the prototypes
+config.normalize_prototypes = False # False: raw class means, as in the published code, so that their norm is a scale
+                                    # by itself; True: unit length, as BCT's, whose pull at scale 1 is weak
 config.compat_start_epoch = 10      # epoch, counted from 0, from which the prototype term takes part
 config.refine_epochs = [10, 20]     # epochs that begin with new prototypes; before the first: plain class means
 config.temperature = 0.05           # τ, divides the cosines of new features: the lower, the more the nearest count
