@@ -93,7 +93,7 @@ class Refinement(torch.nn.Module):
             usual = math.sqrt(cfg.embedding_size)
             log.warning(
                 "%s: the old features have norm %.2f (median), so the prototype term's effective scale, scale × norm "
-                "of the class means, is %.2f; coordinates of unit variance make norm √%d: for its pull set scale = %.1f",
+                "of the class means, is %.2f; coordinates of unit variance make it √%d: for its pull set scale = %.1f",
                 old.path, norm, scale, cfg.embedding_size, usual / norm,
             )
 
