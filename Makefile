@@ -1,13 +1,14 @@
 # make demo      the whole flow, small, on this machine; ends in a table      (SEED=1 for other data and weights)
-# make compare   all methods and an independent model on the demo's data
+# make compare   all methods and an independent model on the demo's data            (SEEDS="0 1 2": mean and range)
 # make test      the tests
 # make soak      kill runs with SIGKILL and go on with them, for 20 minutes       (MINUTES=600 over night)
 PYTHON  ?= python3
 SEED    ?= 0
+SEEDS   ?= $(SEED)
 MINUTES ?= 20
 BIN     := .venv/bin
 
-METHODS := MixBCT UniBCT UniBCTscale16 NCCL NCCLscale16 BCT BCTscale16 AdvBCT L2 weakenedL2
+METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 weakenedL2
 
 .PHONY: demo compare test soak clean-demo
 
@@ -15,7 +16,11 @@ demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(SEED)
 
 compare: .venv/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(SEED) $(METHODS) independent
+	for seed in $(SEEDS); do \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $$seed $(METHODS) independent || exit 1; \
+	done
+	$(BIN)/python tools/ijbc_eval/compat_over_seeds.py $(SEEDS:%=demo/seed%/comparison/report.json) \
+	    --out demo/comparison.md
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest

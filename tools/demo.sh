@@ -4,7 +4,8 @@
 #
 #   tools/demo.sh [SEED [METHOD ...]]      METHOD: MixBCT (the default), UniBCT, weakenedL2, ..., independent
 #
-# Everything lands in demo/seed<SEED>/. A step whose result is there already is not run again.
+# Everything lands in demo/seed<SEED>/. A step whose result is there already is not run again; a training run that
+# was cut short goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-0}
@@ -19,39 +20,62 @@ old=f128_tiny_softmax
 run=(--workspace "$root" --seed "$seed")
 export OMP_WAIT_POLICY=passive          # idle threads leave the core to the workers that decode
 
-sources() {  # digest of the code that all steps share, and of the files given
-    cat ./*.py backbones/*.py configs/base.py configs/{demo,scenarios}/*.py engine/*.py losses/*.py \
-        tools/demo_data/*.py tools/split_dataset/*.py tools/get_feature/*.py "$@" | cksum
+configs=()      # of the methods, in their order; a misspelt one is to show before the hours of the others
+for method in "$@"; do
+    config=configs/demo/f128_tiny_x2_arc_class70.py
+    if [ "$method" != independent ]; then   # weakenedL2 is a config of L2, say
+        config=$(echo BCT_methods/*/configs/demo/"OPclass_tiny_to_tiny_x2_${method}_softmax_to_arc_f128.py")
+    fi
+    if [ ! -e "$config" ]; then
+        echo "$config: no such config; METHOD is one of those in BCT_methods/*/configs/demo/, or independent" >&2
+        exit 1
+    fi
+    configs+=("$config")
+done
+
+sources() {  # digest of the code that all steps share, whatever folder it lies in, and of the files given
+    {
+        find . \( -name '.?*' -o -name venv -o -path ./dataset -o -path ./demo -o -path ./tests -o -path ./benchmarks \
+            -o -path ./BCT_methods -o -path ./tools/ijbc_eval \) -prune -o -name '*.py' -type f -print0 |
+            LC_ALL=C sort -z | xargs -0 cat
+        [ $# = 0 ] || cat "$@"
+    } | cksum
 }
 
-step() {  # step RESULT COMMAND...: run the command, its output in a log, unless it has made the result before
-    local result=$1 log stamp
+before=         # what the step builds on: a digest of the stamp of the step before it
+method_files=()
+step() {        # step RESULT COMMAND...: run the command, its output in a log, unless it has made the result before
+    local result=$1 log stamp found
     shift
     log=$root/log/$(basename "$(dirname "$result")")_$(basename "$result").log
     # A model.pt alone proves little: training writes one after every epoch, and code and commands change.
-    stamp="$(sources ${method_files[@]+"${method_files[@]}"}) $*"
-    if [ -z "$fresh" ] && [ -e "$result" ] && [ "$(cat "$log.done" 2> /dev/null)" = "$stamp" ]; then
+    stamp="$(sources ${method_files[@]+"${method_files[@]}"}) after $before: ${BCT_OVERRIDES:-} $*"
+    found=$(head -n 1 "$log.stamp" 2> /dev/null || true)
+    if [ -e "$result" ] && [ "$found" = "done $stamp" ]; then
         echo "have $result"
-        return
+    else
+        printf '\n[%3d s] $ %s\n' "$SECONDS" "$*"
+        if [[ $result == */work_dirs/* ]]; then
+            if [ "$found" = "begun $stamp" ]; then
+                set -- "$@" --resume True
+            else        # a run is not begun over the checkpoints of another
+                rm -rf "$(dirname "$result")"
+            fi
+        fi
+        mkdir -p "$root/log"
+        echo "begun $stamp" > "$log.stamp"
+        # Training that gets SIGTERM writes a checkpoint and ends well, but before its end.
+        if ! "$@" > "$log" 2>&1 || grep 'stopped by SIG' "$log"; then
+            tail -n 25 "$log"
+            echo "not finished; the whole output is in $log, and the same command goes on from here" >&2
+            exit 1
+        fi
+        printf 'done %s\n%s\n' "$stamp" "$(date)" > "$log.stamp"    # made again, it differs: so must what follows
+        tail -n 1 "$log"
     fi
-    printf '\n[%3d s] $ %s\n' "$SECONDS" "$*"
-    mkdir -p "$root/log"
-    rm -f "$log.done"
-    if [[ $result == */work_dirs/* ]]; then     # a run is not begun over the checkpoints of one that was cut short
-        rm -rf "$(dirname "$result")"
-    fi
-    if ! "$@" > "$log" 2>&1; then
-        tail -n 25 "$log"
-        echo "that failed; the whole output is in $log" >&2
-        exit 1
-    fi
-    echo "$stamp" > "$log.done"
-    tail -n 1 "$log"
-    [ ${#method_files[@]} -gt 0 ] || fresh=yes      # what follows builds on this
+    before=$(cksum < "$log.stamp")
 }
 
-fresh=
-method_files=()
 step "$data/IJBC/meta/ijbc_1N_probe_mixed.csv" \
     python tools/demo_data/draw_demo_data.py --root "$data" --seed "$seed"
 step "$data/ms1m-retinaface-t1/train_part_70_class.idx" \
@@ -66,20 +90,22 @@ step "$features/${old}_class70_credible_ratio_90_feature.npy" \
     python tools/get_feature/denoise_credible.py --T 0.9 --SD "${old}_class70" --feature_save "$root/feature_save"
 
 models=()
-for method in "$@"; do
-    method_files=(configs/demo/*.py)
-    if [ "$method" = independent ]; then
-        name=f128_tiny_x2_arc_class70
-        step "$root/work_dirs/$name/model.pt" python train_old_arc.py "configs/demo/$name.py" "${run[@]}"
-        models+=(--independent "independent=$root/work_dirs/$name/model.pt:tiny_x2")
-        continue
-    fi
-    name=OPclass_tiny_to_tiny_x2_${method}_softmax_to_arc_f128
-    config=$(ls BCT_methods/*/configs/demo/"$name.py")      # weakenedL2 is a config of L2, say
+shared=$before
+for config in "${configs[@]}"; do
+    method=$1
+    shift
+    before=$shared
+    name=$(basename "$config" .py)
     folder=${config%%/configs/*}
-    method_files=("$folder"/*.py "$folder/configs/base.py" "$config")
-    step "$root/work_dirs/$name/model.pt" python "$folder/train.py" "$config" "${run[@]}"
-    models+=(--new "$method=$root/work_dirs/$name/model.pt:tiny_x2")
+    if [ "$method" = independent ]; then
+        method_files=()
+        step "$root/work_dirs/$name/model.pt" python train_old_arc.py "$config" "${run[@]}"
+        models+=(--independent "independent=$root/work_dirs/$name/model.pt:tiny_x2")
+    else
+        method_files=("$folder"/*.py "$folder/configs/base.py" "$config")
+        step "$root/work_dirs/$name/model.pt" python "$folder/train.py" "$config" "${run[@]}"
+        models+=(--new "$method=$root/work_dirs/$name/model.pt:tiny_x2")
+    fi
 done
 
 printf '\n[%3d s] $ %s\n' "$SECONDS" "python tools/ijbc_eval/compat_report.py --out $report ..."
