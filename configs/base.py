@@ -34,7 +34,8 @@ config.weight_decay = 5e-4
 config.batch_size = 128             # images a rank and step
 config.gradient_acc = 1             # steps whose gradients are averaged before the weights move
 config.num_epoch = 35
-config.warmup_epoch = 0.0           # epochs of linear warm-up from 0; may be a fraction
+config.warmup_epoch = 0.0           # epochs of linear warm-up from 0; may be a fraction. -1: decay one epoch ahead
+# The published text says linear decay; the published code, and this, power 2.
 config.decay_epoch = []             # epochs at which lr drops ×0.1; empty = polynomial decay of power 2 to 0
 config.clip_grad_norm = 5.0         # largest L2 norm of the backbone's gradient; 0 = no clipping
 

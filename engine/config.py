@@ -59,7 +59,7 @@ RANGES = {
     "batch_size": (lambda v: v > 0, "above 0"),
     "gradient_acc": (lambda v: v > 0, "above 0"),
     "num_epoch": (lambda v: v > 0, "above 0"),
-    "warmup_epoch": (lambda v: v >= 0, "at least 0"),
+    "warmup_epoch": (lambda v: v >= 0 or v == -1, "at least 0, or -1: decay as if one epoch of it were over"),
     "clip_grad_norm": (lambda v: v >= 0, "at least 0"),
     "num_classes": (lambda v: v >= 0, "at least 0"),
     "num_image": (lambda v: v >= 0, "at least 0"),

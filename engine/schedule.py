@@ -9,6 +9,9 @@ def learning_rate_factor(step, steps_per_epoch, num_epoch, warmup_epoch=0.0, dec
     Linear from 0 over the first `warmup_epoch` epochs; the first warm-up step has factor 1/warm-up steps. Then either
     ×0.1 at the begin of every epoch in `decay_epoch`, or, where that is empty, polynomial decay of power 2 over
     the remaining steps, down to 0 after the last one: (1 − t/T)².
+
+    warmup_epoch = −1, as published BCT configs have it: the decay begins as if one epoch of it were already over. At
+    the fractional epoch e = step / steps_per_epoch of E the factor is ((E − e)/(E + 1))²; with `decay_epoch` as for 0.
     """
     warmup_steps = int(warmup_epoch * steps_per_epoch)
     if step < warmup_steps:

@@ -5,3 +5,4 @@ from easydict import EasyDict as edict
 config = edict()
 
 config.scenario = "EXclass_arc_f512"
+config.warmup_epoch = -1.0          # as published: the decay begins one epoch ahead

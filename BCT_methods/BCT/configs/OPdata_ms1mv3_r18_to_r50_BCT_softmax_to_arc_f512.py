@@ -5,3 +5,4 @@ from easydict import EasyDict as edict
 config = edict()
 
 config.scenario = "OPdata_softmax_f512"
+config.warmup_epoch = -1.0          # as published: the decay begins one epoch ahead
