@@ -349,7 +349,7 @@ def test_terms_are_weighted_and_fade(folder):
 @pytest.mark.parametrize("largest", [0.5, 0.0])
 def test_one_norm_clips_backbone_adversary_and_boundary(folder, largest):
     """A step of plain SGD: all gradients of the three divided by one number, the class centres' by none; 0 = none."""
-    keys = {"clip_grad_norm": largest, "momentum": 0.0, "weight_decay": 0.0, "lr": 0.1}
+    keys = {"clip_grad_norm": largest, "momentum": 0.0, "weight_decay": 0.0, "lr": 0.1, "adv_weight": 40.0}
     trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", **keys)))
     trainer.loader.set_epoch(0)
     trainer.step = trainer.total_steps // 2     # the reversal is on
