@@ -82,7 +82,8 @@ def same_losses_step(trainer, batch):
             distributed.all_reduce_(parameter.grad)
     trainer.scaler.unscale_(trainer.optimizer)
     if trainer.cfg.clip_grad_norm > 0:
-        torch.nn.utils.clip_grad_norm_(trainer.backbone.parameters(), trainer.cfg.clip_grad_norm)
+        together = [*trainer.backbone.parameters(), *trainer.extra.parameters()]
+        torch.nn.utils.clip_grad_norm_(together, trainer.cfg.clip_grad_norm)
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad()

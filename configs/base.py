@@ -37,7 +37,7 @@ config.num_epoch = 35
 config.warmup_epoch = 0.0           # epochs of linear warm-up from 0; may be a fraction. -1: decay one epoch ahead
 # The published text says linear decay; the published code, and this, power 2.
 config.decay_epoch = []             # epochs at which lr drops ×0.1; empty = polynomial decay of power 2 to 0
-config.clip_grad_norm = 5.0         # largest L2 norm of the backbone's gradient; 0 = no clipping
+config.clip_grad_norm = 5.0         # largest L2 norm of the gradient of backbone and extra modules; 0 = no clipping
 
 # --- Data ------------------------------------------------------------------------------------------------------
 config.workspace = ""               # directory that the relative paths of a config lie under; "" = the repo root

@@ -48,8 +48,8 @@ class Trainer:
     What a method uses: `cfg`, `train_set`, `backbone` (images [B, 3, 112, 112] -> embeddings [B, D]),
     `classifier` (PartialFC: embeddings, labels -> loss), `generator` (seeded, on the CPU), `device`, `rank`,
     `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of the method's own
-    into `extra`: their parameters train with the backbone's settings, their gradients are summed over the ranks,
-    and their parameters and buffers are in every checkpoint (not in model.pt).
+    into `extra`: their parameters train with the backbone's settings, their gradients are summed over the ranks and
+    clipped with the backbone's by one norm, and their parameters and buffers are in every checkpoint (not in model.pt).
     """
 
     def __init__(self, cfg):
@@ -218,7 +218,8 @@ class Trainer:
                 distributed.all_reduce_(parameter.grad)
         self.scaler.unscale_(self.optimizer)
         if self.cfg.clip_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), self.cfg.clip_grad_norm)
+            together = [*self.backbone.parameters(), *self.extra.parameters()]
+            torch.nn.utils.clip_grad_norm_(together, self.cfg.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

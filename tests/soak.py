@@ -46,8 +46,8 @@ def draw_task(folder, seed):
         **[{}, {"optimizer": "adamw", "lr": 1e-3}][random.integers(2)],
         **[{}, {"val_targets": ["pairs"], "verbose": int(random.integers(2, 6))}][random.integers(2)],
     }
-    if method == "NCCL":        # it compares the logits of all classes
-        keys["sample_rate"] = 1.0
+    if method == "NCCL" and keys["sample_rate"] < 1:    # its logit loss takes all classes
+        keys["beta"] = 0.0
     if method == "UniBCT":      # its prototypes are refined in between; written beside the checkpoints
         keys |= {"compat_start_epoch": 0, "refine_epochs": [1, 2]}
     return make_task(folder, method, ranks, seed=seed, **keys), keys

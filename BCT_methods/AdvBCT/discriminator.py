@@ -59,16 +59,18 @@ class Discriminator(nn.Module):
         return self.out(F.relu(hidden)).log_softmax(1)
 
 
-def adversarial_loss(discriminator, new, old, alpha):
+def adversarial_loss(discriminator, new, old, alpha, normalize_input=True):
     """NLL of the new features as NEW + NLL of the old ones as OLD, each a mean over the global batch.
 
-    new, old: [B, D], this rank's rows, any scale; both are L2-normalised here. The discriminator gets the gradient
-    as it is and learns to tell them apart; `new` gets it reversed, with strength alpha; `old` gets none. New and old
-    features go through the discriminator one after the other, each batch with BatchNorm statistics of its own.
+    new, old: [B, D], this rank's rows, any scale; normalize_input: both are L2-normalised here. The discriminator gets
+    the gradient as it is and learns to tell them apart; `new` gets it reversed, with strength alpha; `old` gets none.
+    New and old features go through the discriminator one after the other, each batch with BatchNorm statistics of its
+    own.
     """
     dtype = discriminator.hidden.weight.dtype
-    new = F.normalize(new.to(dtype))
-    old = F.normalize(old.detach().to(dtype))
+    new, old = new.to(dtype), old.detach().to(dtype)
+    if normalize_input:
+        new, old = F.normalize(new), F.normalize(old)
     said_of_new = discriminator(reverse_gradient(new, alpha))[:, NEW]
     said_of_old = discriminator(old)[:, OLD]
     return global_mean(-said_of_new.mean() - said_of_old.mean())

@@ -36,11 +36,12 @@ class AdvBCT(Trainer):
         new = self.backbone(images)
         outside = point_to_set_loss(new, labels, *self.classes, self.extra["boundary"], cfg.threshold)
         alpha = reversal_strength(self.step / self.total_steps)
-        fade = (cfg.num_epoch - self.epoch) / cfg.num_epoch     # (E - epoch + 1) / E with epochs counted from 1
+        adversarial = adversarial_loss(self.extra["discriminator"], new, old, alpha, cfg.normalize_input)
+        fade = (cfg.num_epoch - self.epoch + 1) / cfg.num_epoch     # epochs from 0: 36/35 ... 2/35, as published
         return {
             "cls": self.classifier(new, labels),
             "p2s": cfg.p2s_weight * outside,
-            "adv": cfg.adv_weight * fade * adversarial_loss(self.extra["discriminator"], new, old, alpha),
+            "adv": cfg.adv_weight * fade * adversarial,
         }
 
 

@@ -22,43 +22,46 @@ HALF_BLOCK = 4096   # classes whose half precision products are added up in one 
 
 
 class NeighborhoodConsensusLoss(nn.Module):
-    """Both losses, and the queue of old features that they compare with.
+    """Both losses, or the embedding loss alone, and the queue of old features that they compare with.
 
     embedding_size: D. num_classes: over all ranks; a rank holds the logits of the classes that PartialFC gives it.
     queue_size: Q, old features kept, the newest. temperature: T > 0 of both softmaxes.
     logit_dtype: of the queue's logits, [Q, num_local]. 8192 x 65,402 in float32 are 2.1 GB on one rank, an eighth of
     that on each of eight. float16 or bfloat16 (for CUDA) halves it and takes the products in it, added up in float32.
+    None: no logits in the queue, no logit loss.
 
     Buffers, all part of a checkpoint: queue_embeddings [Q, D], queue_labels [Q] (-1 = empty slot) and position
     [] (the slot to be filled next) are alike on all ranks, queue_logits [Q, num_local] is each rank's own.
     """
-
-    class_sharded = {"queue_logits": 1}     # for a checkpoint that goes on on another number of ranks
 
     def __init__(self, embedding_size, num_classes, queue_size, temperature=1.0, logit_dtype=torch.float32):
         super().__init__()
         if queue_size < 1 or not temperature > 0:
             raise ValueError(f"queue_size = {queue_size} must be at least 1 and temperature = {temperature} above 0")
         start, stop = rows_of_rank(num_classes, rank(), world_size())
+        logits = None if logit_dtype is None else torch.zeros(queue_size, stop - start, dtype=logit_dtype)
         self.queue_size = queue_size
         self.temperature = temperature
         self.register_buffer("queue_embeddings", torch.zeros(queue_size, embedding_size))
-        self.register_buffer("queue_logits", torch.zeros(queue_size, stop - start, dtype=logit_dtype))
+        self.register_buffer("queue_logits", logits)
         self.register_buffer("queue_labels", torch.full((queue_size,), -1, dtype=torch.int64))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+        # For a checkpoint that goes on on another number of ranks.
+        self.class_sharded = {} if logits is None else {"queue_logits": 1}
 
     def forward(self, old_embeddings, old_logits, new_embeddings, new_logits, labels):
         """Put the old features of the global batch into the queue, then compare the new ones with all of it.
 
         old_embeddings, new_embeddings: [B, D], this rank's rows, any scale; B is the same on every rank.
         old_logits, new_logits: [world * B, num_local], cosines of the *global* batch, in rank order, to this rank's
-        class centres (one process: [B, C]); the new ones made with `gather_with_grad`.
+        class centres (one process: [B, C]); the new ones made with `gather_with_grad`. None where logit_dtype is.
         labels: int64 [B]; -1 = do not use this image: it takes no part in the losses, and the slot that it fills stays
         empty. Gradients go to new_embeddings and new_logits only.
 
-        Returns `(embedding_loss, logit_loss)`, scalars of the global batch, the same on all ranks. An image without a
-        positive in the queue (its own old feature is one, unless the global batch is larger than the queue) does not
-        count; without any that counts both are 0. Raises ValueError for shapes that do not fit.
+        Returns `(embedding_loss, logit_loss)`, scalars of the global batch, the same on all ranks; without logits
+        logit_loss is None. An image without a positive in the queue (its own old feature is one, unless the global
+        batch is larger than the queue) does not count; without any that counts both are 0. Raises ValueError for
+        shapes that do not fit.
         """
         self._check(old_embeddings, old_logits, new_embeddings, new_logits, labels)
         dtype = self.queue_embeddings.dtype
@@ -69,13 +72,14 @@ class NeighborhoodConsensusLoss(nn.Module):
         positive = (labels[:, None] == self.queue_labels) & (self.queue_labels >= 0)                   # [B, Q]
         count = positive.sum(1, keepdim=True)
         weight = (old @ self.queue_embeddings.T + 1) / 2 * positive / count.clamp(min=1)
-        similarity = new @ self.queue_embeddings.T
-        agreement = _sum_to_own_rows(_inner_products(new_logits, self.queue_logits, dtype))
+        scores = [new @ self.queue_embeddings.T]
+        if self.queue_logits is not None:
+            scores.append(_sum_to_own_rows(_inner_products(new_logits, self.queue_logits, dtype)))
 
-        losses = [self._weighted_cross_entropy(scores, weight) for scores in (similarity, agreement)]
-        embedding, logit, used = sum_over_ranks(torch.stack([*losses, (count > 0).sum().to(dtype)]))
-        used = used.detach().clamp(min=1)
-        return embedding / used, logit / used
+        losses = [self._weighted_cross_entropy(of_one, weight) for of_one in scores]
+        *sums, used = sum_over_ranks(torch.stack([*losses, (count > 0).sum().to(dtype)]))
+        embedding, *logit = (total / used.detach().clamp(min=1) for total in sums)
+        return embedding, logit[0] if logit else None
 
     def _weighted_cross_entropy(self, scores, weight):
         """-sum_ij weight_ij log softmax_j(scores_ij / T) over filled slots; both [B, Q], the weight 0 at empty ones."""
@@ -86,7 +90,8 @@ class NeighborhoodConsensusLoss(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings, logits, labels):
-        """Overwrite the oldest slots by embeddings [N, D], logits [N, num_local] and labels [N], the same on all ranks.
+        """Overwrite the oldest slots by embeddings [N, D], logits [N, num_local] (None where the queue has none) and
+        labels [N], the same on all ranks.
 
         Of more rows than the queue has slots the last stay. The position lives on the device and nobody reads it
         on the host, so no step waits for the device.
@@ -95,25 +100,31 @@ class NeighborhoodConsensusLoss(nn.Module):
         kept = slice(max(rows - self.queue_size, 0), rows)
         slots = (self.position + torch.arange(rows, device=labels.device)[kept]) % self.queue_size
         self.queue_embeddings[slots] = embeddings[kept].to(self.queue_embeddings.dtype)
-        self.queue_logits[slots] = logits[kept].to(self.queue_logits.dtype)
+        if self.queue_logits is not None:
+            self.queue_logits[slots] = logits[kept].to(self.queue_logits.dtype)
         self.queue_labels[slots] = labels[kept]
         self.position.add_(rows).remainder_(self.queue_size)
 
     def _check(self, old_embeddings, old_logits, new_embeddings, new_logits, labels):
-        rows, shard = len(labels), self.queue_logits.shape[1]
-        features, logits = (rows, self.queue_embeddings.shape[1]), (rows * world_size(), shard)
+        rows = len(labels)
+        features = [rows, self.queue_embeddings.shape[1]]
+        logits = None if self.queue_logits is None else [rows * world_size(), self.queue_logits.shape[1]]
         wrong = [
-            f"{name} {list(tensor.shape)} instead of {list(shape)}"
+            f"{name} {_shape(tensor)} instead of {shape}"
             for name, tensor, shape in (
                 ("old_embeddings", old_embeddings, features),
                 ("new_embeddings", new_embeddings, features),
                 ("old_logits", old_logits, logits),
                 ("new_logits", new_logits, logits),
             )
-            if tensor.shape != shape
+            if _shape(tensor) != shape
         ]
         if wrong:
             raise ValueError(f"with labels [{rows}] on each of {world_size()} ranks: {', '.join(wrong)}")
+
+
+def _shape(tensor):
+    return None if tensor is None else list(tensor.shape)
 
 
 def _inner_products(logits, queue, dtype):

@@ -24,7 +24,8 @@ class NCCL(Trainer):
 
     def setup(self):
         cfg = self.cfg
-        require(cfg, "sample_rate", cfg.sample_rate == 1, "1: NCCL compares the logits of all classes")
+        every_class = f"1 where beta = {cfg.beta}: the logit loss takes all classes; set sample_rate = 1 or beta = 0"
+        require(cfg, "sample_rate", cfg.sample_rate == 1 or cfg.beta == 0, every_class)
         require(cfg, "queue_size", cfg.queue_size >= 1, "at least 1")
         require(cfg, "temperature", cfg.temperature > 0, "above 0")
         for weight in ("alpha", "beta"):
@@ -34,7 +35,8 @@ class NCCL(Trainer):
         half = cfg.fp16 and self.device.type == "cuda"
         logit_dtype = torch.get_autocast_dtype("cuda") if half else torch.float32
         self.extra["consensus"] = NeighborhoodConsensusLoss(
-            cfg.embedding_size, cfg.num_classes, cfg.queue_size, cfg.temperature, logit_dtype
+            *(cfg.embedding_size, cfg.num_classes, cfg.queue_size, cfg.temperature),
+            logit_dtype=logit_dtype if cfg.beta > 0 else None,
         )
 
     def losses(self, images, labels, index):
@@ -43,15 +45,16 @@ class NCCL(Trainer):
         known = torch.where(to_device(self.credible[index], self.device), labels, -1)
 
         new = self.backbone(images)
+        old_logits, new_logits = self.logits(old, new) if self.cfg.beta > 0 else (None, None)
+        embedding, logit = self.extra["consensus"](old, old_logits, new, new_logits, known)
+        terms = {"cls": self.classifier(new, labels), "embedding": self.cfg.alpha * embedding}
+        return terms if logit is None else {**terms, "logit": self.cfg.beta * logit}
+
+    def logits(self, old, new):
+        """Cosines of the global batch's old and new features to this rank's class centres; gradient to the new."""
         new_logits = self.classifier.cosines(gather_with_grad(new))
         with torch.no_grad():
-            old_logits = self.classifier.cosines(gather(old))
-        embedding, logit = self.extra["consensus"](old, old_logits, new, new_logits, known)
-        return {
-            "cls": self.classifier(new, labels),
-            "embedding": self.cfg.alpha * embedding,
-            "logit": self.cfg.beta * logit,
-        }
+            return self.classifier.cosines(gather(old)), new_logits
 
 
 if __name__ == "__main__":

@@ -207,11 +207,12 @@ def test_elastic_scalars_start_anywhere_between_minus_one_and_one():
 # --- adversary --------------------------------------------------------------------------------------------------
 
 
-def adversary_slowly(model, new, old):
+def adversary_slowly(model, new, old, normalize=True):
     """The NLL of each batch by the layers' definitions, with that batch's own BatchNorm statistics."""
     total = 0
     for features, label in ((new, 0), (old, 1)):
-        hidden = features / features.norm(dim=1, keepdim=True) @ model.hidden.weight.T + model.hidden.bias
+        rows = features / features.norm(dim=1, keepdim=True) if normalize else features
+        hidden = rows @ model.hidden.weight.T + model.hidden.bias
         mean, variance = hidden.mean(0), ((hidden - hidden.mean(0)) ** 2).mean(0)
         hidden = (hidden - mean) / (variance + 1e-5).sqrt() * model.norm.weight + model.norm.bias
         scores = hidden.clamp(min=0) @ model.out.weight.T + model.out.bias
@@ -234,6 +235,23 @@ def test_adversary_against_a_loop_and_the_gradient_turned_round():
         for mine, theirs in zip(own, reference[1:]):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
     assert torch.autograd.grad(loss, old, allow_unused=True) == (None,)
+
+
+def test_features_as_the_networks_give_them():
+    """Lengths of the rows count without normalisation: by the same loop, on rows that are not divided by their norm."""
+    torch.manual_seed(0)
+    model = Discriminator(WIDTH).double()
+    new, old = (torch.randn(9, WIDTH, dtype=torch.float64) * torch.rand(9, 1) * 20 for _ in range(2))
+    new.requires_grad_()
+    loss = adversarial_loss(model, new, old, 0.7, normalize_input=False)
+    expected = adversary_slowly(model, new, old, normalize=False)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    leaves = (new, *model.parameters())
+    first, second = (torch.autograd.grad(one, leaves) for one in (loss, expected))
+    torch.testing.assert_close(first[0], -0.7 * second[0], rtol=1e-9, atol=1e-12)
+    for mine, theirs in zip(first[1:], second[1:]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert not torch.isclose(adversarial_loss(model, new, old, 0.7), loss, rtol=1e-3)
 
 
 def test_reversed_gradient_and_its_strength():
@@ -298,8 +316,8 @@ def folder(tmp_path, make_record_set):
 
 
 def test_terms_are_weighted_and_fade(folder):
-    """p2s as it is, times 4; adv times 4 and (E - epoch + 1) / E, epochs counted from 1; the reversal grows."""
-    trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", num_epoch=5)))
+    """p2s as it is, times 4; adv times 4 and (E - epoch + 1) / E, epochs counted from 0; the reversal grows."""
+    trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", num_epoch=35)))
     trainer.loader.set_epoch(0)
     images, labels, index = next(iter(trainer.loader))
 
@@ -313,14 +331,40 @@ def test_terms_are_weighted_and_fade(folder):
         return named, grad, new
 
     first, grad, new = terms(epoch=0, step=0)
-    last, last_grad, _ = terms(epoch=4, step=trainer.total_steps // 2)
+    last, last_grad, _ = terms(epoch=34, step=trainer.total_steps // 2)
     p2s = point_to_set_loss(new, labels, *trainer.classes, trainer.extra["boundary"], 0.4)
     adv = adversarial_loss(trainer.extra["discriminator"], new, trainer.old[index], 0.0)
     torch.testing.assert_close(first["p2s"], 4 * p2s)
     torch.testing.assert_close(last["p2s"], 4 * p2s)
-    torch.testing.assert_close(first["adv"], 4 * adv)
-    torch.testing.assert_close(last["adv"], 4 / 5 * adv)
+    torch.testing.assert_close(first["adv"], 4 * 36 / 35 * adv)
+    torch.testing.assert_close(last["adv"], 4 * 2 / 35 * adv)
     assert not grad.any() and last_grad.any()
+    trainer.cfg.normalize_input = False
+    unnormalised, _, _ = terms(epoch=34)
+    adv = adversarial_loss(trainer.extra["discriminator"], new, trainer.old[index], 0.0, normalize_input=False)
+    torch.testing.assert_close(unnormalised["adv"], 4 * 2 / 35 * adv)
+    assert not torch.isclose(unnormalised["adv"], last["adv"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("largest", [0.5, 0.0])
+def test_one_norm_clips_backbone_adversary_and_boundary(folder, largest):
+    """A step of plain SGD: all gradients of the three divided by one number, the class centres' by none; 0 = none."""
+    keys = {"clip_grad_norm": largest, "momentum": 0.0, "weight_decay": 0.0, "lr": 0.1, "adv_weight": 40.0}
+    trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", **keys)))
+    trainer.loader.set_epoch(0)
+    trainer.step = trainer.total_steps // 2     # the reversal is on
+    sum(trainer.losses(*next(iter(trainer.loader))).values()).backward()
+    backbone = [parameter for parameter in trainer.backbone.parameters() if parameter.requires_grad]
+    together = [*backbone, *trainer.extra.parameters()]
+    alone, norm = (math.sqrt(sum((p.grad.double() ** 2).sum().item() for p in part)) for part in (backbone, together))
+    assert norm > 1.01 * alone and alone > 0.5      # the backbone's alone is another number
+    factor = largest / norm if largest else 1.0
+    expected = [parameter.detach() - 0.1 * factor * parameter.grad for parameter in together]
+    centres = trainer.classifier.weight.detach() - 0.1 * trainer.classifier.weight.grad
+    trainer.update()
+    for parameter, value in zip(together, expected):
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(trainer.classifier.weight.detach(), centres)
 
 
 def test_train_script_on_two_ranks(folder):
@@ -349,4 +393,5 @@ def test_nine_configs_are_mixbcts_but_for_the_method():
         for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
             assert config[key] == mixbct[key], (path.name, key)
         assert (config.threshold, config.p2s_weight, config.adv_weight, config.center_radius) == (0.4, 4.0, 4.0, "")
+        assert (config.normalize_input, config.clip_grad_norm) == (True, 5.0)
         assert config.output.endswith(path.stem.replace("MixBCT", "AdvBCT"))

@@ -119,6 +119,18 @@ def test_a_new_neighbour_of_its_own_class_is_rewarded_and_of_another_not():
         assert result.item() == pytest.approx(math.log(2 * math.exp(1) + 2 * math.exp(-1)) - score, abs=1e-5)
 
 
+def test_without_logits_the_embedding_loss_and_its_gradient_are_the_same_bits():
+    both = NeighborhoodConsensusLoss(WIDTH, CLASSES, 10, 0.7)
+    alone = NeighborhoodConsensusLoss(WIDTH, CLASSES, 10, 0.7, logit_dtype=None)
+    assert set(both.state_dict()) - set(alone.state_dict()) == {"queue_logits"} and alone.class_sharded == {}
+    for old, old_logits, new, new_logits, labels in batches(4, 4, dtype=torch.float32):     # more than the queue holds
+        expected, _ = both(old, old_logits, new, new_logits, labels)
+        result, logit = alone(old, None, new, None, labels)
+        assert logit is None and torch.equal(result, expected)
+        first, second = (torch.autograd.grad(loss, new)[0] for loss in (result, expected))
+        assert torch.equal(first, second) and first.any()
+
+
 def test_half_precision_products_stay_close(monkeypatch):
     monkeypatch.setattr(nccl_loss, "HALF_BLOCK", 3)     # 7 classes in three blocks
     exact = NeighborhoodConsensusLoss(WIDTH, CLASSES, 20)
@@ -148,6 +160,10 @@ def test_what_does_not_fit_is_named():
         module(old, old_logits, new[:, :5], new_logits, labels)
     with pytest.raises(ValueError, match=r"old_logits \[3, 7\] instead of \[4, 7\]"):
         module(old, old_logits[:3], new, new_logits, labels)
+    with pytest.raises(ValueError, match=r"old_logits None instead of \[4, 7\], new_logits None instead"):
+        module(old, None, new, None, labels)
+    with pytest.raises(ValueError, match=r"old_logits \[4, 7\] instead of None"):
+        NeighborhoodConsensusLoss(WIDTH, CLASSES, 7, logit_dtype=None)(old, old_logits, new, new_logits, labels)
     for size, temperature in ((0, 1.0), (5, 0.0)):
         with pytest.raises(ValueError, match="queue_size"):
             NeighborhoodConsensusLoss(WIDTH, CLASSES, size, temperature)
@@ -160,6 +176,7 @@ def steps_on_rank(temperature):
     """Two steps on 6 rows of a global batch; the gradients of each loss to this rank's embeddings and class centres."""
     classifier = PartialFC(ArcFace(8.0), WIDTH, CLASSES, seed=1).double()
     module = NeighborhoodConsensusLoss(WIDTH, CLASSES, 9, temperature).double()
+    alone = NeighborhoodConsensusLoss(WIDTH, CLASSES, 9, temperature, logit_dtype=None).double()
     rows = 6 // distributed.world_size()
     mine = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
     out = []
@@ -171,6 +188,8 @@ def steps_on_rank(temperature):
         losses = module(old, old_logits, new, new_logits, labels)
         embedding, = torch.autograd.grad(losses[0], new, retain_graph=True)
         logit, centres = torch.autograd.grad(losses[1], (new, classifier.weight))
+        without, _ = alone(old, None, new, None, labels)
+        assert torch.equal(without, losses[0]) and torch.equal(torch.autograd.grad(without, new)[0], embedding)
         out.append((torch.stack(losses).detach(), embedding, logit, centres))
     return out
 
@@ -198,6 +217,19 @@ def folder(tmp_path, make_record_set):
     return tmp_path
 
 
+def test_without_the_logit_loss_no_logits_are_computed_or_kept(folder):
+    trainer = NCCL(load_config(write_config(folder, "NCCL", "run", alpha=8.0, beta=0.0, queue_size=30)))
+    trainer.classifier.cosines = None       # the second pass through the classifier
+    trainer.loader.set_epoch(0)
+    images, labels, index = next(iter(trainer.loader))
+    terms = trainer.losses(images, labels, index)
+    assert list(terms) == ["cls", "embedding"]
+    assert not any("logits" in name for name in trainer.extra.state_dict())
+    alone = NeighborhoodConsensusLoss(8, 5, 30, logit_dtype=None)
+    expected, _ = alone(trainer.old[index], None, trainer.backbone(images), None, labels)
+    torch.testing.assert_close(terms["embedding"], 8 * expected)
+
+
 def test_both_losses_move_the_weights(folder):
     runs = {}
     for name, alpha, beta in (("both", 1.0, 0.01), ("embedding", 1.0, 0.0), ("logit", 0.0, 0.01), ("none", 0.0, 0.0)):
@@ -207,9 +239,12 @@ def test_both_losses_move_the_weights(folder):
         assert not torch.allclose(runs[first], runs[second], rtol=0, atol=1e-7), (first, second)
 
 
-def test_sampled_centres_are_refused(folder):
-    with pytest.raises(ConfigError, match="sample_rate = 0.5; it must be 1: NCCL compares"):
-        NCCL(load_config(write_config(folder, "NCCL", "run"), ["--sample_rate", "0.5"]))
+def test_sampled_centres_only_without_the_logit_loss(folder):
+    path = write_config(folder, "NCCL", "run", sample_rate=0.5, queue_size=30, num_epoch=1)
+    with pytest.raises(ConfigError, match="sample_rate = 0.5; .* 1 where beta = 0.01: .*sample_rate = 1 or beta = 0"):
+        NCCL(load_config(path))
+    backbone, centres, _ = train(NCCL, path, "--beta", "0")
+    assert all(torch.isfinite(value).all() for value in (*backbone.values(), centres))
 
 
 def test_train_script_on_two_ranks(folder):
@@ -232,5 +267,16 @@ def test_nine_configs_are_mixbcts_but_for_the_method():
         for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
             assert config[key] == mixbct[key], (path.name, key)
         assert config.credible_old_feature == ""
-        assert (config.queue_size, config.alpha, config.beta, config.temperature) == (8192, 1.0, 0.01, 1.0)
+        assert (config.queue_size, config.alpha, config.beta, config.temperature) == (8192, 8.0, 0.0, 1.0)
         assert config.output.endswith(path.stem.replace("MixBCT", "NCCL"))
+
+
+def test_the_definition_and_the_published_run_differ_in_two_keys():
+    demo = REPO / "BCT_methods/NCCL/configs/demo"
+    published, definition, base = map(load_config, (
+        demo / "OPclass_tiny_to_tiny_x2_NCCL_softmax_to_arc_f128.py",
+        demo / "OPclass_tiny_to_tiny_x2_NCCLdefinition_softmax_to_arc_f128.py", demo.parent / "base.py",
+    ))
+    different = {key for key in published if published[key] != definition[key]} - {"name", "config_file", "output"}
+    assert different == {"alpha", "beta"} and (published.alpha, published.beta) == (8.0, 0.0)
+    assert (definition.alpha, definition.beta) == (base.alpha, base.beta) == (1.0, 0.01)

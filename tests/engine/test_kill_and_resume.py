@@ -16,7 +16,7 @@ RUNS = [
     ("MixBCT", 2, {"sample_rate": 0.5, "val_targets": ["pairs"], "verbose": 4}),
     ("MixBCT", 3, {"deterministic": True, "batch_size": 2}),
     ("NCCL", 1, {"gradient_acc": 2, "batch_size": 2, "save_all_states": False}),
-    ("NCCL", 2, {"checkpoint_steps": 2}),
+    ("NCCL", 2, {"checkpoint_steps": 2, "sample_rate": 0.5, "beta": 0.0}),
     ("AdvBCT", 1, {"num_workers": 1, "dropout": 0.2, "checkpoint_steps": 2}),
     ("AdvBCT", 2, {"num_workers": 1, "gradient_acc": 2, "batch_size": 2, "num_epoch": 5}),
 ]

@@ -112,15 +112,17 @@ def resumed(method, path, *overrides):
     return at_start, (backbone, trainer.classifier.weight.detach().clone(), dict(trainer.extra.state_dict()))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 3), (2, 4)])
-def test_the_run_goes_on_as_it_would_have(folder, method, before, after):
+@pytest.mark.parametrize("method, before, after, keys", [
+    *((method, *ranks, {}) for method in METHODS for ranks in ((2, 1), (1, 3), (2, 4))),
+    ("NCCL", 2, 3, {"alpha": 8.0, "beta": 0.0}),        # its queue has no logits
+])
+def test_the_run_goes_on_as_it_would_have(folder, method, before, after, keys):
     name = f"{method}_{before}_{after}"
-    path = config_of(folder, method, before, name)
+    path = config_of(folder, method, before, name, **keys)
     run_ranks(stopped_run, before, method, path)
     assert checkpoint_sets.complete_sets(folder / name) == [(STOPPED, before)]
     states = [checkpoint.load(checkpoint.checkpoint_path(folder / name, STOPPED, r, before)) for r in range(before)]
-    results = run_ranks(resumed, after, method, config_of(folder, method, after, name))
+    results = run_ranks(resumed, after, method, config_of(folder, method, after, name, **keys))
 
     weight = states[0]["optimizer"]["param_groups"][1]["params"][0]
     for key, whole in (
@@ -139,7 +141,7 @@ def test_the_run_goes_on_as_it_would_have(folder, method, before, after):
     assert all(first != second for i, first in enumerate(draws) for second in draws[:i])
 
     # And ends, up to rounding, where the run that nobody stopped does.
-    undisturbed = run_ranks(train_method, 1, method, config_of(folder, method, 1, f"{name}_whole"))[0]
+    undisturbed = run_ranks(train_method, 1, method, config_of(folder, method, 1, f"{name}_whole", **keys))[0]
     for _, (backbone, _, _) in results:
         for key, value in undisturbed[0].items():
             torch.testing.assert_close(backbone[key], value, rtol=0, atol=1e-5)

@@ -1,4 +1,7 @@
-"""AdvBCT's own keys. They are over configs/base.py, which explains the others."""
+"""AdvBCT's own keys. They are over configs/base.py, which explains the others.
+
+The constants are those of MixBCT's comparison; README.md has the authors' beside them.
+"""
 
 from easydict import EasyDict as edict
 
@@ -7,7 +10,8 @@ config = edict()
 config.network = "r50"
 config.threshold = 0.4              # distance between unit vectors, 0 to 2: the far end of every elastic boundary
 config.p2s_weight = 4.0             # of the point-to-set loss
-config.adv_weight = 4.0             # of the adversarial loss, at the first epoch; falls to 1/num_epoch of it
+config.adv_weight = 4.0             # of the adversarial loss, times (num_epoch + 1 - epoch) / num_epoch, epoch from 0
+config.normalize_input = True       # the adversary sees L2-normalised features; False = as the networks give them
 
 # What tools/get_feature/ left behind of the old model on this run's training set.
 config.old_embedding = ""           # .npy float32 [num_image, embedding_size], row i = image i of rec
