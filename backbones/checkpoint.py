@@ -7,9 +7,9 @@ plain values are taken: no file runs code here.
 import contextlib
 import errno
 import fnmatch
-import io
 import pickletools
 import re
+import warnings
 import zipfile
 
 import torch
@@ -31,7 +31,8 @@ _HEAD = re.compile("|".join(map(fnmatch.translate, HEADS)), re.IGNORECASE)
 # Beginnings of files that are something else -> what, and what to do.
 _FOREIGN = {
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; fetch that: git lfs pull",
-    rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)": "a web page, not a model; the download asked for a login or a confirmation",
+    rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)":
+        "a web page, not a model; the download asked for a login or a confirmation: open its address in a browser",
 }
 
 
@@ -110,7 +111,9 @@ def _load(path):
         _refuse_foreign(path)
         if str(path).endswith(".safetensors"):
             return _load_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # torch's doubts about the pickle's protocol; _why_not says it better
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such model file") from None
     except (BackboneError, MemoryError):
@@ -136,28 +139,32 @@ def _refuse_foreign(path):
     for pattern, what in _FOREIGN.items():
         if re.match(pattern, head, re.IGNORECASE):
             raise BackboneError(f"{path}: is {what}")
-    if head.startswith(b"PK"):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise BackboneError(
-                    f"{path}: is a TorchScript archive, a program with its weights; if you trust it, save these alone: "
-                    "torch.save(torch.jit.load(…).state_dict(), …)"
-                )
+    if head.startswith(b"PK") and any(name.endswith("/constants.pkl") for name in _names_in_zip(path)):
+        raise BackboneError(
+            f"{path}: is a TorchScript archive, a program with its weights; if you trust it, save these alone: "
+            "torch.save(torch.jit.load(…).state_dict(), …)"
+        )
+
+
+def _names_in_zip(path):
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:     # damaged in some way: nothing is in it
+        return archive.namelist()
+    return []
 
 
 def _why_not(path):
     """Why a file does not load, and what to do, in words."""
     classes, strings = _pickled_names(path)
-    unknown = [name for name in classes if not name.startswith(("torch._utils.", "collections.", "torch.storage."))]
-    unknown = [name for name in unknown if not re.fullmatch(r"torch\.[A-Za-z0-9]+", name)]      # storages and dtypes
+    usual = r"collections\..*|torch\._utils\..*|torch\.storage\..*|torch\.[A-Za-z0-9]+"   # the last: storages, dtypes
+    unknown = [name for name in dict.fromkeys(classes) if not re.fullmatch(usual, name)]
     if "_modules" in strings:
         return (
-            f"is a whole pickled module ({''.join(unknown[:1])}), whose loading would run code; where it was made, save "
-            "its weights alone: torch.save(model.state_dict(), …)"
+            f"is a whole pickled module ({''.join(unknown[:1])}), whose loading would run code; where it was made, "
+            "save its weights alone: torch.save(model.state_dict(), …)"
         )
     if unknown:
         return (
-            f"holds Python objects ({few(list(dict.fromkeys(unknown)))}), whose loading would run code; where it was "
+            f"holds Python objects ({few(unknown)}), whose loading would run code; where it was "
             "made, save the weights alone: torch.save(model.state_dict(), …)"
         )
     kind = "safetensors file" if str(path).endswith(".safetensors") else "state dict of torch.save"
@@ -167,22 +174,17 @@ def _why_not(path):
 def _pickled_names(path):
     """`(classes, strings)` that the pickles of a file name, read from their opcodes: nothing of them is run."""
     classes, strings = [], []
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                stream = io.BytesIO(archive.read(name))
-        else:
-            stream = open(path, "rb")
-        with stream:
-            for _ in range(4):      # before 1.6 torch.save wrote three short pickles first
-                for opcode, argument, _ in pickletools.genops(stream):
-                    if opcode.name == "GLOBAL":
-                        classes.append(argument.replace(" ", "."))
-                    elif opcode.name == "STACK_GLOBAL":
-                        classes.append(".".join(strings[-2:]))
-                    elif isinstance(argument, str):
-                        strings.append(argument)
-    except (ValueError, StopIteration, OSError, zipfile.BadZipFile):
-        pass    # the end, or no pickle
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:      # until the end, or the damage
+        stream = stack.enter_context(open(path, "rb"))
+        for name in _names_in_zip(path):
+            if name.endswith("data.pkl"):
+                stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(name))
+        for _ in range(4):      # before 1.6 torch.save wrote three short pickles first
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "GLOBAL":
+                    classes.append(argument.replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    classes.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
     return classes, strings
