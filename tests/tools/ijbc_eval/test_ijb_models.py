@@ -42,6 +42,18 @@ def test_state_dict_input_and_output(shared_models, shared_plain):
     np.testing.assert_allclose(found, [shared_plain["new_model"].embed(image) for image in images], atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [127.5, 255.0])
+def test_input_scale(shared_models, shared_plain, fake_onnx, scale):
+    images = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3)).astype(np.uint8)
+    scaled = ((images.astype(np.float64) - 127.5) / scale).transpose(0, 3, 1, 2)
+    found = load_model(ModelFile(str(shared_models["new_model"]), "tiny"), "cpu", scale)(torch.from_numpy(images))
+    with torch.no_grad():
+        expected = shared_plain["new_model"].model(torch.from_numpy(scaled).float())
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    found = load_model(ModelFile(fake_onnx), "cpu", scale)(torch.from_numpy(images))
+    np.testing.assert_allclose(found, scaled.mean(axis=(2, 3)), atol=1e-5)
+
+
 def test_a_state_dict_needs_its_network(shared_models):
     with pytest.raises(EvalError, match="-net"):
         load_model(ModelFile(str(shared_models["new_model"])))
