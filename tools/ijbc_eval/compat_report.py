@@ -181,13 +181,14 @@ def update_gain(cross, base, ceiling):
 def describe(arguments, evaluation):
     """What the figures were measured on."""
     probes, galleries = evaluation.probes, evaluation.galleries
-    non_mated = [np.count_nonzero(~np.isin(probes.subject, gallery.subject)) for gallery in galleries.values()]
+    absent = [~np.isin(probes.subject, gallery.subject) for gallery in galleries.values()]
     return {
         "subset": arguments.subset, "fpr": arguments.fpr, "fpir": arguments.fpir,
         "protocol": arguments.protocol, "input_scale": arguments.input_scale,
         "images": len(evaluation.faces.names), "templates": len(evaluation.faces.template_ids),
         "genuine_pairs": int(evaluation.pairs.label.sum()), "impostor_pairs": int((~evaluation.pairs.label).sum()),
-        "probe_templates": len(probes.template), "non_mated_probes": int(min(non_mated)),
+        "probe_templates": len(probes.template), "non_mated_probes": int(min(map(np.count_nonzero, absent))),
+        "probes_in_no_gallery": int(np.count_nonzero(np.logical_and.reduce(absent))),
         "gallery_templates": {name: len(gallery.template) for name, gallery in galleries.items()},
         "backfill_order": str(arguments.order) if arguments.order else f"seed {arguments.seed}",
     }

@@ -2,6 +2,8 @@
 
 from prettytable import PrettyTable
 
+from tools.ijbc_eval.results import in_no_gallery
+
 _MEANS = {
     "exact": "1:N figures are means over the galleries.",
     "published": "TPIR is the mean over the galleries; top-1 is the hits in both over all probes, mixed top-1 those in "
@@ -69,6 +71,8 @@ def caveats(report):
     data, lines = report["data"], []
     if data["protocol"] == "published":
         lines.append("Figures are read as the scripts in circulation do (--protocol published), not exactly.")
+        if data["probes_in_no_gallery"]:
+            lines.append(in_no_gallery(data["probes_in_no_gallery"]) + ".")
     for count, name in (("impostor_pairs", "fpr"), ("non_mated_probes", "fpir")):
         if data[count] * data[name] < 1:
             what = f"{data[count]} {count.replace('_', ' ')}"

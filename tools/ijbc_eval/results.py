@@ -153,7 +153,13 @@ def tables(result):
         for gallery, top, tpir in zip([*result["galleries"], "mean", *([] if exact else ["mixed"])], tops, tpirs):
             table.add_row([name, gallery, *map(percent, top), *map(percent, tpir)])
     others = int(np.min(np.count_nonzero(~result["label"], axis=1)))
-    return table.get_string() + _resolution("FPIR", result["fpirs"], others, "non-mated probes", 1 if exact else 2)
+    text = table.get_string() + _resolution("FPIR", result["fpirs"], others, "non-mated probes", 1 if exact else 2)
+    nowhere = int(np.count_nonzero(~result["label"].any(axis=0)))
+    return text if exact or not nowhere else f"{text}\n{in_no_gallery(nowhere)}"
+
+
+def in_no_gallery(count):
+    return f"{count} probes are of people in no gallery: a miss each in the top-k over all probes (IJB has none)"
 
 
 def _resolution(rate, points, count, what, first=1):
