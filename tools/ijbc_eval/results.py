@@ -159,7 +159,7 @@ def tables(result):
 
 
 def in_no_gallery(count):
-    return f"{count} probes are of people in no gallery: a miss each in the top-k over all probes (IJB has none)"
+    return f"{count} probes are of people in no gallery: a miss each in the top-k that is over all probes"
 
 
 def _resolution(rate, points, count, what, first=1):
