@@ -9,9 +9,9 @@ import torch
 from BCT_methods.UniBCT.prototypes import refine_prototypes
 from engine import distributed
 from engine.config import require
-from engine.feature_files import FeatureError, again
-from engine.features import extract_features, save_array
+from engine.extract import extract_features
 from engine.monitor import log
+from old_model.feature_set import FeatureError, again, save_array
 
 
 def check_config(cfg):

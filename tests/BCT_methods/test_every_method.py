@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
+from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, WIDTH, launch, without_batch_norm, write_old_features
 
 METHODS = ["AdvBCT", "BCT", "L2", "MixBCT", "NCCL", "UniBCT"]
@@ -52,7 +52,7 @@ def test_old_features_are_read_before_the_forward_is_queued(method, folder):
     run.old.__class__ = Watched
     run.backbone.forward = lambda images: order.append("forward") or forward(images)
     run.loader.set_epoch(0)
-    terms = run.losses(*next(iter(run.loader)))
+    terms = run.losses(next(iter(run.loader)))
     sum(terms.values()).backward()
     assert order == ["read", "forward"]
 
