@@ -1,6 +1,11 @@
-"""The training set in a `.rec` file, or a synthetic one: images by row. loader.py takes them to the device."""
+"""The training set: which records of a `.rec` file are images, their pixels and labels, and what a network is fed.
+
+`RecordDataset` and `SyntheticDataset` give images by row; engine/loader.py takes them to the device in batches.
+"""
 
 import pathlib
+import struct
+from collections import namedtuple
 
 import cv2
 import numpy as np
@@ -8,9 +13,20 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from image_bytes import IMAGE_SHAPE, decode_bgr
-from image_layout import image_layout
-from recordio import RecordError, RecordReader, class_label
+from recordio import IRHeader, RecordError, RecordReader, class_label
+
+IMAGE_SHAPE = (112, 112, 3)
+_MOST_BYTES = 1 << 20  # the pixels are 37,632 bytes; a JPEG of this size may ask for 100,000 passes over them
+_MOST_SEGMENTS = 1000  # before the one that says the size; a photograph with all its metadata has some dozens
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_BEGIN = _PNG_SIGNATURE + b"\0\0\0\rIHDR"
+_CHUNK = struct.Struct(">I4s")  # length and kind; the contents and four bytes of checksum follow
+_WIDTH_HEIGHT, _HEIGHT_WIDTH = struct.Struct(">II"), struct.Struct(">HH")
+_SIZED_SEGMENTS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOF0 ... SOF15 of ITU-T T.81, table B.1
+_SKIPPED_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})  # DHT DAC DQT DRI APPn COM
+_EXACT_FLOAT32 = 1 << 24  # float32 holds every integer up to here
+
+ImageLayout = namedtuple("ImageLayout", ["keys", "num_classes"])
 
 
 def open_train_set(rec, num_classes=None, num_image=None):
@@ -151,3 +167,164 @@ class SyntheticDataset(_ImageSet):
 
     def labels(self):
         return np.arange(self.num_image, dtype=np.int64) % self.num_classes
+
+
+# --- Which records are images -----------------------------------------------------------------------------------------
+
+
+def is_image(payload):
+    """Whether the bytes begin as a JPEG or a PNG does."""
+    return payload[:3] == b"\xff\xd8\xff" or payload[:4] == b"\x89PNG"
+
+
+def image_layout(reader):
+    """Which records of a training set are images, and how many classes it states.
+
+    Returns `ImageLayout(keys, num_classes)`: keys in record order, a range or an int64 array; None for classes that
+    are not stated. Raises `RecordError` where header record and index disagree.
+
+    Record 0 is a header where its flag is > 0 and it holds no image; without one every key is an image, in the order
+    of the index. Its label[0] is the key after the last image; the images have the keys 1 ... label[0] - 1. In
+    insightface's own sets (MS1M-V3: label = 5179511, 5272942) identity records follow, with the keys label[0] ...
+    label[1] - 1, one a class. In sets that `tools/split_dataset` writes none follow, and label[1] counts the classes.
+    float32 is exact only up to 2**24, so the counts are taken from the index, and the labels must round to them.
+    """
+    header, payload = reader.read_record(0) if 0 in reader else (IRHeader(0, 0.0, 0, 0), b"")
+    if header.flag == 0 or is_image(payload):
+        return ImageLayout(reader.keys, None)
+    counts = [float(value) for value in header.label[:2]]
+    says = f"{reader.path}: key 0 at offset {reader.offset(0)}: the header record says label = {counts}"
+    if any(not (value >= 1 and value.is_integer()) for value in counts):
+        raise RecordError(f"{says}, which are no counts; write the set anew")
+    gap = reader.first_missing_key()
+    if gap is not None:
+        raise RecordError(f"{says}, but key {gap} is not in {reader.idx_path.name}; copy or write the index anew")
+    end = len(reader)  # the keys are 0 ... end - 1
+    first_identity = _first_identity(reader, counts, end)
+    if first_identity is not None:
+        return ImageLayout(range(1, first_identity), end - first_identity)
+    if np.float32(end) != counts[0]:
+        raise RecordError(f"{says}, but {reader.idx_path.name} has the keys 0 to {end - 1}: one of them is not its own")
+    if len(counts) == 2 and counts[1] > _EXACT_FLOAT32:
+        raise RecordError(f"{says}; so many classes cannot be told apart by float32 labels")
+    return ImageLayout(range(1, end), int(counts[1]) if len(counts) == 2 else None)
+
+
+def _first_identity(reader, counts, end):
+    """The key of the first identity record where a set of keys 0 ... end - 1 is of insightface's form, else None."""
+    if len(counts) < 2 or np.float32(end) != counts[1] or counts[0] > counts[1]:
+        return None
+    if counts[0] < _EXACT_FLOAT32:  # 2**24 itself may stand for 2**24 + 1
+        return int(counts[0]) if counts[0] < end else None
+    # Inexact: the identity records, which hold no image, begin at a key that rounds to label[0].
+    reach = int(np.spacing(np.float32(counts[0])))
+    for key in range(int(counts[0]) - reach, min(int(counts[0]) + reach + 1, end)):
+        if np.float32(key) == counts[0] and not reader.read_record(key)[1]:
+            return key if reader.read_record(key - 1)[1] else None
+    return None
+
+
+# --- An encoded image -------------------------------------------------------------------------------------------------
+
+
+def image_size(data):
+    """`(width, height)` by the header of a JPEG or PNG; None for bytes that begin as neither.
+
+    data: bytes, or a uint8 array. Nothing is decoded: a header costs a few microseconds, whatever it announces.
+    """
+    view = memoryview(data)
+    if len(view) >= 24 and view[:16] == _PNG_BEGIN:
+        return _WIDTH_HEIGHT.unpack_from(view, 16)
+    return _jpeg_size(view) if view[:2] == b"\xff\xd8" else None
+
+
+def _jpeg_size(view):
+    """Walks the segments as strictly as the decoder, so that both come to the same one; None for any other order."""
+    at = 2
+    for _ in range(_MOST_SEGMENTS):
+        if at + 9 > len(view) or view[at] != 0xFF:
+            return None
+        marker = view[at + 1]
+        if marker in _SIZED_SEGMENTS:
+            return _HEIGHT_WIDTH.unpack_from(view, at + 5)[::-1]
+        if marker in _SKIPPED_SEGMENTS:
+            at += 2 + (view[at + 2] << 8 | view[at + 3])
+        elif marker == 0xFF:  # a fill byte
+            at += 1
+        else:
+            return None
+    return None
+
+
+def decode_bgr(data):
+    """Decode a JPEG or PNG, a uint8 array: [112, 112, 3], in OpenCV's order of channels.
+
+    Raises `ValueError` for bytes that are not a whole image (OpenCV alone would fill the missing end of a JPEG with
+    grey), are more than 1 MiB or, before their pixels are reserved, announce another size.
+    """
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"its {len(data)} bytes are too many for 112 x 112 pixels: align the faces first")
+    size = image_size(data)
+    if size is not None and size != IMAGE_SHAPE[1::-1]:
+        raise ValueError(f"image is {size[0]} x {size[1]}, not 112 x 112: align the faces first")
+    whole = whole_image(data) if size else None
+    try:
+        image = cv2.imdecode(whole, cv2.IMREAD_COLOR) if whole is not None else None
+    except cv2.error:
+        image = None
+    if image is None or image.shape != IMAGE_SHAPE:
+        raise ValueError(f"its {len(data)} bytes do not decode as an image")
+    return image
+
+
+def whole_image(data):
+    """`data`, a JPEG or PNG, without what follows a PNG's last chunk; None if a JPEG's end marker or that chunk lacks.
+
+    A JPEG's scan data cannot hold the marker: 0xff is always followed by a zero or a restart number. OpenCV reserves
+    what a PNG's chunk announces, up to 2 GB, and fills it, before it finds that the file is shorter; and it looks for
+    chunks behind the last one.
+    """
+    if data[0] == 0xFF:
+        return data if b"\xff\xd9" in data[-64:].tobytes() or b"\xff\xd9" in data.tobytes() else None
+    view, at = memoryview(data), len(_PNG_SIGNATURE)
+    while at + 12 <= len(view):
+        length, kind = _CHUNK.unpack_from(view, at)
+        at += 12 + length
+        if kind == b"IEND":
+            return data[:at] if at <= len(view) else None
+    return None
+
+
+# --- What a network is fed --------------------------------------------------------------------------------------------
+
+
+def to_input(images, mirrored=None):
+    """uint8 [B, 112, 112, 3] -> float32 [B, 3, 112, 112] in [-1, 1]: (x/255 - 0.5)/0.5.
+
+    Images whose entry in `mirrored`, bool [B], is True are flipped left to right.
+    """
+    if images.device.type == "cpu":
+        return _to_input_by_image(images, [False] * len(images) if mirrored is None else mirrored.tolist())
+    return _to_input_by_batch(images, mirrored)
+
+
+def _to_input_by_batch(images, mirrored):
+    if mirrored is not None:
+        # Choosing among both versions by row number, unlike by mask, copies whole images and waits for nothing.
+        row = torch.arange(len(images), device=images.device)
+        images = torch.cat([images, images.flip(2)]).index_select(0, row + len(images) * mirrored)
+    images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.mul_(1 / 127.5).sub_(1)
+
+
+def _to_input_by_image(images, mirrored):
+    """On the CPU a fraction of the work, for an image stays in the cache, and no threads that wait for each other."""
+    count, height, width, channels = images.shape
+    result = torch.empty((count, channels, height, width), dtype=torch.float32)
+    planes = np.empty((channels * height, width), np.uint8)
+    for image, mirror, out in zip(images.numpy(), mirrored, result.view(count, *planes.shape).numpy()):
+        cv2.split(image, list(planes.reshape(channels, height, width)))  # writes into `planes`
+        np.copyto(out, cv2.flip(planes, 1) if mirror else planes)
+        out *= np.float32(1 / 127.5)
+        out -= 1
+    return result

@@ -23,8 +23,8 @@ class OldSoftmax(Trainer):
     def build_classifier(self):
         return None
 
-    def losses(self, images, labels, index):
-        return {"cls": global_mean(F.cross_entropy(self.backbone(images), labels))}
+    def losses(self, batch):
+        return {"cls": global_mean(F.cross_entropy(self.backbone(batch.images), batch.labels))}
 
 
 if __name__ == "__main__":

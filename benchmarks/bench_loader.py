@@ -28,7 +28,7 @@ from torchvision import transforms
 
 from benchmarks.common import draw_record_set
 from dataset import RecordDataset
-from loader import TrainLoader
+from engine.loader import TrainLoader
 
 
 class PerSample(Dataset):

@@ -46,7 +46,6 @@ config.rec = "dataset/ms1m-retinaface-t1"   # .rec file, or a directory with tra
 config.num_classes = 0              # 0 = from the header record; stated, it must agree with it
 config.num_image = 0                # likewise; "synthetic" needs both
 config.num_workers = 2              # decoding processes a rank
-config.dali = False                 # decode by NVIDIA DALI (on CUDA by nvJPEG), in the same order; needs nvidia-dali
 config.rec_val = ""                 # directory of the .bin verification sets; "" = the directory of `rec`
 config.val_targets = []             # .bin sets to verify on while training, such as ["lfw", "agedb_30"]
 

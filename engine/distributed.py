@@ -88,6 +88,16 @@ def shutdown():
         dist.destroy_process_group()
 
 
+def to_device(tensor, device):
+    """A tensor on `device`; from the CPU to CUDA by pinned memory, so that the host does not wait for the device.
+
+    A plain `.to(device)` would return only after all that is queued on the device before the copy.
+    """
+    if tensor.is_cuda or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def rows_of_rank(total, rank, world_size):
     """The contiguous share `(start, stop)` of `total` rows that `rank` owns: sizes differ by at most one, in order."""
     size, rest = divmod(total, world_size)

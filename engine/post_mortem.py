@@ -34,7 +34,7 @@ import torch
 
 from engine.checkpoint import save_atomically
 from engine.run_state import named_tensors, state_of
-from loader import ShuffledRows
+from engine.loader import ShuffledRows
 
 NAMED = 8   # images and tensors that the message names; the file has all
 

@@ -1,10 +1,11 @@
 """The training loop, written once. A method subclasses `Trainer` and says what its losses are.
 
     class MyMethod(Trainer):
-        def setup(self):                              # optional: load what the old model left behind
-            ...
-        def losses(self, images, labels, index):      # named terms of the loss, see below
-            return {"cls": self.classifier(self.backbone(images), labels)}
+        old_features = "rows"           # batches carry the old model's features of their images
+
+        def losses(self, batch):        # named terms of the loss
+            new = self.backbone(batch.images)
+            return {"cls": self.classifier(new, batch.labels), "near": global_mean(distance(new, batch.old))}
 
     if __name__ == "__main__":
         MyMethod.main()
@@ -23,34 +24,38 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import backbones
-from dali_loader import DaliLoader
 from dataset import open_train_set
 from engine import checkpoint, checkpoint_sets, distributed
 from engine.amp import make_scaler
 from engine.build import make_optimizer, margin_loss, replicate, scales_loss, set_precision, unwrap
 from engine.config import ConfigError, load_config
 from engine.errors import report_errors
+from engine.loader import OldRows, TrainLoader
 from engine.monitor import Monitor, NonFiniteLoss, init_logging, log
-from engine.old_features import OldFeatures
 from engine.post_mortem import explain
 from engine.random_state import seed_everything
 from engine.run_state import refuse_broken_weights, restore, state_of
 from engine.schedule import make_schedule
 from engine.stop import StopRequest, command_to_go_on
 from engine.verification import Verifier
-from loader import TrainLoader
 from losses import PartialFC
+from old_model.old_features import OldFeatures
 
 
 class Trainer:
     """One training run of one config.
 
-    What a method uses: `cfg`, `train_set`, `backbone` (images [B, 3, 112, 112] -> embeddings [B, D]),
+    What a method states: `old_features`, what its batches need of the old model: "rows" (features and credible flags,
+    labels compared), "labels" (compared alone) or None.
+
+    What a method uses: `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] -> embeddings [B, D]),
     `classifier` (PartialFC: embeddings, labels -> loss), `generator` (seeded, on the CPU), `device`, `rank`,
     `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of the method's own
     into `extra`: their parameters train with the backbone's settings, their gradients are summed over the ranks and
     clipped with the backbone's by one norm, and their parameters and buffers are in every checkpoint (not in model.pt).
     """
+
+    old_features = None
 
     def __init__(self, cfg):
         self.rank, self.world_size, self.device = distributed.init_distributed()
@@ -73,8 +78,10 @@ class Trainer:
                 f"{cfg.config_file}: a step takes batch_size = {cfg.batch_size} on each of {self.world_size} ranks, "
                 f"more than the {cfg.num_image} images of {self.train_set.path}; set a smaller batch_size"
             )
-        self.loader = (DaliLoader if cfg.dali else TrainLoader)(
-            self.train_set, cfg.batch_size, self.device, cfg.num_workers, cfg.seed, self.rank, self.world_size
+        self.old = self.open_old_features() if self.old_features else None
+        self.loader = TrainLoader(
+            self.train_set, cfg.batch_size, self.device, cfg.num_workers, cfg.seed, self.rank, self.world_size,
+            old=OldRows(self.old, rows=self.old_features == "rows") if self.old else None,
         )
         self.steps_per_epoch = len(self.loader) // cfg.gradient_acc
         if self.steps_per_epoch == 0:
@@ -116,27 +123,27 @@ class Trainer:
         return classifier.train().to(self.device)
 
     def open_old_features(self):
-        """The old model's features of the training set, by the config's keys; read ahead of the batches."""
+        """The old model's features of the training set, by the keys of old_model/keys.py."""
         cfg = self.cfg
-        old = OldFeatures(
-            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
+        if "old_embedding" not in cfg:
+            raise ConfigError(
+                f"{cfg.config_file}: {type(self).__name__} uses old features, but its configs/base.py declares no "
+                "old_embedding; begin it with `config = edict(keys)`, keys from old_model.keys"
+            )
+        return OldFeatures(
+            self.train_set, cfg.old_embedding, cfg.old_embedding_label, cfg.get("credible_old_feature"),
+            cfg.embedding_size, cfg.old_model_path,
         )
-        self.loader.read_ahead(old)
-        return old
 
     def setup(self):
-        """Load a method's old features, prototypes, extra modules; runs after the data and the models exist."""
+        """Check a method's keys, load prototypes, add extra modules; runs after the data and the models exist."""
 
     def begin_epoch(self):
         """Runs before the first batch of every epoch, on all ranks."""
 
-    def losses(self, images, labels, index):
-        """The loss terms `{name: scalar}` of a batch; their sum is minimised.
-
-        images: float32 [B, 3, 112, 112] in [-1, 1], labels: int64 [B], both on the device; index: int64 [B] on
-        the CPU, the images' rows in the training set and in every feature file.
-        """
-        raise TypeError(f"{type(self).__name__} must define losses(images, labels, index)")
+    def losses(self, batch):
+        """The loss terms `{name: scalar}` of a `engine.loader.Batch`; their sum is minimised."""
+        raise TypeError(f"{type(self).__name__} must define losses(batch)")
 
     def parameter_groups(self):
         groups = [{"params": [p for p in [*self.backbone.parameters(), *self.extra.parameters()] if p.requires_grad]}]
@@ -181,7 +188,7 @@ class Trainer:
         batches, stopped = iter(self.loader), None
         while done < self.steps_per_epoch:
             for micro in range(cfg.gradient_acc):
-                self.accumulate(*next(batches), last=micro == cfg.gradient_acc - 1)
+                self.accumulate(next(batches), last=micro == cfg.gradient_acc - 1)
             self.update()
             done += 1
             if self.step % cfg.frequent == 0 or self.step == self.total_steps:
@@ -204,12 +211,12 @@ class Trainer:
                 self.save_checkpoint()
         return stopped
 
-    def accumulate(self, images, labels, index, last):
+    def accumulate(self, batch, last):
         """Forward and backward of one batch; gradients are exchanged with the `last` one before an update."""
         exchange = last or self.world_size == 1
         with contextlib.nullcontext() if exchange else self.backbone.no_sync():
-            terms = self.losses(images, labels, index)
-            self.monitor.update(self.step, terms, index)
+            terms = self.losses(batch)
+            self.monitor.update(self.step, terms, batch.index)
             self.scaler.scale(sum(terms.values()) / self.cfg.gradient_acc).backward()
 
     def update(self):

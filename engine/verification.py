@@ -9,7 +9,7 @@ from sklearn.model_selection import KFold
 
 from engine import distributed
 from engine.bin_files import VerificationError, read_bin
-from image_bytes import IMAGE_SHAPE, decode_bgr, image_size
+from dataset import IMAGE_SHAPE, decode_bgr, image_size
 
 THRESHOLDS = np.arange(0, 4, 0.01)  # of the squared Euclidean distance of unit vectors, as the field's tables use
 

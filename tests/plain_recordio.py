@@ -1,4 +1,4 @@
-"""The record format read in the plainest way, for tests that hold recordio.py and image_layout.py against it.
+"""The record format read in the plainest way, for tests that hold recordio.py and image_layout against it.
 
 `hold_against_plain` is the whole of it: two files of any bytes, and whatever a RecordReader can be asked about them.
 """
@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 
-from image_layout import image_layout
+from dataset import image_layout
 from recordio import MAGIC, RecordError, RecordReader, class_label
 
 _WORD = struct.pack("<I", MAGIC)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dataset import RecordDataset, SyntheticDataset, decode_bgr, open_train_set
-from image_layout import image_layout
-from loader import ExtractLoader, TrainLoader
+from dataset import image_layout
+from engine.loader import ExtractLoader, TrainLoader
 from recordio import IRHeader, RecordError, RecordReader, RecordWriter, pack, unpack
 
 LABELS = [3, 0, 1, 1, 2, 0, 3, 3, 1, 2, 0]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies
 
 from dataset import RecordDataset
-from image_bytes import decode_bgr
-from image_layout import image_layout
+from dataset import decode_bgr
+from dataset import image_layout
 from recordio import MAGIC, RecordError, RecordReader, RecordWriter, pack
 from tests.plain_recordio import Wrong, hold_against_plain, plain_image, plain_index, plain_layout, plain_record
 
@@ -163,7 +163,7 @@ def plain_items(rec, idx):
     def item(key):
         try:
             _, labels, _, _, data = image(key)
-            bgr = decode_bgr(np.frombuffer(data, np.uint8))  # test_image_bytes.py holds this against OpenCV
+            bgr = decode_bgr(np.frombuffer(data, np.uint8))  # test_dataset_image.py holds this against OpenCV
         except (Wrong, ValueError):
             return None
         return (int(labels[0]), bgr) if 0 <= labels[0] < classes and labels[0] % 1 == 0 else None

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.atomic import atomic_write
-from engine.by_class import squared_distances_to_means, unit_class_means
+from old_model.by_class import squared_distances_to_means, unit_class_means
 from engine.distributed import barrier, is_main, sum_over_ranks
-from engine.feature_files import FeatureError
+from old_model.feature_set import FeatureError
 
 WHISKER = 1.5       # outliers lie this many interquartile ranges outside the quartiles
 ENOUGH = 4          # distances from which on there are quartiles to speak of

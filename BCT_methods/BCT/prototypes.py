@@ -4,8 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.feature_files import FeatureError, again_from_images, check_not_older
-from engine.features import open_array
+from old_model.feature_set import FeatureError, again_from_images, check_not_older, open_array
 
 
 def load_prototypes(path, num_classes, embedding_size, old_model_path=None):

@@ -25,10 +25,10 @@ class BCT(Trainer):
         prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size, cfg.old_model_path)
         self.prototypes = prototypes.to(self.device)
 
-    def losses(self, images, labels, index):
-        new = self.backbone(images)
-        old_cls = old_prototype_loss(new, labels, self.prototypes, self.cfg.scale)
-        return {"cls": self.classifier(new, labels), "old_cls": global_mean(old_cls)}
+    def losses(self, batch):
+        new = self.backbone(batch.images)
+        old_cls = old_prototype_loss(new, batch.labels, self.prototypes, self.cfg.scale)
+        return {"cls": self.classifier(new, batch.labels), "old_cls": global_mean(old_cls)}
 
 
 if __name__ == "__main__":

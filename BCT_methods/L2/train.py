@@ -18,21 +18,20 @@ from engine.trainer import Trainer
 class L2(Trainer):
     """Classify, and keep every new feature near the old one of its image."""
 
+    old_features = "rows"
+
     def setup(self):
         cfg = self.cfg
         weights = cfg.loss_weight
         two = len(weights) == 2 and all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
         require(cfg, "loss_weight", two, "two numbers, [w0, w1], each at least 0")
         require(cfg, "threshold", 0 <= cfg.threshold <= 2, "in [0, 2]")
-        self.old = self.open_old_features()
 
-    def losses(self, images, labels, index):
-        self.old.check_labels(index, labels)
+    def losses(self, batch):
         cls_weight, l2_weight = self.cfg.loss_weight
-        old = self.old.fetch(index, self.device)
-        new = self.backbone(images)
-        distance = feature_l2_loss(new, old, self.cfg.threshold)
-        return {"cls": cls_weight * self.classifier(new, labels), "l2": l2_weight * global_mean(distance)}
+        new = self.backbone(batch.images)
+        distance = feature_l2_loss(new, batch.old, self.cfg.threshold)
+        return {"cls": cls_weight * self.classifier(new, batch.labels), "l2": l2_weight * global_mean(distance)}
 
 
 if __name__ == "__main__":

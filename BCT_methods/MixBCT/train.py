@@ -11,25 +11,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from BCT_methods.MixBCT.mix import mix_old_features
 from engine.config import require
-from engine.old_features import load_credible
 from engine.trainer import Trainer
 
 
 class MixBCT(Trainer):
     """Classify a batch in which some new features are replaced by old, credible ones."""
 
-    def setup(self):
-        cfg = self.cfg
-        require(cfg, "mix_ratio", 0 <= cfg.mix_ratio <= 1, "in [0, 1]")
-        self.old = self.open_old_features()
-        self.credible = load_credible(cfg.credible_old_feature, self.train_set, cfg.old_model_path)
+    old_features = "rows"
 
-    def losses(self, images, labels, index):
-        self.old.check_labels(index, labels)
-        old = self.old[index]
-        new = self.backbone(images)
-        mixed = mix_old_features(new, old, self.credible[index], self.cfg.mix_ratio, self.generator)
-        return {"cls": self.classifier(mixed, labels)}
+    def setup(self):
+        require(self.cfg, "mix_ratio", 0 <= self.cfg.mix_ratio <= 1, "in [0, 1]")
+
+    def losses(self, batch):
+        new = self.backbone(batch.images)
+        mixed = mix_old_features(new, batch.old, batch.credible, self.cfg.mix_ratio, self.generator)
+        return {"cls": self.classifier(mixed, batch.labels)}
 
 
 if __name__ == "__main__":

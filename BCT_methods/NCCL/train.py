@@ -13,14 +13,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
 from engine.config import require
-from engine.distributed import gather, gather_with_grad
-from engine.features import to_device
-from engine.old_features import load_credible
+from engine.distributed import gather, gather_with_grad, to_device
 from engine.trainer import Trainer
 
 
 class NCCL(Trainer):
     """Classify, and keep each image's neighbourhood among the old features, by embeddings and by class logits."""
+
+    old_features = "rows"
 
     def setup(self):
         cfg = self.cfg
@@ -30,8 +30,6 @@ class NCCL(Trainer):
         require(cfg, "temperature", cfg.temperature > 0, "above 0")
         for weight in ("alpha", "beta"):
             require(cfg, weight, cfg[weight] >= 0, "at least 0")
-        self.old = self.open_old_features()
-        self.credible = load_credible(cfg.credible_old_feature, self.train_set, cfg.old_model_path)
         half = cfg.fp16 and self.device.type == "cuda"
         logit_dtype = torch.get_autocast_dtype("cuda") if half else torch.float32
         self.extra["consensus"] = NeighborhoodConsensusLoss(
@@ -39,12 +37,11 @@ class NCCL(Trainer):
             logit_dtype=logit_dtype if cfg.beta > 0 else None,
         )
 
-    def losses(self, images, labels, index):
-        self.old.check_labels(index, labels)
-        old = self.old.fetch(index, self.device)
-        known = torch.where(to_device(self.credible[index], self.device), labels, -1)
+    def losses(self, batch):
+        old, labels = batch.old, batch.labels
+        known = torch.where(to_device(batch.credible, self.device), labels, -1)
 
-        new = self.backbone(images)
+        new = self.backbone(batch.images)
         old_logits, new_logits = self.logits(old, new) if self.cfg.beta > 0 else (None, None)
         embedding, logit = self.extra["consensus"](old, old_logits, new, new_logits, known)
         terms = {"cls": self.classifier(new, labels), "embedding": self.cfg.alpha * embedding}

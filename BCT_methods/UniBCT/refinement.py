@@ -10,9 +10,9 @@ import torch
 from BCT_methods.UniBCT.prototypes import refine_prototypes
 from engine import distributed
 from engine.config import require
-from engine.feature_files import FeatureError, again
-from engine.features import extract_features, save_array
+from engine.extract import extract_features
 from engine.monitor import log
+from old_model.feature_set import FeatureError, again, save_array
 
 SHORT = 2.0             # old features of a smaller median norm make raw class means that hardly pull
 CLASSES_SAMPLED = 64    # spread over all of them, for that median

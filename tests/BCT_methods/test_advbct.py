@@ -18,9 +18,10 @@ from BCT_methods.AdvBCT.boundary import (
 )
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
 from BCT_methods.AdvBCT.train import AdvBCT
-from engine import by_class, distributed
+from engine import distributed
+from old_model import by_class
 from engine.config import load_config
-from engine.feature_files import FeatureError
+from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, launch, write_config, write_old_features
 from tests.ranks import run_ranks
 
@@ -319,14 +320,14 @@ def test_terms_are_weighted_and_fade(folder):
     """p2s as it is, times 4; adv times 4 and (E - epoch + 1) / E, epochs counted from 0; the reversal grows."""
     trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", num_epoch=35)))
     trainer.loader.set_epoch(0)
-    images, labels, index = next(iter(trainer.loader))
+    batch = next(iter(trainer.loader))
 
     def terms(**state):
         for name, value in state.items():
             setattr(trainer, name, value)
-        new = trainer.backbone(images).detach().requires_grad_()
+        new = trainer.backbone(batch.images).detach().requires_grad_()
         trainer.backbone = lambda images: new
-        named = trainer.losses(images, labels, index)
+        named = trainer.losses(batch)
         grad, = torch.autograd.grad(named["adv"], new)
         return named, grad, new
 
@@ -353,7 +354,7 @@ def test_one_norm_clips_backbone_adversary_and_boundary(folder, largest):
     trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", **keys)))
     trainer.loader.set_epoch(0)
     trainer.step = trainer.total_steps // 2     # the reversal is on
-    sum(trainer.losses(*next(iter(trainer.loader))).values()).backward()
+    sum(trainer.losses(next(iter(trainer.loader))).values()).backward()
     backbone = [parameter for parameter in trainer.backbone.parameters() if parameter.requires_grad]
     together = [*backbone, *trainer.extra.parameters()]
     alone, norm = (math.sqrt(sum((p.grad.double() ** 2).sum().item() for p in part)) for part in (backbone, together))

@@ -10,8 +10,8 @@ from BCT_methods.BCT.prototypes import load_prototypes
 from BCT_methods.BCT.train import BCT
 from dataset import RecordDataset
 from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
-from loader import ExtractLoader
+from old_model.feature_set import FeatureError
+from engine.loader import ExtractLoader
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 
 CONFIGS = REPO / "BCT_methods" / "BCT" / "configs"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
+from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, WIDTH, launch, without_batch_norm, write_old_features
 
 METHODS = ["AdvBCT", "BCT", "L2", "MixBCT", "NCCL", "UniBCT"]
@@ -39,22 +39,32 @@ def start(method, folder, **keys):
     return plain(cfg)
 
 
-@pytest.mark.parametrize("method", ["AdvBCT", "L2", "MixBCT", "NCCL"])
-def test_old_features_are_read_before_the_forward_is_queued(method, folder):
-    run, order = start(method, folder), []
-    read, forward = type(run.old).__getitem__, run.backbone.forward
-
-    class Watched(type(run.old)):
-        def __getitem__(self, index):
-            order.append("read")
-            return read(self, index)
-
-    run.old.__class__ = Watched
-    run.backbone.forward = lambda images: order.append("forward") or forward(images)
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_carry_what_the_method_states(method, folder):
+    run = start(method, folder)
     run.loader.set_epoch(0)
-    terms = run.losses(*next(iter(run.loader)))
-    sum(terms.values()).backward()
-    assert order == ["read", "forward"]
+    batch = next(iter(run.loader))
+    sum(run.losses(batch).values()).backward()
+    assert {"AdvBCT": "rows", "L2": "rows", "MixBCT": "rows", "NCCL": "rows"}.get(method) == (
+        "rows" if batch.old is not None else None
+    )
+    if batch.old is not None:
+        assert np.array_equal(batch.old, np.load(folder / "old_feature.npy")[batch.index])
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"BCT"}))
+def test_labels_of_another_record_file_end_the_run_of_every_method_with_old_features(method, folder, monkeypatch):
+    run = start(method, folder)
+    monkeypatch.setattr(type(run.train_set), "fill", lambda self, rows, images: (np.asarray(rows) + 1) % 3)
+    with pytest.raises(FeatureError, match="old_feature.npy: row .* is of class .*another record file"):
+        next(iter(run.loader))
+
+
+def test_a_method_whose_base_config_declares_no_old_features_is_told_what_to_write(folder):
+    kind = type("New", (importlib.import_module("BCT_methods.BCT.train").BCT,), {"old_features": "rows"})
+    with pytest.raises(ConfigError, match="New uses old features, but.*declares no old_embedding; begin it with"):
+        kind(load_config(REPO / "BCT_methods/BCT/configs/base.py", [f"--output={folder / 'out'}", "--rec=synthetic",
+                                                                     "--num_classes=3", "--num_image=150"]))
 
 
 @pytest.mark.parametrize("method", METHODS)

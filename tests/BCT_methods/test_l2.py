@@ -11,9 +11,9 @@ from BCT_methods.L2.loss import feature_l2_loss
 from BCT_methods.L2.train import L2
 from dataset import RecordDataset
 from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
-from engine.old_features import OldFeatures
-from loader import ExtractLoader
+from old_model.feature_set import FeatureError
+from old_model.old_features import OldFeatures
+from engine.loader import ExtractLoader
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 
 
@@ -109,9 +109,10 @@ def distance_to_old(folder, backbone):
     """Mean distance of the features of a trained `without_batch_norm` from the old ones."""
     model, data = without_batch_norm(), RecordDataset(folder / "set.rec")
     model.load_state_dict(backbone)
-    images, _, index = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
+    batch = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
+    old = torch.from_numpy(OldFeatures(data, folder / "old_feature.npy").read(batch.index.numpy()))
     with torch.no_grad():
-        return feature_l2_loss(model(images), OldFeatures(folder / "old_feature.npy", data)[index]).item()
+        return feature_l2_loss(model(batch.images), old).item()
 
 
 def test_a_run_draws_new_features_to_old_ones_as_far_as_the_threshold_says(folder):

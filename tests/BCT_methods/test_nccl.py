@@ -221,12 +221,12 @@ def test_without_the_logit_loss_no_logits_are_computed_or_kept(folder):
     trainer = NCCL(load_config(write_config(folder, "NCCL", "run", alpha=8.0, beta=0.0, queue_size=30)))
     trainer.classifier.cosines = None       # the second pass through the classifier
     trainer.loader.set_epoch(0)
-    images, labels, index = next(iter(trainer.loader))
-    terms = trainer.losses(images, labels, index)
+    batch = next(iter(trainer.loader))
+    terms = trainer.losses(batch)
     assert list(terms) == ["cls", "embedding"]
     assert not any("logits" in name for name in trainer.extra.state_dict())
     alone = NeighborhoodConsensusLoss(8, 5, 30, logit_dtype=None)
-    expected, _ = alone(trainer.old[index], None, trainer.backbone(images), None, labels)
+    expected, _ = alone(batch.old, None, trainer.backbone(batch.images), None, batch.labels)
     torch.testing.assert_close(terms["embedding"], 8 * expected)
 
 

@@ -53,16 +53,16 @@ def recorded_step(method, path):
     kind, record = getattr(importlib.import_module(f"BCT_methods.{method}.train"), method), {"history": []}
 
     class Recorded(kind):
-        def accumulate(self, images, labels, index, last):
+        def accumulate(self, batch, last):
             if self.epoch <= EPOCH:
-                record["history"].append(index)
+                record["history"].append(batch.index)
             if self.epoch == EPOCH:
-                record.update(images=images, labels=labels)
+                record.update(images=batch.images, labels=batch.labels)
                 state = unwrap(self.backbone).state_dict()
                 record["backbone"] = {name: value.clone() for name, value in state.items()}
                 record["centres"] = self.classifier.weight.detach().clone()
                 record["extra"] = {name: value.clone() for name, value in self.extra.state_dict().items()}
-            super().accumulate(images, labels, index, last)
+            super().accumulate(batch, last)
 
         def update(self):
             if self.epoch == EPOCH:

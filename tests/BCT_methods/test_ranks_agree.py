@@ -16,7 +16,7 @@ import torch
 from BCT_methods.AdvBCT.boundary import class_boundaries
 from engine.build import unwrap
 from engine.config import load_config
-from loader import ShuffledRows
+from engine.loader import ShuffledRows
 from tests.BCT_methods.whole_runs import WIDTH, without_batch_norm, write_config, write_old_features
 from tests.conftest import draw_record_set
 from tests.ranks import run_ranks
@@ -75,8 +75,8 @@ def trained(case, path, *overrides):
                 backbone.append(torch.nn.Linear(WIDTH, self.cfg.num_classes))
             return backbone
 
-        def losses(self, *batch):
-            terms = super().losses(*batch)
+        def losses(self, batch):
+            terms = super().losses(batch)
             seen.append({name: term.detach().clone() for name, term in terms.items()})
             return terms
 
@@ -222,8 +222,8 @@ def trained_with_batch_norm(norm, path):
             first, *rest = without_batch_norm()
             return torch.nn.Sequential(first, norm(4), *rest)
 
-        def losses(self, *batch):
-            terms = super().losses(*batch)
+        def losses(self, batch):
+            terms = super().losses(batch)
             seen.append(terms["cls"].detach().cpu())
             return terms
 

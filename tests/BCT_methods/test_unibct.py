@@ -10,7 +10,7 @@ from BCT_methods.UniBCT import prototypes as unibct
 from BCT_methods.UniBCT.prototypes import image_weights, refine_prototypes
 from BCT_methods.UniBCT.train import UniBCT
 from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
+from old_model.feature_set import FeatureError
 from engine.trainer import unwrap
 from losses import old_prototype_loss
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
@@ -250,8 +250,8 @@ class Watched(UniBCT):
         assert self.backbone.training
         self.notes.append((new.numpy(), self.extra["refinement"].prototypes.clone().numpy(), set()))
 
-    def losses(self, *batch):
-        terms = super().losses(*batch)
+    def losses(self, batch):
+        terms = super().losses(batch)
         self.notes[-1][2].update(terms)
         return terms
 

@@ -3,7 +3,7 @@ import pathlib
 import pytest
 
 from engine.config import REPO, ConfigError, load_config
-from engine.feature_files import FeatureSet
+from old_model.feature_set import FeatureSet
 
 CONFIGS = sorted(
     path

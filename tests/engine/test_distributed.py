@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine import distributed
+from engine.distributed import to_device
 from tests.ranks import run_ranks
 
 
@@ -121,3 +122,29 @@ def wait_forever():
 def test_a_hanging_rank_is_ended():
     with pytest.raises(TimeoutError, match="did not end"):
         run_ranks(wait_forever, 2, timeout=1.5)
+
+
+class Recorded:
+    """Stands for a tensor on the CPU; notes what is asked of it."""
+
+    is_cuda = False
+
+    def __init__(self):
+        self.calls = []
+
+    def pin_memory(self):
+        self.calls.append("pin_memory")
+        return self
+
+    def to(self, device, non_blocking=False):
+        self.calls.append((str(device), non_blocking))
+        return self
+
+
+@pytest.mark.parametrize("device, calls", [
+    ("cpu", [("cpu", False)]), ("cuda", ["pin_memory", ("cuda", True)]), ("cuda:3", ["pin_memory", ("cuda:3", True)]),
+])
+def test_copies_to_the_gpu_are_pinned_and_not_waited_for(device, calls):
+    for form in (device, torch.device(device)):
+        tensor = Recorded()
+        assert to_device(tensor, form) is tensor and tensor.calls == calls

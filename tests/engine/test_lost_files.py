@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from BCT_methods.L2.train import L2
-from data_workers import WorkerError
+from engine.workers import WorkerError
 from engine.checkpoint_sets import complete_sets
-from engine.feature_files import FeatureError
+from old_model.feature_set import FeatureError
 from recordio import RecordError
 from tests.BCT_methods.whole_runs import train, write_config, write_old_features
 
@@ -20,10 +20,10 @@ class LosesFile(L2):
 
     lost = None
 
-    def losses(self, images, labels, index):
+    def losses(self, batch):
         if self.step == 5:
             os.truncate(self.lost, 1000)
-        return super().losses(images, labels, index)
+        return super().losses(batch)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def test_the_run_names_the_file_and_goes_on_once_it_is_back(folder, whole, name,
 
 
 class LosesWorker(L2):
-    def losses(self, images, labels, index):
+    def losses(self, batch):
         if self.step == 5:
             for process in self.loader._workers.processes:
                 process.kill()
                 process.join()
-        return super().losses(images, labels, index)
+        return super().losses(batch)
 
 
 def test_a_lost_worker_ends_the_run_between_two_steps(folder):

@@ -13,7 +13,7 @@ from engine import checkpoint, post_mortem
 from engine.config import load_config
 from engine.monitor import NonFiniteLoss
 from engine.trainer import Trainer
-from loader import ShuffledRows
+from engine.loader import ShuffledRows
 from tests.engine.test_trainer import Plain, close_log_files, config, rec  # noqa: F401
 from tests.ranks import run_ranks
 
@@ -24,9 +24,9 @@ BAD = 8     # steps done before the bad batch: the third of the epoch 1, whose f
 class Broken(Plain):
     """A term is NaN from step BAD on, in the last batch of the step."""
 
-    def losses(self, images, labels, index):
+    def losses(self, batch):
         self.batches = getattr(self, "batches", 0) + 1
-        terms = super().losses(images, labels, index)
+        terms = super().losses(batch)
         bad = self.batches == (BAD + 1) * self.cfg.gradient_acc
         return {**terms, "other": terms["cls"].detach() * (float("nan") if bad else 0.5)}
 
@@ -44,8 +44,8 @@ class BrokenWeights(Plain):
 class Tiny(Trainer):
     """A backbone of the registry, with BatchNorm."""
 
-    def losses(self, images, labels, index):
-        cls = self.classifier(self.backbone(images), labels)
+    def losses(self, batch):
+        cls = self.classifier(self.backbone(batch.images), batch.labels)
         return {"cls": cls, "other": cls * float("nan" if self.step == BAD else "1")}
 
 
@@ -150,9 +150,9 @@ def test_images_without_records_are_named_by_row(tmp_path):
 class ReadLate(Plain):
     """The loss is read when the next batch has come, as on CUDA."""
 
-    def accumulate(self, images, labels, index, last):
-        cls = super().losses(images, labels, index)["cls"] * float("nan" if self.step == BAD else "1")
-        late, self.late = getattr(self, "late", None), (self.step, ["cls"], cls.detach()[None], index, None)
+    def accumulate(self, batch, last):
+        cls = super().losses(batch)["cls"] * float("nan" if self.step == BAD else "1")
+        late, self.late = getattr(self, "late", None), (self.step, ["cls"], cls.detach()[None], batch.index, None)
         self.monitor._take(late)
         cls.backward()
 

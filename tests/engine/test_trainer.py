@@ -26,8 +26,8 @@ class Plain(Trainer):
             torch.nn.Conv2d(3, 4, 16, 16), torch.nn.PReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 49, 8)
         )
 
-    def losses(self, images, labels, index):
-        return {"cls": self.classifier(self.backbone(images), labels)}
+    def losses(self, batch):
+        return {"cls": self.classifier(self.backbone(batch.images), batch.labels)}
 
 
 def config(tmp_path, rec, name="run", **keys):
@@ -124,10 +124,10 @@ def test_modules_of_a_method_train_and_are_saved(tmp_path, rec):
             self.extra["shift"] = torch.nn.Linear(1, 1)
             self.extra["shift"].register_buffer("seen", torch.zeros(()))
 
-        def losses(self, images, labels, index):
+        def losses(self, batch):
             shift = self.extra["shift"]
             shift.seen += 1
-            return {"cls": self.classifier(self.backbone(images), labels), "shift": (shift.weight**2).sum()}
+            return {"cls": self.classifier(self.backbone(batch.images), batch.labels), "shift": (shift.weight**2).sum()}
 
     path = config(tmp_path, rec, save_all_states=True)
     trainer = WithExtra(load_config(path))

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of recordio.py and image_layout.py: whatever the bytes, a RecordError or the plain answer.
+"""Coverage-guided fuzzing of recordio.py and image_layout: whatever the bytes, a RecordError or the plain answer.
 
     python -m venv fuzzenv && fuzzenv/bin/pip install atheris numpy
     fuzzenv/bin/python tests/fuzz/fuzz_recordio.py -max_total_time=900 -timeout=10 CORPUS
@@ -24,8 +24,8 @@ import atheris
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-with atheris.instrument_imports(include=["recordio", "image_layout"]):
-    import image_layout  # noqa: F401  (instrumented before tests.plain_recordio takes it in)
+with atheris.instrument_imports(include=["recordio", "dataset"]):
+    import dataset  # noqa: F401  (instrumented before tests.plain_recordio takes it in)
     import recordio
 
 from tests.fuzz import driver

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import by_class
-from engine.feature_files import FeatureError
-from engine.old_features import load_credible
+from old_model import by_class
+from old_model.feature_set import FeatureError, open_array
 from tools.get_feature import credible_entropy
 from tools.get_feature.credible_entropy import assignment_entropy, low_entropy_rows, means_and_variance
 
@@ -115,8 +114,8 @@ def test_command_writes_what_nccl_reads(tmp_path):
     done = subprocess.run(save(tmp_path, features, labels), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "OPclass/old_class70_credible_entropy_feature.npy"
-    credible = load_credible(path, labels)
-    np.testing.assert_array_equal(credible.numpy(), low_entropy_rows(features, labels))
+    credible = open_array(path, 1, np.bool_)
+    np.testing.assert_array_equal(credible, low_entropy_rows(features, labels))
     assert f"wrote {path}: {int(credible.sum())} of 168 rows" in done.stdout
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import backbones
 from dataset import RecordDataset
-from engine import by_class
-from engine.feature_files import FeatureError, FeatureSet
+from old_model import by_class
+from old_model.feature_set import FeatureError, FeatureSet
 from tools.get_feature import denoise_credible, get_avg_feature, get_feature
 from tools.get_feature.denoise_credible import credible_rows
 from tools.get_feature.get_avg_feature import class_means

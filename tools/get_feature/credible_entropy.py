@@ -33,10 +33,9 @@ import torch
 from tqdm import tqdm
 
 from engine import distributed
-from engine.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
+from old_model.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
 from engine.errors import report_errors
-from engine.feature_files import FeatureError
-from engine.features import open_feature_set, save_array
+from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.get_feature import extract, make_parser, parse
 
 BLOCK = 1 << 24         # distances computed at once: 64 MB in float32, and a few copies

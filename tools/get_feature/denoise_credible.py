@@ -17,10 +17,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from engine import distributed
-from engine.by_class import squared_distances_to_means, unit_class_means
+from old_model.by_class import squared_distances_to_means, unit_class_means
 from engine.errors import report_errors
-from engine.feature_files import FeatureError
-from engine.features import open_feature_set, save_array
+from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.get_feature import extract, make_parser, parse
 
 

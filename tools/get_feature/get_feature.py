@@ -26,8 +26,8 @@ from dataset import open_train_set
 from engine import distributed
 from engine.config import REPO, load_config
 from engine.errors import report_errors
-from engine.feature_files import FeatureError, FeatureSet
-from engine.features import extract_features
+from old_model.feature_set import FeatureError, FeatureSet
+from engine.extract import extract_features
 
 
 def make_parser(description, config_needed=True):

@@ -1,8 +1,10 @@
-"""UniBCT's own keys. They are over configs/base.py, which explains the others."""
+"""UniBCT's own keys. They are over configs/base.py and old_model/keys.py, which explain the others."""
 
 from easydict import EasyDict as edict
 
-config = edict()
+from old_model.keys import keys
+
+config = edict(keys)
 
 config.network = "r50"
 config.decay_epoch = [20, 26, 32]   # epochs at which lr drops ×0.1; the other methods decay polynomially
@@ -13,9 +15,3 @@ config.compat_start_epoch = 10      # epoch, counted from 0, from which the prot
 config.refine_epochs = [10, 20]     # epochs that begin with new prototypes; before the first: plain class means
 config.temperature = 0.05           # τ, divides the cosines of new features: the lower, the more the nearest count
 config.damping = 0.9                # λ in [0, 1): share that comes from the neighbours; 0 = plain class means
-
-# What tools/get_feature/get_feature.py left behind of the old model on this run's training set.
-config.old_embedding = ""           # .npy float32 [num_image, embedding_size], row i = image i of rec
-config.old_embedding_label = ""     # .npy int64 [num_image]
-config.old_model_path = ""          # the old model's model.pt; not needed, old features come from old_embedding.
-                                    # Stated, the run refuses files of old features that are older than it

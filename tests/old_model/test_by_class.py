@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import by_class
-from engine.by_class import squared_distances_to_means, unit_class_means
-from engine.feature_files import FeatureError
+from old_model import by_class
+from old_model.by_class import squared_distances_to_means, unit_class_means
+from old_model.feature_set import FeatureError
 
 CLASSES, WIDTH = 6, 4
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import RecordDataset, open_train_set
-from loader import ExtractLoader, TrainLoader, _to_input_by_batch, to_input
+from dataset import RecordDataset, _to_input_by_batch, open_train_set, to_input
+from engine.loader import ExtractLoader, TrainLoader
 
 
 @pytest.mark.parametrize("mirrored", [None, [True, False, False, True, True]])
@@ -28,7 +28,7 @@ def epoch(dataset, batch_size, world_size=1, number=0, start_step=0, workers=0, 
     for rank in range(world_size):
         loader = TrainLoader(dataset, batch_size, "cpu", workers, seed, rank, world_size)
         loader.set_epoch(number, start_step)
-        ranks.append(list(loader))
+        ranks.append([batch[:3] for batch in loader])
         assert len(ranks[-1]) == len(loader) - start_step
     return [tuple(torch.cat(parts) for parts in zip(*step)) for step in zip(*ranks)]
 
@@ -86,12 +86,12 @@ def test_one_loader_through_many_epochs_some_left_early(larger):
     loader = TrainLoader(larger, 6, "cpu", 2, seed=5)
     for number, steps in ((0, 10), (1, 1), (2, 10), (3, 4), (4, 10)):
         loader.set_epoch(number)
-        taken = [batch for batch, _ in zip(loader, range(steps))]
+        taken = [batch[:3] for batch, _ in zip(loader, range(steps))]
         assert same(taken, epoch(larger, 6, number=number)[:steps])
 
 
 def test_batches_stay_as_they_were_when_later_ones_arrive(larger):
-    kept = list(TrainLoader(larger, 6, "cpu", 1, seed=5))
+    kept = [batch[:3] for batch in TrainLoader(larger, 6, "cpu", 1, seed=5)]
     assert same(kept, epoch(larger, 6))
 
 
@@ -115,7 +115,7 @@ def test_the_rest_that_fills_no_global_batch_is_dropped(larger):
 @pytest.mark.parametrize("start, stop", [(0, None), (3, 40), (7, 7), (60, 61)])
 def test_extraction_keeps_order_and_never_mirrors(larger, workers, start, stop):
     loader = ExtractLoader(larger, 8, "cpu", workers, start, stop)
-    batches = list(loader)
+    batches = [batch[:3] for batch in loader]
     rows = list(range(start, 61 if stop is None else stop))
     assert [len(index) for _, _, index in batches] == [len(rows[i:i + 8]) for i in range(0, len(rows), 8)]
     assert len(loader) == len(batches)
@@ -150,7 +150,7 @@ def test_synthetic_sets_have_the_same_surface():
 def test_cuda_gives_what_the_cpu_gives(larger):
     for make in (TrainLoader, ExtractLoader):
         pairs = zip(make(larger, 6, "cuda", 2), make(larger, 6, "cpu", 2), strict=True)
-        for (images, labels, index), expected in pairs:
-            assert torch.allclose(images.cpu(), expected[0], atol=1e-6)
-            assert torch.equal(labels.cpu(), expected[1]) and torch.equal(index, expected[2])
-            assert images.is_cuda and images.is_contiguous()
+        for batch, expected in pairs:
+            assert torch.allclose(batch.images.cpu(), expected.images, atol=1e-6)
+            assert torch.equal(batch.labels.cpu(), expected.labels) and torch.equal(batch.index, expected.index)
+            assert batch.images.is_cuda and batch.images.is_contiguous()

@@ -1,11 +1,21 @@
 """Feature files: names, the commands that write them, and their age against the old model's."""
 
+import errno
 import os
 
+import numpy as np
 import pytest
 
-from engine import feature_files
-from engine.feature_files import FeatureError, FeatureSet, check_not_older, command_for
+from old_model import feature_set
+from old_model.feature_set import (
+    FeatureError,
+    FeatureSet,
+    check_not_older,
+    command_for,
+    open_array,
+    open_feature_set,
+    save_array,
+)
 
 
 @pytest.mark.parametrize("name, scenario, record", [
@@ -69,7 +79,7 @@ def test_the_command_finds_the_old_model_of_a_workspace():
 def test_the_command_names_no_place_for_the_repos_own_directory(monkeypatch, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "feature_save").symlink_to(tmp_path / "disk")
-    monkeypatch.setattr(feature_files, "REPO", tmp_path)
+    monkeypatch.setattr(feature_set, "REPO", tmp_path)
     assert command_for(tmp_path / "feature_save/OPclass/a_class70_feature.npy").endswith("CONFIG --SD a_class70")
     monkeypatch.chdir(tmp_path)
     assert command_for("feature_save/OPclass/a_class70_feature.npy").endswith("CONFIG --SD a_class70")
@@ -114,3 +124,39 @@ def test_the_model_must_be_there(place):
     for missing in (model.with_name("none.pt"), model.parent):
         with pytest.raises(FeatureError, match=f"old_model_path {missing}: no such file.*{files.feature}"):
             check_not_older(files.feature, missing)
+
+
+# --- Opening and saving ------------------------------------------------------------------------------------------
+
+
+def test_nothing_in_a_file_is_run(tmp_path):
+    np.save(tmp_path / "a_feature.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(FeatureError, match="not a readable .npy file"):
+        open_array(tmp_path / "a_feature.npy", 2, np.floating)
+
+
+def test_a_file_of_another_kind(tmp_path):
+    files = FeatureSet("f128_r18_softmax_class70", tmp_path)
+    files.feature.parent.mkdir()
+    np.save(files.feature, np.zeros((11, 6), np.int64))
+    np.save(files.label, np.arange(11) % 4)
+    with pytest.raises(FeatureError, match="holds int64"):
+        open_feature_set(files)
+    np.save(files.feature, np.zeros((4, 6), np.float32))
+    with pytest.raises(FeatureError, match="4 rows, but .*_label.npy has 11"):
+        open_feature_set(files)
+
+
+def test_save_array_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "a.npy"
+    save_array(path, np.arange(3))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_set.os, "fsync", full)
+        with pytest.raises(FeatureError, match="a.npy.*No space left"):
+            save_array(path, np.arange(5))
+    np.testing.assert_array_equal(np.load(path), np.arange(3))
+    assert list(tmp_path.iterdir()) == [path]

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from image_layout import image_layout
+from dataset import image_layout
 from recordio import IRHeader, RecordError
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import sparse
 
-from engine.feature_files import FeatureError
+from old_model.feature_set import FeatureError
 
 CHUNK = 1 << 15     # rows handled at once: 32 MB in float64 at 128 dimensions
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from data_workers import FileSize, WorkerError
+from engine.workers import FileSize, WorkerError
 from dataset import RecordDataset, SyntheticDataset
-from loader import ExtractLoader, TrainLoader
+from engine.loader import ExtractLoader, TrainLoader
 from recordio import RecordError
 from tests.ranks import run_ranks
 
@@ -80,15 +80,15 @@ def test_a_file_cut_while_it_is_read_is_named(rec, quick):
 
 
 def test_a_file_that_another_replaced_or_that_was_deleted_is_there_to_the_end(rec, tmp_path):
-    expected = [index for _, _, index in TrainLoader(RecordDataset(rec), 6, "cpu", 0)]
+    expected = [batch.index for batch in TrainLoader(RecordDataset(rec), 6, "cpu", 0)]
     for workers in (0, 1):
         loader, batches, _ = begun(RecordDataset(rec), workers)
         whole = rec.read_bytes()
         (tmp_path / "other").write_bytes(b"shorter")
         os.replace(tmp_path / "other", rec)
-        rest = [index for _, _, index in batches]
+        rest = [batch.index for batch in batches]
         rec.unlink()
-        again = [index for _, _, index in loader]
+        again = [batch.index for batch in loader]
         assert all(torch.equal(a, b) for a, b in zip(expected, [expected[0], *rest], strict=True)) and len(again) == 10
         rec.write_bytes(whole)
 
@@ -98,7 +98,7 @@ def test_a_disk_that_is_gone(rec, monkeypatch):
         raise OSError(errno.ESTALE, "Stale file handle")
 
     file = FileSize(rec)
-    monkeypatch.setattr("data_workers.os.stat", stale)
+    monkeypatch.setattr("engine.workers.os.stat", stale)
     with pytest.raises(RecordError, match=r"train\.rec: out of reach now \(Stale file handle\)"):
         file.check()
 

@@ -1,7 +1,6 @@
-"""Feature files: written by all ranks together, opened again.
+"""Feature files written by all ranks together, a rank its share of the rows.
 
-engine/feature_files.py says which files there are and what they are called; engine/old_features.py reads them row by
-row for a training run.
+old_model/feature_set.py says which files there are and what they are called.
 """
 
 import errno
@@ -13,12 +12,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.atomic import atomic_write
 from engine.distributed import barrier, is_main, rank, rows_of_rank, world_size
-from engine.feature_files import FeatureError, again, command_for
-from loader import ExtractLoader
-
-# --- Writing -----------------------------------------------------------------------------------------------------
+from engine.loader import ExtractLoader
+from old_model.feature_set import FeatureError
 
 
 class SharedArray:
@@ -134,9 +130,9 @@ def _embed_rows_of_rank(model, dataset, arrays, embedding_size, batch_size, num_
     loader = ExtractLoader(dataset, batch_size, device, num_workers, start, stop)
     row = start
     with tqdm(total=stop - start, unit="img", desc="features", disable=None if is_main() else True) as progress:
-        for images, labels, index in loader:
-            embeddings = model(images).float()
-            if embeddings.shape != (len(images), embedding_size):
+        for batch in loader:
+            embeddings = model(batch.images).float()
+            if embeddings.shape != (len(batch.images), embedding_size):
                 raise FeatureError(
                     f"the model gives embeddings of shape {list(embeddings.shape[1:])}, "
                     f"but embedding_size is {embedding_size}"
@@ -145,62 +141,12 @@ def _embed_rows_of_rank(model, dataset, arrays, embedding_size, batch_size, num_
             finite = torch.isfinite(embeddings).all(dim=1)
             if not finite.all():
                 raise FeatureError(
-                    f"{dataset.path}: the model gives NaN or infinity for row {int(index[~finite][0])}; "
+                    f"{dataset.path}: the model gives NaN or infinity for row {int(batch.index[~finite][0])}; "
                     "the model or that image is broken"
                 )
-            for array, values in zip(arrays, (embeddings, labels.cpu())):
+            for array, values in zip(arrays, (embeddings, batch.labels.cpu())):
                 array.write(row, values.numpy())
-            row += len(images)
-            progress.update(len(images))
+            row += len(embeddings)
+            progress.update(len(embeddings))
     if row != stop:
         raise FeatureError(f"{dataset.path}: gave {row - start} images for the rows {start} to {stop}")
-
-
-def save_array(path, array):
-    """Write a .npy file under a temporary name and rename it once it is whole and on the disk."""
-    try:
-        with atomic_write(path) as file:
-            np.save(file, array)
-    except OSError as error:
-        raise FeatureError(f"{path}: could not be written ({error.strerror})") from error
-
-
-# --- Reading -----------------------------------------------------------------------------------------------------
-
-
-def to_device(tensor, device):
-    """A tensor on `device`; from the CPU to CUDA by pinned memory, so that the host does not wait for the device.
-
-    A plain `.to(device)` would return only after all that is queued on the device before the copy.
-    """
-    if tensor.is_cuda or torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def open_array(path, ndim, kind):
-    """Memory-map a .npy file of `ndim` dimensions whose dtype is of `kind` (np.floating, np.integer, np.bool_).
-
-    Raises FeatureError with the command that writes the file where it is missing, damaged or of another form.
-    """
-    try:
-        array = np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise FeatureError(f"{path}: no such file; write it by: {command_for(path)}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise FeatureError(f"{path}: not a readable .npy file ({error}); {again(path)}") from error
-    if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
-        held = f"{array.dtype} {list(array.shape)}"
-        raise FeatureError(f"{path}: holds {held}, not {ndim}-D {kind.__name__}; {again(path)}")
-    return array
-
-
-def open_feature_set(files):
-    """`(features [N, D], labels [N])` of a FeatureSet, memory-mapped. Raises FeatureError, also for unequal lengths."""
-    features, labels = open_array(files.feature, 2, np.floating), open_array(files.label, 1, np.integer)
-    if len(features) != len(labels) or not len(features):
-        raise FeatureError(
-            f"{files.feature}: {len(features)} rows, but {files.label.name} has {len(labels)}; both must have as many "
-            f"as there are images. Write them again: {files.command()}"
-        )
-    return features, labels

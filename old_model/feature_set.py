@@ -1,4 +1,4 @@
-"""The files of a feature set: their names, the commands that write them, their age.
+"""The files of a feature set: their names, the commands that write them, their age; opened and saved.
 
 A feature set is known by its name, `<old model>_<set>`, say `f128_r18_softmax_class70`: the old model's config name
 without its own set, and the set that was embedded. Row i of every file belongs to image i of that set's record file.
@@ -15,6 +15,9 @@ import pathlib
 import re
 import shlex
 
+import numpy as np
+
+from engine.atomic import atomic_write
 from engine.config import REPO
 from engine.errors import UserError
 
@@ -140,3 +143,43 @@ def check_not_older(path, old_model_path):
             f"{path}: older than old_model_path {model}, so another model's; {again_from_images(path)}   "
             '(if it is that model\'s and only the times are wrong, set old_model_path to "")'
         )
+
+
+# --- Opening and saving -----------------------------------------------------------------------------------------
+
+
+def open_array(path, ndim, kind):
+    """Memory-map a .npy file of `ndim` dimensions whose dtype is of `kind` (np.floating, np.integer, np.bool_).
+
+    Raises FeatureError with the command that writes the file where it is missing, damaged or of another form.
+    """
+    try:
+        array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise FeatureError(f"{path}: no such file; write it by: {command_for(path)}") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise FeatureError(f"{path}: not a readable .npy file ({error}); {again(path)}") from error
+    if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
+        held = f"{array.dtype} {list(array.shape)}"
+        raise FeatureError(f"{path}: holds {held}, not {ndim}-D {kind.__name__}; {again(path)}")
+    return array
+
+
+def open_feature_set(files):
+    """`(features [N, D], labels [N])` of a FeatureSet, memory-mapped. Raises FeatureError, also for unequal lengths."""
+    features, labels = open_array(files.feature, 2, np.floating), open_array(files.label, 1, np.integer)
+    if len(features) != len(labels) or not len(features):
+        raise FeatureError(
+            f"{files.feature}: {len(features)} rows, but {files.label.name} has {len(labels)}; both must have as many "
+            f"as there are images. Write them again: {files.command()}"
+        )
+    return features, labels
+
+
+def save_array(path, array):
+    """Write a .npy file under a temporary name and rename it once it is whole and on the disk."""
+    try:
+        with atomic_write(path) as file:
+            np.save(file, array)
+    except OSError as error:
+        raise FeatureError(f"{path}: could not be written ({error.strerror})") from error

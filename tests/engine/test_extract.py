@@ -1,4 +1,4 @@
-"""Feature files: writing on one rank and many, and what is refused when they are opened again."""
+"""Feature files written on one rank and many."""
 
 import errno
 import os
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dataset import SyntheticDataset
-from engine import features
-from engine.feature_files import FeatureError, FeatureSet
-from engine.features import SharedArray, extract_features, open_array, open_feature_set, save_array, to_device
+from engine import extract
+from engine.extract import SharedArray, extract_features
+from old_model.feature_set import FeatureError
 from tests.ranks import run_ranks
 
 WIDTH = 6
@@ -44,9 +44,6 @@ def embed_one_by_one(model, dataset):
     with torch.no_grad():
         rows = [model(as_input(dataset, row))[0].numpy() for row in range(len(dataset))]
     return np.stack(rows)
-
-
-# --- Writing -----------------------------------------------------------------------------------------------------
 
 
 def test_extracts_what_the_model_gives_row_by_row(tmp_path):
@@ -106,7 +103,7 @@ def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(features.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(extract.os, "posix_fallocate", full, raising=False)
     path = tmp_path / "a_feature.npy"
     with pytest.raises(FeatureError, match="a_feature.npy.*No space left"):
         extract_features(Pooled(), training_set(), path, embedding_size=WIDTH, num_workers=0)
@@ -117,71 +114,9 @@ def test_a_file_system_that_cannot_reserve(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(features.os, "posix_fallocate", unsupported, raising=False)
+    monkeypatch.setattr(extract.os, "posix_fallocate", unsupported, raising=False)
     array = SharedArray(tmp_path / "a.npy", (3, 2), np.float32)
     array.write(1, np.ones((2, 2)))
     array.finish()
     array.publish()
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy", mmap_mode="r"), [[0, 0], [1, 1], [1, 1]])
-
-
-def test_save_array_is_whole_or_absent(tmp_path, monkeypatch):
-    path = tmp_path / "a.npy"
-    save_array(path, np.arange(3))
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(features.os, "fsync", full)
-        with pytest.raises(FeatureError, match="a.npy.*No space left"):
-            save_array(path, np.arange(5))
-    np.testing.assert_array_equal(np.load(path), np.arange(3))
-    assert list(tmp_path.iterdir()) == [path]
-
-
-# --- Opening -----------------------------------------------------------------------------------------------------
-
-
-class Recorded:
-    """Stands for a tensor on the CPU; notes what is asked of it."""
-
-    is_cuda = False
-
-    def __init__(self):
-        self.calls = []
-
-    def pin_memory(self):
-        self.calls.append("pin_memory")
-        return self
-
-    def to(self, device, non_blocking=False):
-        self.calls.append((str(device), non_blocking))
-        return self
-
-
-@pytest.mark.parametrize("device, calls", [
-    ("cpu", [("cpu", False)]), ("cuda", ["pin_memory", ("cuda", True)]), ("cuda:3", ["pin_memory", ("cuda:3", True)]),
-])
-def test_copies_to_the_gpu_are_pinned_and_not_waited_for(device, calls):
-    for form in (device, torch.device(device)):
-        tensor = Recorded()
-        assert to_device(tensor, form) is tensor and tensor.calls == calls
-
-
-def test_nothing_in_a_file_is_run(tmp_path):
-    np.save(tmp_path / "a_feature.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(FeatureError, match="not a readable .npy file"):
-        open_array(tmp_path / "a_feature.npy", 2, np.floating)
-
-
-def test_a_file_of_another_kind(tmp_path):
-    files = FeatureSet("f128_r18_softmax_class70", tmp_path)
-    files.feature.parent.mkdir()
-    np.save(files.feature, np.zeros((11, WIDTH), np.int64))
-    np.save(files.label, training_set().labels())
-    with pytest.raises(FeatureError, match="holds int64"):
-        open_feature_set(files)
-    np.save(files.feature, np.zeros((4, WIDTH), np.float32))
-    with pytest.raises(FeatureError, match="4 rows, but .*_label.npy has 11"):
-        open_feature_set(files)

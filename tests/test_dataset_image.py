@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings, strategies
 
 import dataset
-import image_bytes
-from image_bytes import decode_bgr, image_size, whole_image
+import dataset
+from dataset import decode_bgr, image_size, whole_image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -52,7 +52,7 @@ def no_decoder(monkeypatch):
     def refuse(*_):
         raise AssertionError("was decoded")
 
-    monkeypatch.setattr(image_bytes.cv2, "imdecode", refuse)
+    monkeypatch.setattr(dataset.cv2, "imdecode", refuse)
 
 
 def test_dataset_decodes_by_it():
