@@ -333,7 +333,7 @@ def test_terms_are_weighted_and_fade(folder):
 
     first, grad, new = terms(epoch=0, step=0)
     last, last_grad, _ = terms(epoch=34, step=trainer.total_steps // 2)
-    p2s = point_to_set_loss(new, labels, *trainer.classes, trainer.extra["boundary"], 0.4)
+    p2s = point_to_set_loss(new, batch.labels, *trainer.classes, trainer.extra["boundary"], 0.4)
     adv = adversarial_loss(trainer.extra["discriminator"], new, trainer.old[index], 0.0)
     torch.testing.assert_close(first["p2s"], 4 * p2s)
     torch.testing.assert_close(last["p2s"], 4 * p2s)

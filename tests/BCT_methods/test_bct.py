@@ -71,10 +71,10 @@ def cosine_to_prototypes(folder, backbone):
     """Mean cosine of the features of a trained `without_batch_norm` and the prototypes of their classes."""
     model, data = without_batch_norm(), RecordDataset(folder / "set.rec")
     model.load_state_dict(backbone)
-    images, labels, _ = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
+    batch = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
     prototypes = load_prototypes(folder / "old_avg_feature.npy", 5, 8)
     with torch.no_grad():
-        return torch.nn.functional.cosine_similarity(model(images), prototypes[labels]).mean().item()
+        return torch.nn.functional.cosine_similarity(model(batch.images), prototypes[batch.labels]).mean().item()
 
 
 def test_a_run_draws_new_features_to_the_prototypes_the_more_the_higher_the_scale(folder):
