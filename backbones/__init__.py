@@ -8,10 +8,11 @@ float32, not normalised. A model's `num_features` is the width of its embedding.
 """
 
 import difflib
-import re
+import functools
 
 import torch
 
+from backbones.checkpoint import BackboneError, few, read_state
 from backbones.iresnet import DEPTHS, IResNet
 from backbones.iresnet2060 import IResNet2060
 from backbones.mobilefacenet import SIZES as MBF_SIZES
@@ -19,20 +20,12 @@ from backbones.mobilefacenet import MobileFaceNet
 from backbones.tiny import Tiny
 from backbones.vit import SIZES as VIT_SIZES
 from backbones.vit import VisionTransformer
-from engine.errors import UserError
 
 TINY_WIDTHS = {"tiny": 1, "tiny_x2": 2}
 WITH_HEAD = ("r18", "r34", "r50", "tiny", "tiny_x2")
 
 # The last linear layer, [embedding size, …], of IResNet and tiny, of MobileFaceNet and of the vision transformers.
 _LAST_LINEAR = ("fc.weight", "features.layers.2.weight", "feature.2.weight")
-
-# Classifiers that training scripts save along with a network: cls_fc, old_cls_fc, classifier, cls_head, …
-_HEAD = re.compile(r"[a-z0-9_]*(cls|classifier|head|logit)[a-z0-9_]*\.", re.IGNORECASE)
-
-
-class BackboneError(UserError, ValueError):
-    """A network name or a model file that cannot be used; the message names it and says what would fit."""
 
 
 def names():
@@ -71,55 +64,63 @@ def _check_name(name):
         raise BackboneError(f"unknown network {name!r}: {nearest}known are {', '.join(names())}")
 
 
-def read_state(path):
-    """State dict of a .pt file, on the CPU, heads included, with the `module.` of a parallel wrapper removed.
-
-    Only tensors are unpickled. Raises FileNotFoundError, or BackboneError for a file that is truncated, no torch
-    file, or something other than a state dict.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such model file") from None
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise BackboneError(
-            f"{path}: not readable; truncated, or not a state dict of torch.save ({type(error).__name__}: {reason})"
-        ) from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        keys = f" with keys {_few([str(key) for key in state])}" if isinstance(state, dict) else ""
-        held = f"a {type(state).__name__}{keys}"
-        raise BackboneError(f"{path}: holds {held} and not the state dict of a network; give the model.pt of a run")
-    return {re.sub(r"^(module\.)+", "", key): value for key, value in state.items()}
-
-
 def embedding_size(state):
     """Width of the embedding, from the last linear layer in a state dict of any of the networks."""
     for key in _LAST_LINEAR:
-        if key in state:
+        if key in state and state[key].dim() == 2:
             return state[key].shape[0]
-    raise BackboneError(f"no embedding layer among the keys: none of {', '.join(_LAST_LINEAR)}")
+    raise BackboneError(
+        f"no embedding layer among the keys: none of {', '.join(_LAST_LINEAR)}; the keys are {few(list(state))}"
+    )
 
 
-def load_backbone(path, network, device="cpu", fp16=False):
-    """The feature extractor saved in a .pt file: a model on `device` in eval mode, without softmax head.
+def load_backbone(path, network=None, device="cpu", fp16=False):
+    """The feature extractor saved in a file that `read_state` knows: a model on `device` in eval mode, without head.
 
-    The embedding size is read from the file and is `model.num_features`. Keys of heads (`cls_fc.*` and the like) are
-    left out, all others must match in name and shape. Draws no random numbers.
+    network: None takes the one that `find_network` tells. The embedding size is read from the file and is
+    `model.num_features`. Of the state dict all keys and shapes must match. Draws no random numbers.
     Raises FileNotFoundError, or BackboneError naming file, network and what does not fit.
     """
-    _check_name(network)
-    state = {key: value for key, value in read_state(path).items() if not _HEAD.match(key)}
-    differences = _differences(network, state)
+    if network is not None:
+        _check_name(network)
+    state = read_state(path)
+    size = _size(state, path)
+    network = network or _told_from(state, size, path)
+    differences = _differences(network, state, size)
     if differences:
-        fitting = [name for name in names() if name != network and not _differences(name, state)]
+        fitting = [name for name in names() if name != network and not _differences(name, state, size)]
         advice = f"the file fits {' or '.join(fitting)}" if fitting else "it fits no other network either"
-        raise BackboneError(f"{path}: not a {network}: {'; '.join(differences)}; {advice}")
-    model = _skeleton(network, embedding_size(state), fp16)
-    # The skeleton holds no memory: it takes the file's tensors as they are, once in float32.
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        raise BackboneError(f"{path}: not a {network}: {_in_words(differences)}; {advice}")
+    model = _skeleton(network, size, fp16)
+    # The skeleton holds no memory: it takes the file's tensors as they are.
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device).eval()
+
+
+def find_network(path):
+    """Name of the network whose state dict a file holds; raises as `load_backbone`, naming the nearest if none fits."""
+    state = read_state(path)
+    return _told_from(state, _size(state, path), path)
+
+
+def _size(state, path):
+    try:
+        return embedding_size(state)
+    except BackboneError as error:
+        raise BackboneError(f"{path}: {error}") from None
+
+
+def _told_from(state, size, path):
+    """The first network that fits. If others do, they differ in training only (stochastic depth, mask ratio)."""
+    found = {}
+    for name in names():
+        found[name] = _differences(name, state, size)
+        if not found[name]:
+            return name
+    nearest = sorted(found, key=lambda name: sum(map(len, found[name].values())))[:3]
+    raise BackboneError(
+        f"{path}: fits no network; nearest are {', '.join(nearest)}; as {nearest[0]} it {_in_words(found[nearest[0]])}"
+    )
 
 
 def _skeleton(network, num_features, fp16=False):
@@ -128,23 +129,25 @@ def _skeleton(network, num_features, fp16=False):
         return get_model(network, num_features, fp16=fp16)
 
 
-def _differences(network, state):
-    """How a state dict departs from the network's, in words; empty if it does not."""
-    try:
-        size = embedding_size(state)
-    except BackboneError as error:
-        return [str(error)]
-    expected = _skeleton(network, size).state_dict()
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} is {list(state[key].shape)} and not {list(value.shape)}"
-        for key, value in expected.items() if key in state and state[key].shape != value.shape
-    ]
-    kinds = (("lacks", missing), ("has beyond it", unexpected), ("differs in shape:", shapes))
-    return [f"{verb} {_few(found)}" for verb, found in kinds if found]
+@functools.cache
+def _shapes(network, num_features):
+    """{key: shape} of the network's state dict."""
+    return {key: value.shape for key, value in _skeleton(network, num_features).state_dict().items()}
 
 
-def _few(items, limit=3):
-    """The first few of many, in words."""
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+def _differences(network, state, size):
+    """How a state dict departs from that of the network with `size` features: {verb: [keys]}, empty if it does not."""
+    expected = _shapes(network, size)
+    found = {
+        "lacks": [key for key in expected if key not in state],
+        "has beyond it": [key for key in state if key not in expected],
+        "differs in shape:": [
+            f"{key} is {list(state[key].shape)} and not {list(shape)}"
+            for key, shape in expected.items() if key in state and state[key].shape != shape
+        ],
+    }
+    return {verb: keys for verb, keys in found.items() if keys}
+
+
+def _in_words(differences):
+    return "; ".join(f"{verb} {few(keys)}" for verb, keys in differences.items())

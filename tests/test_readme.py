@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config import load_config
+
 REPO = pathlib.Path(__file__).resolve().parents[1]
 OVERRIDES = "--network tiny --num_epoch 1 --batch_size 16 --num_workers 1"
 OLD, NEW = "f128_r18_softmax_class30", "OPclass_ms1mv3_r18_to_r50_MixBCT_softmax_to_arc_f128"
@@ -95,6 +97,19 @@ def test_the_flow(tree):
     assert [new["name"] for new in report["new"]] == ["MixBCT"] and report["independent"]["name"] == "r50"
     self_test, cross_test = (np.load(tree / "IJB_result" / name)["scores"] for name in results[:2])
     assert self_test.shape == cross_test.shape and not np.allclose(self_test, cross_test)
+
+
+def test_the_other_spelling_of_the_methods_folder(monkeypatch):
+    """`cd BCT_Methods/MixBCT/ && python train.py …`, as commands in circulation have it."""
+    folder, name = REPO / "BCT_Methods" / "MixBCT", f"configs/{NEW}.py"
+    assert folder.samefile(REPO / "BCT_methods" / "MixBCT")     # a link, or a disk that ignores case
+    monkeypatch.chdir(folder)
+    assert load_config(name) == load_config(REPO / "BCT_methods" / "MixBCT" / name)
+    command = [sys.executable, "train.py", "--help"]
+    shown = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: train.py"), shown.stderr
+    walked = {path for path in REPO.rglob("train.py") if ".venv" not in path.parts}
+    assert len({path.resolve() for path in walked}) == len(walked), "the link is walked as well"
 
 
 def test_methods_and_folders_are_all_in_the_readme():

@@ -36,11 +36,12 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--old", required=True, metavar="MODEL", help="the model that the gallery was made with")
-    add("--old_net", metavar="NET", help="its backbone, e.g. r18")
+    add("--old_net", metavar="NET", help="its backbone, e.g. r18 (default: told from its keys)")
     add("--new", action="append", required=True, metavar="NAME=MODEL[:NET]", help="a new model; may be given often")
     add("--independent", metavar="[NAME=]MODEL[:NET]",
         help="a new model trained without regard to the old one: the ceiling")
-    add("--new_net", metavar="NET", help="backbone of the new and independent models that name none")
+    add("--new_net", metavar="NET",
+        help="backbone of the new and independent models that name none (default: told from their keys)")
     add_data_arguments(parser)
     add("--fpr", type=float, default=1e-4, help="FPR at which 1:1 TPR is compared (default 1e-4)")
     add("--fpir", type=float, default=1e-2, help="FPIR at which 1:N TPIR is compared (default 1e-2)")
@@ -49,8 +50,6 @@ def parse_arguments(argv=None):
         help="backfill in this order: every gallery template id, one a line")
     add("--out", type=pathlib.Path, default=pathlib.Path("compat_report"), help="directory of the report")
     arguments = parser.parse_args(argv)
-    if not arguments.data_path:
-        parser.error("give -d DIR")
     for name in ("fpr", "fpir"):
         if not 0 < getattr(arguments, name) <= 1:
             parser.error(f"--{name} is a rate above 0 and at most 1")

@@ -122,7 +122,7 @@ class EmbeddingStore:
 
     def _path(self, model_file):
         if model_file not in self._paths:
-            key = f"{_PIPELINE} {model_file.network} {sha256_of(model_file.paths)} {self.data_key}"
+            key = f"{_PIPELINE} {model_file.told_network} {sha256_of(model_file.paths)} {self.data_key}"
             name = hashlib.sha256(key.encode()).hexdigest()[:32]
             self._paths[model_file] = self.cache_dir / "embeddings" / f"{name}.npy"
         return self._paths[model_file]

@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
+from engine.config import REPO
 from engine.errors import report_errors
 from tools.ijbc_eval import plots, results
 from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
@@ -29,10 +30,10 @@ from tools.ijbc_eval.templates import Setting
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-m", "--model_file", help="new model: x.pt / x.pth with -net, x.onnx, or MXNet's prefix,epoch")
-    add("-net", "--network", help="backbone of the new model, e.g. r50")
-    add("-m_old", "--old_model_file", help="old model; given, the test is a cross-test")
-    add("-old_net", "--old_network", help="backbone of the old model, e.g. r18")
+    add("-m", "--model_file", help="new model: x.pt / x.pth / x.safetensors, x.onnx, or MXNet's prefix,epoch")
+    add("-net", "--network", help="backbone of the new model, e.g. r50 (default: told from the keys of a state dict)")
+    add("-m_old", "--old_model_file", "--model_file_old", help="old model; given, the test is a cross-test")
+    add("-old_net", "--old_network", "--network_old", help="backbone of the old model, e.g. r18 (default likewise)")
     add_data_arguments(parser)
     add("-N", "--is_one_2_N", action="store_true", help="1:N identification instead of 1:1 verification")
     add("-B", "--is_bunch", action="store_true",
@@ -49,8 +50,8 @@ def parse_arguments(argv=None):
         help="exact: the largest TPR whose FPR does not exceed the one asked for; nearest: the ROC point nearest to "
         "it, as insightface-derived scripts read it, for comparison with published numbers")
     arguments = parser.parse_args(argv)
-    if not arguments.plot_only and not (arguments.model_file and arguments.data_path):
-        parser.error("give -m MODEL and -d DIR, or -P with saved results")
+    if not arguments.plot_only and not arguments.model_file:
+        parser.error("give -m MODEL, or -P with saved results")
     return arguments
 
 
@@ -71,7 +72,8 @@ def whole_number(low):
 def add_data_arguments(parser):
     """The options that say where the data is and how it is read; compat_report.py has them too."""
     add = parser.add_argument
-    add("-d", "--data_path", type=pathlib.Path, help="directory that holds IJBC/ and/or IJBB/")
+    add("-d", "--data_path", type=pathlib.Path, default=REPO / "dataset",
+        help="directory that holds IJBC/ and/or IJBB/ (default: dataset under the repo root)")
     add("-s", "--subset", choices=list(GALLERIES), default="IJBC")
     add("-b", "--batch_size", type=whole_number(1), default=128, help="images at once (default 128)")
     add("-F", "--force_reload", action="store_true", help="recompute everything, ignoring what is cached")

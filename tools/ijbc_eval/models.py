@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 
 import numpy as np
 import torch
 
-from backbones import load_backbone
+from backbones import find_network, load_backbone
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError
 
@@ -17,21 +18,22 @@ _PLAIN_NAMES = {"model", "backbone", "checkpoint", "best", "last"}
 
 @dataclasses.dataclass(frozen=True)
 class ModelFile:
-    """What -m and -net name: `x.pt`/`x.pth` (a state dict of the backbone `network`), `x.onnx`, or `prefix,epoch`."""
+    """What -m and -net name: `x.pt`, `x.pth` or `x.safetensors` (a state dict of the backbone `network`, None: the one
+    that fits), `x.onnx`, or `prefix,epoch`."""
 
     file: str
     network: str | None = None
 
     @property
     def kind(self):
-        if self.file.endswith((".pt", ".pth")):
+        if self.file.endswith((".pt", ".pth", ".safetensors")):
             return "torch"
         if self.file.endswith(".onnx"):
             return "onnx"
         if "," in self.file and is_number(self.file.rsplit(",", 1)[1]):
             return "mxnet"
         raise EvalError(
-            f"{self.file}: unknown kind of model; give x.pt or x.pth with -net, x.onnx, or MXNet's prefix,epoch"
+            f"{self.file}: unknown kind of model; give x.pt, x.pth or x.safetensors, x.onnx, or MXNet's prefix,epoch"
         )
 
     @property
@@ -41,6 +43,22 @@ class ModelFile:
             return [pathlib.Path(self.file)]
         prefix, epoch = self.file.rsplit(",", 1)
         return [pathlib.Path(f"{prefix}-symbol.json"), pathlib.Path(f"{prefix}-{int(epoch):04d}.params")]
+
+    def check_files(self):
+        """EvalError unless the files are there."""
+        for path in self.paths:
+            if not path.is_file():
+                raise EvalError(f"{path}: no such file; check -m / -m_old")
+
+    @functools.cached_property
+    def told_network(self):
+        """`network`, or what the keys of a state dict tell; BackboneError where they fit none."""
+        if self.network or self.kind != "torch":
+            return self.network
+        self.check_files()
+        network = find_network(self.file)
+        print(f"{self.file}: network {network}, told from its keys")
+        return network
 
     @property
     def name(self):
@@ -55,9 +73,7 @@ def load_model(model_file, device=None):
     Raises EvalError when a file or the package that reads it is missing, and backbones.BackboneError (a UserError too)
     when the file does not fit the network.
     """
-    for path in model_file.paths:
-        if not path.is_file():
-            raise EvalError(f"{path}: no such file; check -m / -m_old")
+    model_file.check_files()
     return {"torch": TorchModel, "onnx": OnnxModel, "mxnet": MxnetModel}[model_file.kind](model_file, device)
 
 
@@ -68,10 +84,8 @@ def _scaled(images):
 
 class TorchModel:
     def __init__(self, model_file, device=None):
-        if not model_file.network:
-            raise EvalError(f"{model_file.file}: a state dict needs its network; add -net (or -old_net), e.g. -net r50")
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_backbone(model_file.file, model_file.network, self.device)
+        self.model = load_backbone(model_file.file, model_file.told_network, self.device)
         self.num_features = self.model.num_features
 
     @torch.inference_mode()

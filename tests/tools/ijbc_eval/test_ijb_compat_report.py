@@ -17,7 +17,7 @@ def report_dir(tmp_path_factory, shared_set, shared_models, shared_cache):
     out = tmp_path_factory.mktemp("report")
     old, new, independent = (shared_models[name] for name in ("old_model", "new_model", "independent_model"))
     compat_report.main([
-        "--old", str(old), "--old_net", "tiny", "--new", f"First={new}:tiny", "--new", f"Same={old}:tiny",
+        "--old", str(old), "--new", f"First={new}", "--new", f"Same={old}:tiny",     # networks told, and given
         "--independent", f"Free={independent}", "--new_net", "tiny", "-d", str(shared_set.data_dir), "--workers", "0",
         "--cache-dir", str(shared_cache), "--fpr", str(FPR), "--fpir", str(FPIR), "--out", str(out),
     ])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
-from tools.ijbc_eval import ijbc_eval
+from engine.errors import UserError
+from tools.ijbc_eval import compat_report, ijbc_eval
 from tools.ijbc_eval.identification import FPIRS, TOP
 from tools.ijbc_eval.verification import FPRS
 
@@ -71,6 +72,29 @@ def test_self_test(run, plain_class, shared_set, shared_plain, capsys):
     assert "0.0001" in shown and "AUC" in shown and f"{found['auc'][0]:.6f}" in shown
     for name in ("new_model_IJBC_11.npz", "new_model_IJBC_11_roc.png", "new_model_IJBC_11_det.png"):
         assert (pathlib.Path("IJB_result") / name).stat().st_size > 1000
+
+
+def test_without_networks_and_in_other_spellings(shared_models, shared_set, shared_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new, old = shared_models["new_model"], shared_models["old_model"]
+    common = ["-d", str(shared_set.data_dir), "--workers", "0", "--cache-dir", str(shared_cache), "-R"]
+    ijbc_eval.main([f"-m={new}", "-net=tiny", f"-m_old={old}", "-old_net=tiny", *common, "named.npz"])
+    ijbc_eval.main([f"-m={new}", f"-m_old={old}", *common, "told.npz"])
+    ijbc_eval.main([f"--model_file={new}", f"--model_file_old={old}", "--network_old=tiny", *common, "spelt.npz"])
+    named, told, spelt = (np.load(f"{name}.npz") for name in ("named", "told", "spelt"))
+    assert named["names"].tolist() == told["names"].tolist() == spelt["names"].tolist() == ["new_model_to_old_model"]
+    np.testing.assert_array_equal(named["scores"], told["scores"])
+    np.testing.assert_array_equal(named["scores"], spelt["scores"])
+
+
+def test_without_d_the_data_is_under_the_repo_root(shared_models, tmp_path, monkeypatch):
+    assert ijbc_eval.parse_arguments(["-m=a.pt", "-net=r50"]).data_path == ROOT / "dataset"
+    monkeypatch.setattr(ijbc_eval, "REPO", tmp_path)
+    where = tmp_path / "dataset" / "IJBC" / "meta"
+    with pytest.raises(UserError, match=rf"^{where}: no such directory; -d takes the directory that holds IJBC/meta"):
+        ijbc_eval.main([f"-m={shared_models['new_model']}", "-net=tiny"])
+    with pytest.raises(UserError, match=rf"^{where}: no such directory"):
+        compat_report.main(["--old", str(shared_models["old_model"]), "--new", f"N={shared_models['new_model']}"])
 
 
 def test_self_test_one_to_n(run, plain_class, shared_set, shared_plain, capsys):

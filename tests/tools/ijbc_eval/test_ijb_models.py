@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 @pytest.mark.parametrize(("file", "name", "kind"), [
     ("work_dirs/f512_r18/model.pt", "f512_r18", "torch"), ("nets/r50.pth", "r50", "torch"),
+    ("nets/r50.safetensors", "r50", "torch"),
     ("nets/w600k_r50.onnx", "w600k_r50", "onnx"),
     ("models/r100-arcface/model,12", "r100-arcface", "mxnet"), ("nets/resnet.v2,0", "resnet.v2", "mxnet"),
 ])
@@ -42,9 +43,16 @@ def test_state_dict_input_and_output(shared_models, shared_plain):
     np.testing.assert_allclose(found, [shared_plain["new_model"].embed(image) for image in images], atol=1e-5)
 
 
-def test_a_state_dict_needs_its_network(shared_models):
-    with pytest.raises(EvalError, match="-net"):
-        load_model(ModelFile(str(shared_models["new_model"])))
+def test_the_network_of_a_state_dict_is_told_from_its_keys(shared_models, tmp_path, capsys):
+    file = str(shared_models["new_model"])
+    told, named = ModelFile(file), ModelFile(file, "tiny")
+    assert told.told_network == told.told_network == "tiny"
+    assert capsys.readouterr().out == f"{file}: network tiny, told from its keys\n"
+    images = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
+    np.testing.assert_array_equal(load_model(told)(images), load_model(named)(images))
+    assert ModelFile("a.onnx").told_network is None
+    with pytest.raises(EvalError, match=r"absent\.pt: no such file; check -m / -m_old"):
+        ModelFile(str(tmp_path / "absent.pt")).told_network
 
 
 def test_absent_onnxruntime_is_one_line(tmp_path, monkeypatch):
