@@ -64,7 +64,7 @@ class StopRequest:
         return int(answer)
 
 
-def command_to_go_on():
+def resume_command():
     """The command line of this process, with its launcher, that resumes the run."""
     words, rest = [], list(sys.argv)
     while rest:

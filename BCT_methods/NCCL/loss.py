@@ -33,7 +33,7 @@ class NeighborhoodConsensusLoss(nn.Module):
     [] (the slot to be filled next) are alike on all ranks, queue_logits [Q, num_local] is each rank's own.
     """
 
-    class_sharded = {"queue_logits": 1}     # for a checkpoint that goes on on another number of ranks
+    class_sharded = {"queue_logits": 1}      # as losses.Classifier explains it
 
     def __init__(self, embedding_size, num_classes, queue_size, temperature=1.0, logit_dtype=torch.float32):
         super().__init__()

@@ -19,6 +19,7 @@ from BCT_methods.AdvBCT.boundary import (
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
 from BCT_methods.AdvBCT.train import AdvBCT
 from engine import by_class, distributed
+from engine.checkpoint import complete_sets
 from engine.config import load_config
 from engine.feature_files import FeatureError
 from tests.BCT_methods.whole_runs import REPO, launch, write_config, write_old_features
@@ -330,7 +331,7 @@ def test_train_script_on_two_ranks(folder):
     model = torch.load(folder / "launched" / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in model.values())
     assert not any("elastic" in name or "discriminator" in name for name in model)
-    paths = (folder / "launched").glob("checkpoint_step_6_*.pt")
+    paths = complete_sets(folder / "launched")[-1].glob("rank_*.pt")
     states = [torch.load(path, weights_only=True)["extra"] for path in paths]
     assert len(states) == 2 and states[0].keys() >= {"boundary.elastic", "discriminator.hidden.weight"}
     for name, value in states[0].items():
