@@ -6,11 +6,9 @@ The head (`cls_fc`, linear with bias) is part of the network and so of model.pt;
 extractor drops its keys.
 """
 
-import torch.nn.functional as F
-
 import backbones
-from engine.distributed import global_mean
 from engine.trainer import Trainer
+from losses import Softmax
 
 
 class OldSoftmax(Trainer):
@@ -21,10 +19,10 @@ class OldSoftmax(Trainer):
         return backbones.get_model(cfg.network, cfg.embedding_size, cfg.dropout, cfg.fp16, num_classes=cfg.num_classes)
 
     def build_classifier(self):
-        return None
+        return Softmax()
 
     def losses(self, batch):
-        return {"cls": global_mean(F.cross_entropy(self.backbone(batch.images), batch.labels))}
+        return {"cls": self.classifier(self.backbone(batch.images), batch.labels)}
 
 
 if __name__ == "__main__":

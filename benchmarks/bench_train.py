@@ -57,6 +57,7 @@ from engine import distributed
 from engine.config import REPO, ConfigError, load_config
 from engine.errors import report_errors
 from engine.trainer import Trainer
+from losses import PartialFC
 
 MS1MV3_CLASSES = 93431
 PLAIN = ("arc", "softmax")      # methods of the root's train_old_*.py
@@ -171,7 +172,7 @@ def step_flops(trainer):
     cfg, classifier = trainer.cfg, trainer.classifier
     forward, whole = training_flops(trainer.build_backbone)
     flops = {"forward_per_image": forward, "per_image": whole, "classifier_per_step": 0}
-    if classifier is not None:
+    if isinstance(classifier, PartialFC):
         classes = classifier.num_sample if cfg.sample_rate < 1 else classifier.num_local
         batch = cfg.batch_size * trainer.world_size
         flops["classifier_per_step"] = classifier_flops(batch, cfg.embedding_size, classes) * cfg.gradient_acc

@@ -8,7 +8,6 @@ import signal
 import time
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.common import memory_held, private_memory, seconds, synchronize
 from engine import distributed
@@ -29,24 +28,19 @@ class Minimal:
         cfg, device = trainer.cfg, trainer.device
         self.cfg = cfg
         self.backbone = replicate(trainer.build_backbone(), cfg, device, trainer.world_size)
-        self.classifier = trainer.build_classifier()
+        self.classifier = trainer.build_classifier().train().to(device)
         self.images = torch.rand(cfg.batch_size, 3, 112, 112, device=device) * 2 - 1
         self.labels = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
         self.gradient = None
         groups = [[p for p in self.backbone.parameters() if p.requires_grad]]
         self.backbone_optimizer = make_optimizer(cfg, [{"params": groups[0]}], device)
-        if self.classifier is not None:
-            groups.append(list(self.classifier.parameters()))
-        self.optimizer = make_optimizer(cfg, [{"params": group} for group in groups], device)
-        if self.classifier is not None:
-            self.classifier.attach(self.optimizer)
+        groups.append(list(self.classifier.parameters()))
+        self.optimizer = make_optimizer(cfg, [{"params": group} for group in groups if group], device)
+        self.classifier.attach(self.optimizer)
         self.scaler = make_scaler(device, trainer.world_size, scales_loss(cfg, device))
 
     def loss(self):
-        output = self.backbone(self.images)
-        if self.classifier is None:
-            return F.cross_entropy(output, self.labels)
-        return self.classifier(output, self.labels)
+        return self.classifier(self.backbone(self.images), self.labels)
 
     def step(self):
         for micro in range(self.cfg.gradient_acc):

@@ -53,7 +53,7 @@ config.val_targets = []             # .bin sets to verify on while training, suc
 config.seed = 666                   # rank r seeds its generators with seed + r
 config.deterministic = False        # slower, same weights every time on the same machine; resumed, too, on 3+ ranks
 config.output = ""                  # directory of model.pt, logs and checkpoints; "" = work_dirs/<config name>
-config.resume = False               # go on from the newest whole checkpoint in `output`
+config.resume = False               # resume from the newest complete checkpoint in `output`
 config.save_all_states = True       # write a checkpoint (every rank, whole state) at the end of each epoch
 config.checkpoint_steps = 0         # and within epochs, whenever so many steps are done; 0 = not
 config.verbose = 2000               # steps between two verifications on val_targets

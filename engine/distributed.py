@@ -138,6 +138,14 @@ def gather(tensor):
     return whole
 
 
+def gather_objects(value):
+    """`[rank 0's value, rank 1's, ...]` on every rank, of anything that can be pickled."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor):

@@ -17,8 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)      # Slurm sends SIGTERM at the end
 class StopRequest:
     """Within its `with` block the SIGNALS are remembered instead of ending the process; `agreed` says when to stop.
 
-    device: the training's; the ranks talk about it there, without the host waiting for a CUDA device. In a thread,
-    which Python lets have no handlers (a notebook's, say), signals do what they did before.
+    device: of the training; the ranks agree there, without making the host wait for a CUDA device. In a thread (a
+    notebook's, say) Python allows no handlers, and signals do what they did before.
     """
 
     def __init__(self, device):
@@ -41,8 +41,8 @@ class StopRequest:
     def agreed(self):
         """Name of the signal for which all ranks stop now, or None. All ranks call it once a step.
 
-        One rank's signal is enough, and all get the same answer at the same step, so that none waits for another in a
-        collective. With several ranks on CUDA it is the answer to what was asked one step before.
+        One rank's signal is enough, and all get the same answer at the same step, so none is left waiting in a
+        collective. With several ranks on CUDA it is the answer of the step before.
         """
         number = self.received if world_size() == 1 else self._ask()
         return signal.Signals(number).name if number else None
@@ -64,7 +64,7 @@ class StopRequest:
         return int(answer)
 
 
-def command_to_go_on():
+def resume_command():
     """The command line of this process, with its launcher, that resumes the run."""
     words, rest = [], list(sys.argv)
     while rest:

@@ -11,7 +11,7 @@
         MyMethod.main()
 
 Every term is a scalar of the global batch, the same on all ranks (engine/distributed.py has the collectives).
-Gradients of the backbone are summed over the ranks; the classifier's shards are each rank's own.
+Gradients are summed over the ranks; shards over the classes are each rank's own (losses/classifier.py).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import backbones
 from dataset import open_train_set
-from engine import checkpoint, checkpoint_sets, distributed
+from engine import checkpoint, distributed
 from engine.amp import make_scaler
 from engine.build import make_optimizer, margin_loss, replicate, scales_loss, set_precision, unwrap
 from engine.config import ConfigError, load_config
@@ -33,12 +33,12 @@ from engine.errors import report_errors
 from engine.loader import OldRows, TrainLoader
 from engine.monitor import Monitor, NonFiniteLoss, init_logging, log
 from engine.post_mortem import explain
-from engine.random_state import seed_everything
-from engine.run_state import refuse_broken_weights, restore, state_of
+from engine.run_state import refuse_non_finite_weights, restore, seed_everything, state_of
 from engine.schedule import make_schedule
-from engine.stop import StopRequest, command_to_go_on
+from engine.stop import StopRequest, resume_command
 from engine.verification import Verifier
 from losses import PartialFC
+from losses.classifier import replicated_parameters
 from old_model.old_features import OldFeatures
 
 
@@ -48,8 +48,8 @@ class Trainer:
     What a method states: `old_features`, what its batches need of the old model: "rows" (features and credible flags,
     labels compared), "labels" (compared alone) or None.
 
-    What a method uses: `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] -> embeddings [B, D]),
-    `classifier` (PartialFC: embeddings, labels -> loss), `generator` (seeded, on the CPU), `device`, `rank`,
+    What a method uses: `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] ->
+    embeddings [B, D]), `classifier` (embeddings, labels -> loss; PartialFC), `generator` (seeded, on the CPU), `device`, `rank`,
     `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of the method's own
     into `extra`: their parameters train with the backbone's settings, their gradients are summed over the ranks and
     clipped with the backbone's by one norm, and their parameters and buffers are in every checkpoint (not in model.pt).
@@ -95,15 +95,15 @@ class Trainer:
         self.best = {"accuracy": -1.0, "step": 0}   # of the verifications so far
 
         self.backbone = replicate(self.build_backbone(), cfg, self.device, self.world_size)
-        self.classifier = self.build_classifier()
+        self.classifier = self.build_classifier().train().to(self.device)
         self.extra = torch.nn.ModuleDict()
         self.setup()
         self.extra.train().to(self.device)
-        for parameter in self.extra.parameters():
+        self.replicated = replicated_parameters(self.extra) + replicated_parameters(self.classifier)
+        for parameter in self.replicated:
             distributed.broadcast_(parameter.data)
         self.optimizer = make_optimizer(cfg, self.parameter_groups(), self.device)
-        if self.classifier is not None:
-            self.classifier.attach(self.optimizer)
+        self.classifier.attach(self.optimizer)
         self.schedule = make_schedule(self.optimizer, cfg, self.steps_per_epoch)
         self.scaler = make_scaler(self.device, self.world_size, scales_loss(cfg, self.device))
         self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device)
@@ -116,11 +116,9 @@ class Trainer:
         )
 
     def build_classifier(self):
+        """A losses.Classifier."""
         cfg = self.cfg
-        classifier = PartialFC(
-            margin_loss(cfg), cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16, cfg.seed
-        )
-        return classifier.train().to(self.device)
+        return PartialFC(margin_loss(cfg), cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16, cfg.seed)
 
     def open_old_features(self):
         """The old model's features of the training set, by the keys of old_model/keys.py."""
@@ -147,8 +145,8 @@ class Trainer:
 
     def parameter_groups(self):
         groups = [{"params": [p for p in [*self.backbone.parameters(), *self.extra.parameters()] if p.requires_grad]}]
-        if self.classifier is not None:
-            groups.append({"params": list(self.classifier.parameters())})
+        if centres := list(self.classifier.parameters()):
+            groups.append({"params": centres})
         return groups
 
     # --- the loop -------------------------------------------------------------------------------------------------
@@ -156,13 +154,13 @@ class Trainer:
     def train(self):
         """Train to the end, or until a signal asks to stop: then the step is finished and a checkpoint written."""
         cfg = self.cfg
-        self.claimed = checkpoint_sets.claim(cfg.output)
+        self.claimed = checkpoint.claim(cfg.output)
         # By torchrun --max-restarts, whose agents on several machines do not all count the same.
         restarted = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
         if distributed.all_reduce_(restarted, torch.distributed.ReduceOp.MAX) or cfg.resume:
             self.resume()
         else:
-            checkpoint_sets.start_afresh(cfg.output)
+            checkpoint.start_afresh(cfg.output)
         writer = SummaryWriter(f"{cfg.output}/tensorboard", purge_step=self.step) if self.rank == 0 else None
         self.log_start()
         self.monitor = Monitor(cfg, self.total_steps, self.global_batch, self.step, writer)
@@ -175,7 +173,7 @@ class Trainer:
                 explain(self, error)    # in here, where the launcher's SIGTERM to the other ranks finds them writing
                 raise
         if stopped and self.epoch < cfg.num_epoch:
-            log.info("stopped by %s at step %d; go on with: %s", stopped, self.step, command_to_go_on())
+            log.info("stopped by %s at step %d; resume with: %s", stopped, self.step, resume_command())
 
     def train_epoch(self):
         """The rest of the epoch. Returns the name of the signal that asks to stop, or None."""
@@ -220,7 +218,7 @@ class Trainer:
             self.scaler.scale(sum(terms.values()) / self.cfg.gradient_acc).backward()
 
     def update(self):
-        for parameter in self.extra.parameters():
+        for parameter in self.replicated:
             if parameter.grad is not None:
                 distributed.all_reduce_(parameter.grad)
         self.scaler.unscale_(self.optimizer)
@@ -234,7 +232,7 @@ class Trainer:
         self.step += 1
 
     def verify(self):
-        self.refuse_broken_weights()
+        self.refuse_non_finite_weights()
         distributed.broadcast_buffers(self.backbone)  # of the model that is saved, rank 0's, on every rank
         accuracies = self.verifier.run(unwrap(self.backbone))
         for name, value in accuracies.items():
@@ -264,30 +262,26 @@ class Trainer:
 
     def save_models(self):
         """`model.pt`: the backbone; `softmax_fc_gpu_{rank}.pt`: each rank's class centres."""
-        self.refuse_broken_weights()
+        self.refuse_non_finite_weights()
         self.save_backbone("model.pt")
-        if self.classifier is not None:
+        if centres := self.classifier.state_dict():
             output = pathlib.Path(self.cfg.output)
-            checkpoint.save_atomically(self.classifier.state_dict(), output / f"softmax_fc_gpu_{self.rank}.pt")
+            checkpoint.save_atomically(centres, output / f"softmax_fc_gpu_{self.rank}.pt")
             others = range(self.world_size + self.rank, 10**6, self.world_size)
             for path in itertools.takewhile(pathlib.Path.exists, (output / f"softmax_fc_gpu_{r}.pt" for r in others)):
-                path.unlink()   # of ranks that a run which was resumed on fewer has no longer
+                path.unlink()   # of ranks that a run resumed on fewer no longer has
 
-    def refuse_broken_weights(self):
-        """A loss that is no number, and what it made of the weights, must get into no file and be nobody's best."""
+    def refuse_non_finite_weights(self):
+        """Never save or rank non-finite weights, nor those of a step with a non-finite loss."""
         self.monitor.flush()
-        refuse_broken_weights(self)
+        refuse_non_finite_weights(self)
 
     def save_checkpoint(self):
-        self.refuse_broken_weights()
-        path = checkpoint.checkpoint_path(self.cfg.output, self.step, self.rank, self.world_size)
-        checkpoint.save_atomically(state_of(self), path)
-        distributed.barrier()  # the set is complete before an older one goes
-        checkpoint_sets.remove_old(self.cfg.output, self.rank)
+        self.refuse_non_finite_weights()
+        checkpoint.save_set(self.cfg.output, state_of(self))
 
     def resume(self):
-        checkpoint_sets.clear_leftovers(self.cfg.output)
-        found = checkpoint_sets.load_newest(self.cfg.output, self.rank, self.world_size, self.device, log.warning)
+        found = checkpoint.load_newest(self.cfg.output, self.device)
         if found is None:
             log.warning("resume = True, but %s holds no checkpoint: starting from the beginning", self.cfg.output)
             return

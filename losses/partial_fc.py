@@ -16,13 +16,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from engine.distributed import gather, gather_with_grad, rank, rows_of_rank, world_size
+from losses.classifier import Classifier
 from losses.row_optimizer import RowOptimizer
 
 INIT_STD = 0.01         # of the centres' initial coordinates
 INIT_BLOCK = 1024       # classes that share an initial generator
 
 
-class PartialFC(nn.Module):
+class PartialFC(Classifier):
     """Class centres of this rank and the softmax loss over the classes of all ranks.
 
     margin_loss: a module (cosines [N, C], local labels [N], -1 = elsewhere) -> logits, see `losses.margin`. It must
@@ -37,6 +38,8 @@ class PartialFC(nn.Module):
     class_start + num_local - 1. The state dict is `weight` alone. Construct it after the process group.
     Raises ValueError if there are more ranks than classes, or if sample_rate is out of range.
     """
+
+    class_sharded = {"weight": 0}
 
     def __init__(self, margin_loss, embedding_size, num_classes, sample_rate=1.0, fp16=False, seed=0):
         super().__init__()
@@ -139,12 +142,12 @@ class PartialFC(nn.Module):
             self._generator.manual_seed(self.seed * 1_000_003 + rank())
         return self._generator
 
-    def generator_state(self):
+    def sampling_state(self):
         """State of this rank's sampling for a checkpoint, a CPU uint8 tensor; None if every centre is always used."""
         return self._sampling_generator().get_state() if self.sample_rate < 1 else None
 
-    def set_generator_state(self, state):
-        """Continue the sampling from what `generator_state` returned on the same kind of device (None: no change)."""
+    def set_sampling_state(self, state):
+        """Continue the sampling from what `sampling_state` returned on the same kind of device (None: no change)."""
         if state is not None and self.sample_rate < 1:
             self._sampling_generator().set_state(state.cpu())
 

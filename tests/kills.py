@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL and gone on with: in a chosen line of the code, or from outside at any moment.
+"""Runs that are killed with SIGKILL and resumed: in a chosen line of the code, or from outside at any moment.
 
 `whole_run` trains without interruption, every checkpoint kept aside. `kill_and_resume` trains the same config again,
 each attempt killed at another point, and holds what is on the disk against the whole run: after every kill the newest
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 import engine.trainer
-from engine import checkpoint, checkpoint_sets
-from tests.BCT_methods.whole_runs import write_config, write_old_features
+from engine import checkpoint
+from tests.BCT_methods.whole_runs import sets_of, write_config, write_old_features
 from tests.conftest import draw_image, draw_record_set
 from tests.ranks import PRELOAD
 
@@ -35,7 +35,7 @@ NUM_IMAGE, NUM_CLASSES = 38, 5
 SECONDS = 120           # after which an attempt is taken to hang
 TO_NOTICE = 30          # seconds that a rank has to end of itself once another was killed
 # Calls before and after which a run can be killed, by name, such as "before update"; for those that change names on the
-# disk the file's stands beside it, "after replace checkpoint". "half of save": as many bytes of a file are written.
+# disk the file's kind stands beside it, "after replace rank". "half of save": as many bytes of a file are written.
 WATCHED = (
     (os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (torch, "save"), (engine.trainer, "restore"),
     (engine.trainer.Trainer, "update"), (engine.trainer.Trainer, "verify"),
@@ -57,7 +57,7 @@ class Task:
         return self.folder / name
 
     def steps(self, name):
-        return [step for step, _ in checkpoint_sets.complete_sets(self.output(name))]
+        return [step for step, _ in sets_of(self.output(name))]
 
     def log(self, name, rank, suffix):
         return self.folder / f"{name}_rank_{rank}{suffix}"
@@ -97,24 +97,31 @@ def make_task(folder, method, ranks, seed=0, **keys):
 
 
 def whole_run(task):
-    """Train to the end into "whole"; "all" gets the checkpoints that go on the way.
+    """Train to the end into "whole"; "all" gets its checkpoints, with those that it deletes on the way.
 
     Returns `{moment: {rank: how many times it came to it}}` and the seconds that it took.
     """
     task.output("all").mkdir()
     assert attempt(task, "whole", None, keep=task.output("all"))
-    for path in task.output("whole").glob("checkpoint_step_*"):
-        os.link(path, task.output("all") / path.name)
+    for path in task.output("whole").glob("checkpoints/*/*"):
+        _link(path, task.output("all"))
     counts = [json.loads(task.log("whole", rank, ".json").read_text()) for rank in range(task.ranks)]
     seconds = max(count.pop("seconds") for count in counts)
     names = {name for count in counts for name in count}
     return {name: {rank: count[name] for rank, count in enumerate(counts) if name in count} for name in names}, seconds
 
 
+def _link(path, output):
+    """Give the file of a set, `path`, its name in another `output` as well."""
+    kept = output.joinpath(*path.parts[-3:])
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    os.link(path, kept)
+
+
 def attempt(task, name, kill, *overrides, keep=None):
     """Start the task's ranks, writing to `<folder>/<name>`; whether the run came to its end.
 
-    keep: a directory for the checkpoints that the run deletes.
+    keep: an output that gets the checkpoints that the run deletes.
 
     Raises AssertionError, with what was printed, where it did not though nobody was killed. Nothing is left running.
     """
@@ -212,11 +219,11 @@ class _Moments:
             name = function.__name__
             if name in ("replace", "unlink"):
                 kind = pathlib.Path(args[-1]).name.partition(".")[0].partition("_")[0]
-                if kind not in ("checkpoint", "model", "softmax"):
+                if kind not in ("rank", "DONE", "model", "softmax"):
                     return function(*args, **kwargs)    # temporary files, and what is written once, at the start
                 name += f" {kind}"
-            if self.keep and name == "unlink checkpoint":
-                os.link(args[0], self.keep / args[0].name)
+            if self.keep and name in ("unlink rank", "unlink DONE"):
+                _link(args[0], self.keep)
             if self.come_to(f"before {name}"):
                 _die()
             if name == "save" and self.come_to("half of save"):
@@ -293,25 +300,33 @@ def check_sets(task, name, before=()):
     if not found:
         return found
     newest = written.index(found[-1])
-    last = written[max(newest + 1 - checkpoint_sets.KEEP, 0):newest + 1]
-    assert found[-checkpoint_sets.KEEP:] == last, f"{found} of {written}"
-    for rank in range(task.ranks):
-        path = checkpoint.checkpoint_path(task.output(name), found[-1], rank, task.ranks)
+    last = written[max(newest + 1 - checkpoint.KEEP, 0):newest + 1]
+    assert found[-checkpoint.KEEP:] == last, f"{found} of {written}"
+    folder = checkpoint.complete_sets(task.output(name))[-1]
+    for path in (folder / f"rank_{rank}_of_{task.ranks}.pt" for rank in range(task.ranks)):
         checkpoint.check_whole(path)
-        assert_same(task.output("all") / path.name, path)
+        assert_same(task.output("all").joinpath(*path.parts[-3:]), path)
     return found
 
 
 def check_end(task, name):
     """Hold all that a finished run left behind against what the whole one did: names and contents.
 
-    One that was killed after its last checkpoint, but before it deleted an older one, has that left.
+    One that was killed after its last checkpoint, but before it deleted an older one, has that, or a part of it, left.
     """
-    whole, ended = ({path.name: path for path in task.output(run).iterdir()} for run in ("whole", name))
-    assert set(whole) <= set(ended) and set(ended) - set(whole) <= {p.name for p in task.output("all").iterdir()}
+    whole, ended, written = (_files(task.output(run)) for run in ("whole", name, "all"))
+    assert set(whole) <= set(ended) and set(ended) - set(whole) <= set(written)
     for key, path in whole.items():
         if key.endswith(".pt"):
             assert_same(path, ended[key])
+
+
+def _files(output):
+    """`{name: path}`; TensorBoard's have a time and a process in their names, the folder stands for them."""
+    return {
+        str(path.relative_to(output)): path
+        for path in output.rglob("*") if path.parent.name != "tensorboard" and (path.is_file() or path.parent == output)
+    }
 
 
 def assert_same(first, second):

@@ -19,8 +19,9 @@ from BCT_methods.AdvBCT.boundary import (
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
 from BCT_methods.AdvBCT.train import AdvBCT
 from engine import distributed
-from old_model import by_class
+from engine.checkpoint import complete_sets
 from engine.config import load_config
+from old_model import by_class
 from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, launch, write_config, write_old_features
 from tests.ranks import run_ranks
@@ -334,7 +335,7 @@ def test_terms_are_weighted_and_fade(folder):
     first, grad, new = terms(epoch=0, step=0)
     last, last_grad, _ = terms(epoch=34, step=trainer.total_steps // 2)
     p2s = point_to_set_loss(new, batch.labels, *trainer.classes, trainer.extra["boundary"], 0.4)
-    adv = adversarial_loss(trainer.extra["discriminator"], new, trainer.old[index], 0.0)
+    adv = adversarial_loss(trainer.extra["discriminator"], new, batch.old, 0.0)
     torch.testing.assert_close(first["p2s"], 4 * p2s)
     torch.testing.assert_close(last["p2s"], 4 * p2s)
     torch.testing.assert_close(first["adv"], 4 * 36 / 35 * adv)
@@ -375,7 +376,7 @@ def test_train_script_on_two_ranks(folder):
     model = torch.load(folder / "launched" / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in model.values())
     assert not any("elastic" in name or "discriminator" in name for name in model)
-    paths = (folder / "launched").glob("checkpoint_step_6_*.pt")
+    paths = complete_sets(folder / "launched")[-1].glob("rank_*.pt")
     states = [torch.load(path, weights_only=True)["extra"] for path in paths]
     assert len(states) == 2 and states[0].keys() >= {"boundary.elastic", "discriminator.hidden.weight"}
     for name, value in states[0].items():

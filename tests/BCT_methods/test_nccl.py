@@ -9,6 +9,7 @@ from BCT_methods.NCCL import loss as nccl_loss
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
 from BCT_methods.NCCL.train import NCCL
 from engine import distributed
+from engine.checkpoint import complete_sets
 from engine.config import ConfigError, load_config
 from losses import ArcFace, PartialFC
 from tests.BCT_methods.whole_runs import REPO, launch, train, write_config, write_old_features
@@ -253,7 +254,7 @@ def test_train_script_on_two_ranks(folder):
     assert "Global Step: 6" in output and "embedding" in output and "logit" in output
     model = torch.load(folder / "launched" / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in model.values()) and not any("queue" in name for name in model)
-    paths = sorted((folder / "launched").glob("checkpoint_step_6_*.pt"))
+    paths = sorted(complete_sets(folder / "launched")[-1].glob("rank_*.pt"))
     states = [torch.load(path, weights_only=True) for path in paths]
     assert [state["extra"]["consensus.queue_logits"].shape for state in states] == [(40, 3), (40, 2)]
     assert (states[0]["extra"]["consensus.queue_labels"] >= 0).all()    # 6 steps of 8

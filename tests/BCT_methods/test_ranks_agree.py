@@ -17,6 +17,7 @@ from BCT_methods.AdvBCT.boundary import class_boundaries
 from engine.build import unwrap
 from engine.config import load_config
 from engine.loader import ShuffledRows
+from losses.classifier import sharded_tensors
 from tests.BCT_methods.whole_runs import WIDTH, without_batch_norm, write_config, write_old_features
 from tests.conftest import draw_record_set
 from tests.ranks import run_ranks
@@ -84,7 +85,7 @@ def trained(case, path, *overrides):
     trainer.train()
     replicated = {f"backbone.{name}": value for name, value in unwrap(trainer.backbone).state_dict().items()}
     replicated.update({f"extra.{name}": value for name, value in trainer.extra.state_dict().items()})
-    sharded = {"classes": trainer.classifier.weight.detach()} if trainer.classifier else {}
+    sharded = {name: tensor.detach() for name, tensor, _ in sharded_tensors(trainer.classifier)}
     if "extra.consensus.queue_logits" in replicated:
         sharded["queue_logits"] = replicated.pop("extra.consensus.queue_logits").T
     return {"terms": seen, "replicated": replicated, "sharded": sharded}

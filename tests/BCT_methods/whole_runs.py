@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import torch
 
+from engine.checkpoint import complete_sets, read_done
 from engine.config import load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -68,6 +69,11 @@ def train(method, path, *overrides):
     trainer.train()
     backbone = {name.removeprefix("module."): value.clone() for name, value in trainer.backbone.state_dict().items()}
     return backbone, trainer.classifier.weight.detach().clone(), dict(trainer.extra.state_dict())
+
+
+def sets_of(output):
+    """`[(step, ranks)]` of the complete checkpoint sets, oldest first."""
+    return [(step, ranks) for step, _, ranks in map(read_done, complete_sets(output))]
 
 
 def launch(method, path, *overrides, ranks=2):

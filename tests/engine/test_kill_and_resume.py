@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and gone on with ends bit for bit as the one that nobody disturbed."""
+"""A run that is killed at any moment and resumed ends bit for bit as the one that nobody disturbed."""
 
 import numpy as np
 import pytest
@@ -37,14 +37,15 @@ def test_kills_in_the_worst_places(tmp_path):
     whole_run(task)
     kills = [
         Kill("before update", 1, (0, 1)),               # nothing is there yet
-        Kill("before replace checkpoint", 1, (1,)),     # the first set, half of it
-        Kill("after replace checkpoint", 3, (1,)),      # a set is complete, and two older ones are there
-        Kill("before unlink checkpoint", 1, (1,)),      # rank 0 has deleted its file of an old set, rank 1 has not
-        Kill("after unlink checkpoint", 1, (0,)),
-        Kill("before update", 1, (0,)),                 # has gone on, and done nothing
-        Kill("before replace softmax", 2, (1,)),        # the last model.pt is there, the class centres are older
-        Kill("before replace checkpoint", 1, (0,)),     # the last set, half of it
-        Kill("after replace checkpoint", 1, (0, 1)),    # all is written, what is older not deleted
+        Kill("before replace rank", 1, (1,)),           # the first set, half of it
+        Kill("before replace DONE", 3, (0,)),           # all of the third set but its marker
+        Kill("after replace DONE", 1, (0,)),            # a set is complete, and two older ones are there
+        Kill("after unlink DONE", 1, (0,)),             # an old set has lost its marker and nothing else
+        Kill("after unlink rank", 1, (0,)),             # and its marker and a file
+        Kill("before update", 1, (0,)),                 # has resumed, and done nothing
+        Kill("before replace softmax", 1, (1,)),        # the last model.pt is there, the class centres are older
+        Kill("before replace rank", 1, (0,)),           # the last set, half of it
+        Kill("after replace DONE", 1, (0, 1)),          # all is written, what is older not deleted
     ]
     assert kill_and_resume(task, kills) == len(kills)
 
@@ -54,14 +55,14 @@ def test_what_a_killed_process_was_writing_goes_at_the_next_start(tmp_path):
     whole_run(task)
 
     def half_written():
-        return sorted(path.name.partition(".pt")[0] for path in task.output("killed").glob(".*.tmp"))
+        return sorted(path.name.partition(".pt")[0] for path in task.output("killed").rglob(".*.tmp"))
 
     assert not attempt(task, "killed", Kill("half of save", 2, (0,)))
-    assert ".checkpoint_step_6_gpu_0_of_2" in half_written()
+    assert ".rank_0_of_2" in half_written()
     (task.output("killed") / ".prototypes_epoch_1.npy.4711.tmp").write_bytes(b"half")
     assert check_sets(task, "killed") == [3]
     assert not attempt(task, "killed", Kill("before update", 1, (0, 1)), "--resume", "True")
     assert not half_written()
-    assert {path.name for path in task.output("killed").glob("checkpoint_step_*")} == {
-        "checkpoint_step_3_gpu_0_of_2.pt", "checkpoint_step_3_gpu_1_of_2.pt"
-    }
+    assert sorted("/".join(path.parts[-2:]) for path in task.output("killed").glob("checkpoints/*/*")) == [
+        f"{3 * 4:012}/{file}" for file in ("DONE", "rank_0_of_2.pt", "rank_1_of_2.pt")
+    ]

@@ -1,4 +1,4 @@
-"""A data file that is lost under a run: an error that names it, and a last checkpoint from which the run goes on."""
+"""A data file that is lost under a run: an error that names it, and a last checkpoint to resume from."""
 
 import os
 
@@ -7,10 +7,9 @@ import torch
 
 from BCT_methods.L2.train import L2
 from engine.workers import WorkerError
-from engine.checkpoint_sets import complete_sets
 from old_model.feature_set import FeatureError
 from recordio import RecordError
-from tests.BCT_methods.whole_runs import train, write_config, write_old_features
+from tests.BCT_methods.whole_runs import sets_of, train, write_config, write_old_features
 
 KEYS = {"batch_size": 6, "num_epoch": 1, "checkpoint_steps": 4}     # 10 steps
 
@@ -43,13 +42,13 @@ def whole(folder):
 @pytest.mark.parametrize("name, workers, error", [
     ("set.rec", 0, RecordError), ("set.rec", 1, RecordError), ("old_feature.npy", 1, FeatureError),
 ])
-def test_the_run_names_the_file_and_goes_on_once_it_is_back(folder, whole, name, workers, error):
+def test_the_run_names_the_file_and_resumes_once_it_is_back(folder, whole, name, workers, error):
     path = write_config(folder, "L2", f"{name[:3]}_{workers}", **KEYS, num_workers=workers)
     content = (folder / name).read_bytes()
     with pytest.raises(error, match=name.replace(".", r"\.")):
         train(type("Loses", (LosesFile,), {"lost": folder / name}), path)
     (folder / name).write_bytes(content)
-    assert [step for step, _ in complete_sets(folder / path.stem)] in ([4], [4, 8])
+    assert [step for step, _ in sets_of(folder / path.stem)] in ([4], [4, 8])
     rest = train(L2, path, "--resume", "True")
     assert torch.equal(whole[1], rest[1]) and all(torch.equal(whole[0][key], rest[0][key]) for key in whole[0])
 
@@ -67,4 +66,4 @@ def test_a_lost_worker_ends_the_run_between_two_steps(folder):
     path = write_config(folder, "L2", "run", **{**KEYS, "checkpoint_steps": 2}, num_workers=2)
     with pytest.raises(WorkerError, match="killed by SIGKILL"):
         train(LosesWorker, path)
-    assert [step for step, _ in complete_sets(folder / "run")] == [4, 6]
+    assert [step for step, _ in sets_of(folder / "run")] == [4, 6]

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint and what from its config; where it goes on; what it refuses."""
+"""What a resumed run takes from its checkpoint and what from its config; where it continues; what it refuses."""
 
 import os
 import pickle
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine import checkpoint, checkpoint_sets
-from engine.checkpoint import CheckpointError
+from engine.checkpoint import CheckpointError, complete_sets, load
 from engine.config import load_config
 from engine.schedule import learning_rate_factor
+from tests.BCT_methods.whole_runs import sets_of
 from tests.engine.test_trainer import Plain, WithBatchNorm, assert_same, close_log_files, config, rec, run  # noqa: F401
 
 
@@ -36,18 +36,18 @@ def stopped_after_five_steps(path, *overrides):
 
 
 @pytest.mark.parametrize("keys", [{}, {"gradient_acc": 2, "batch_size": 2}, {"optimizer": "adamw", "lr": 1e-3}])
-def test_stopped_within_an_epoch_and_gone_on_ends_bit_for_bit(tmp_path, rec, keys):     # noqa: F811
+def test_stopped_within_an_epoch_and_resumed_ends_bit_for_bit(tmp_path, rec, keys):     # noqa: F811
     whole = run(config(tmp_path, rec, "whole", num_epoch=3, **keys))
     path = config(tmp_path, rec, "parts", num_epoch=3, **keys)
     stopped_after_five_steps(path)
-    assert checkpoint_sets.complete_sets(tmp_path / "parts") == [(5, 1)]
+    assert sets_of(tmp_path / "parts") == [(5, 1)]
     log = (tmp_path / "parts/training.log").read_text()
-    assert "stopped by SIGTERM at step 5; go on with: python " in log and log.endswith(" --resume True\n")
+    assert "stopped by SIGTERM at step 5; resume with: python " in log and log.endswith(" --resume True\n")
     torch.manual_seed(99)
     parts = run(path, "--resume", "True")
     assert_same(whole[0], parts[0], 0)
     assert torch.equal(whole[1], parts[1])
-    final = [checkpoint.load(checkpoint.checkpoint_path(tmp_path / name, 18, 0, 1)) for name in ("whole", "parts")]
+    final = [load(complete_sets(tmp_path / name)[-1] / "rank_0_of_1.pt") for name in ("whole", "parts")]
     assert_same(final[0]["optimizer"]["state"][0], final[1]["optimizer"]["state"][0], 0)
     assert torch.equal(final[0]["random"]["run"], final[1]["random"]["run"])
 
@@ -63,7 +63,7 @@ def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
 
     Watched(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
     assert written == [(0, 4), (1, 6), (1, 8), (2, 12)]
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(8, 1), (12, 1)]
+    assert sets_of(tmp_path / "run") == [(8, 1), (12, 1)]
     written.clear()
     Watched(load_config(config(tmp_path, rec, "few", checkpoint_steps=4, save_all_states=False))).train()
     assert written == [(0, 4), (1, 8), (2, 12)]
@@ -87,10 +87,10 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):      # noqa: F811
     stopped_after_five_steps(path)
     with pytest.raises(CheckpointError, match=r"of an unfinished run \(step 5 of 18\).*--resume True"):
         run(path)
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(5, 1)]
+    assert sets_of(tmp_path / "run") == [(5, 1)]
     run(path, "--resume", "True")
     stopped_after_five_steps(path)      # a finished run may be begun again, and its checkpoints go
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(5, 1)]
+    assert sets_of(tmp_path / "run") == [(5, 1)]
 
 
 def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):      # noqa: F811
@@ -118,7 +118,7 @@ def test_a_broken_weight_gets_into_no_checkpoint(tmp_path, rec):      # noqa: F8
 
     with pytest.raises(CheckpointError, match="step 8: NaN or infinity in backbone.0.weight; nothing saved"):
         Broken(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(4, 1), (6, 1)]
+    assert sets_of(tmp_path / "run") == [(4, 1), (6, 1)]
 
 
 class BreaksWithoutALoss(Plain):
@@ -144,7 +144,7 @@ def test_a_broken_weight_gets_into_no_model_either(tmp_path, rec, keys):      # 
 def test_a_run_that_has_ended_is_known_as_such_whatever_checkpoint_steps(tmp_path, rec):      # noqa: F811
     path = config(tmp_path, rec, checkpoint_steps=5, save_all_states=False)
     run(path)
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(10, 1), (12, 1)]
+    assert sets_of(tmp_path / "run") == [(10, 1), (12, 1)]
     run(path)
 
 
@@ -154,7 +154,7 @@ def test_another_method_is_told_or_refused(tmp_path, rec):      # noqa: F811
     run(path, "--resume", "True")
     assert "the checkpoint was written by Stopped, this run is of Plain" in (tmp_path / "run/training.log").read_text()
     stopped_after_five_steps(path)
-    with pytest.raises(CheckpointError, match=r"gpu_0_of_1.pt: does not fit this run \(.*running_mean"):
+    with pytest.raises(CheckpointError, match=r"rank_0_of_1.pt: does not fit this run \(.*running_mean"):
         WithBatchNorm(load_config(path, ["--resume", "True"])).train()
 
 

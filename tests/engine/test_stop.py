@@ -1,4 +1,4 @@
-"""A signal to one rank stops all of them at the same step; the line that says how to go on is a command that works."""
+"""A signal to one rank stops all of them at the same step; the resume command in the log works."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.distributed import rank
-from engine.stop import StopRequest, command_to_go_on
+from engine.stop import StopRequest, resume_command
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -48,10 +48,10 @@ def test_all_ranks_stop_at_the_same_step(stopped_rank):
     (["train.py", "a.py", "--resume", "True"], {}, "python train.py a.py --resume True"),
     (["train.py", "a.py", "--resume=False", "--lr=1"], {}, "python train.py a.py --lr=1 --resume True"),
 ])
-def test_the_command_to_go_on(words, environment, command, monkeypatch):
+def test_the_resume_command(words, environment, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    assert command_to_go_on() == command
+    assert resume_command() == command

@@ -1,4 +1,4 @@
-"""A signal in an awkward moment: the run stops after a whole step, with a checkpoint, and can be gone on with."""
+"""A signal in an awkward moment: the run stops after a whole step, with a checkpoint, and can be resumed."""
 
 import os
 import pickle
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine import checkpoint_sets
 from engine.config import load_config
+from tests.BCT_methods.whole_runs import sets_of
 from tests.conftest import draw_image
 from tests.engine.test_trainer import Plain, assert_same, close_log_files, config, rec, run  # noqa: F401
 
@@ -48,9 +48,9 @@ def signalled(where, after):
 ])
 def test_a_signal_stops_after_a_whole_step_with_a_checkpoint(where, after, sets, path, tmp_path):
     signalled(where, after)(load_config(path)).train()
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(step, 1) for step in sets]
+    assert sets_of(tmp_path / "run") == [(step, 1) for step in sets]
     log = (tmp_path / "run/training.log").read_text()
-    assert log.count("stopped by") == log.count(f"stopped by SIGTERM at step {sets[-1]}; go on with: python ") == 1
+    assert log.count("stopped by") == log.count(f"stopped by SIGTERM at step {sets[-1]}; resume with: python ") == 1
     stopped = run(path, "--resume", "True")
     whole = run(path, "--output", str(tmp_path / "whole"))
     assert_same(whole[0], stopped[0], 0)
@@ -62,9 +62,9 @@ def test_a_signal_at_the_last_step_finds_the_run_finished(where, path, tmp_path)
     signalled(where, 18)(load_config(path)).train()
     log = (tmp_path / "run/training.log").read_text()
     assert "Global Step: 18 " in log and "stopped by" not in log
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(16, 1), (18, 1)]
+    assert sets_of(tmp_path / "run") == [(16, 1), (18, 1)]
     run(path, "--resume", "True")       # has nothing left to do
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(16, 1), (18, 1)]
+    assert sets_of(tmp_path / "run") == [(16, 1), (18, 1)]
 
 
 def test_a_run_in_a_thread_takes_no_signals(path, tmp_path):
@@ -80,4 +80,4 @@ def test_a_run_in_a_thread_takes_no_signals(path, tmp_path):
     thread.start()
     thread.join()
     assert not failed and signal.getsignal(signal.SIGTERM) is handler
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(16, 1), (18, 1)]
+    assert sets_of(tmp_path / "run") == [(16, 1), (18, 1)]

@@ -91,13 +91,13 @@ def test_sampling_is_seeded_and_can_be_restored():
     other = make(ArcFace(), weight, sample_rate=0.4, seed=2)
     torch.manual_seed(5)                                    # the global generator plays no part
     rows = [sampled_rows(first, labels).tolist() for _ in range(3)]
-    state = first.generator_state()
+    state = first.sampling_state()
     later = [sampled_rows(first, labels).tolist() for _ in range(3)]
     torch.manual_seed(6)
     assert [sampled_rows(same, labels).tolist() for _ in range(3)] == rows
     assert sampled_rows(other, labels).tolist() != rows[0]
     assert len({tuple(drawn) for drawn in rows + later}) == 6
-    other.set_generator_state(state)
+    other.set_sampling_state(state)
     assert [sampled_rows(other, labels).tolist() for _ in range(3)] == later
 
 
@@ -112,8 +112,8 @@ def test_ranks_draw_differently():
 
 def test_without_sampling_there_is_no_state_and_nothing_to_attach():
     classifier = PartialFC(ArcFace(), SIZE, 10)
-    assert classifier.generator_state() is None
-    classifier.set_generator_state(None)
+    assert classifier.sampling_state() is None
+    classifier.set_sampling_state(None)
     assert classifier.attach(torch.optim.SGD(classifier.parameters(), lr=0.1)) is None
 
 
@@ -148,12 +148,12 @@ def tables(classifier, optimizer):
 def saved_and_loaded(name, classifier, optimizer):
     """Both anew, from a checkpoint of these."""
     file = io.BytesIO()
-    torch.save([classifier.state_dict(), classifier.generator_state(), optimizer.state_dict()], file)
+    torch.save([classifier.state_dict(), classifier.sampling_state(), optimizer.state_dict()], file)
     file.seek(0)
     weight, generator, state = torch.load(file, weights_only=True)
     classifier, optimizer, _ = start(name, classifier.sample_rate)
     classifier.load_state_dict(weight)
-    classifier.set_generator_state(generator)
+    classifier.set_sampling_state(generator)
     optimizer.load_state_dict(state)
     return classifier, optimizer
 

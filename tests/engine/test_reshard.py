@@ -1,4 +1,4 @@
-"""A run that goes on on another number of ranks: the class shards are cut anew, everything else carries over."""
+"""A run resumed on another number of ranks: the class shards are resharded, everything else carries over."""
 
 import copy
 
@@ -8,19 +8,17 @@ import torch
 from BCT_methods.AdvBCT.train import AdvBCT
 from BCT_methods.MixBCT.train import MixBCT
 from BCT_methods.NCCL.train import NCCL
-from engine import checkpoint, checkpoint_sets
+from engine.checkpoint import complete_sets, load, reshard
 from engine.config import load_config
 from engine.distributed import rows_of_rank
-from engine.random_state import random_state
-from engine.recut import recut
-from tests.BCT_methods.whole_runs import train, without_batch_norm, write_config, write_old_features
+from tests.BCT_methods.whole_runs import sets_of, train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 
 METHODS = {"MixBCT": MixBCT, "NCCL": NCCL, "AdvBCT": AdvBCT}
 CLASSES, GLOBAL_BATCH, STOPPED, STEPS = 7, 12, 4, 8      # 7 classes: the shards of 2, 3 and 4 ranks are of unequal size
 
 
-# --- the cut ------------------------------------------------------------------------------------------------------
+# --- the shards ----------------------------------------------------------------------------------------------------
 
 
 def states_of(ranks, total=CLASSES):
@@ -36,7 +34,7 @@ def states_of(ranks, total=CLASSES):
                 (("classifier", "weight"), 0), (("extra", "queue.logits"), 1), (("optimizer", "state", 1, "m"), 0)
             ],
             "random": rank,
-            "sampler": rank,
+            "sampling": rank,
         })
     return states
 
@@ -47,15 +45,15 @@ def test_each_rank_gets_its_classes_whatever_ranks_there_were(before, after):
     old, expected = states_of(before), states_of(after)
     untouched = copy.deepcopy(old)
     for rank in range(after):
-        state = recut(old, rank, after)
+        state = reshard(old, rank, after)
         for path, _ in state["class_sharded"]:
             value, right = state, expected[rank]
             for key in path:
                 value, right = value[key], right[key]
             assert torch.equal(value, right), path
         assert state["extra"]["queue.size"] == 5 and state["optimizer"]["state"][1]["step"] == 4
-        # No two ranks go on with the same random numbers.
-        assert (state["random"], state["sampler"]) == ((rank, rank) if rank < before else (None, None))
+        # No two ranks continue with the same random numbers.
+        assert (state["random"], state["sampling"]) == ((rank, rank) if rank < before else (None, None))
     for state, was in zip(old, untouched):
         assert str(state) == str(was)
 
@@ -65,7 +63,7 @@ def test_each_rank_gets_its_classes_whatever_ranks_there_were(before, after):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_record_set):
-    folder, labels = tmp_path_factory.mktemp("recut"), [i % CLASSES for i in range(4 * GLOBAL_BATCH)]
+    folder, labels = tmp_path_factory.mktemp("reshard"), [i % CLASSES for i in range(4 * GLOBAL_BATCH)]
     make_record_set(folder / "set.rec", labels)
     write_old_features(folder, labels)
     return folder
@@ -83,10 +81,8 @@ def stopped_run(method, path):
     """Train to the end and leave the checkpoint of step STOPPED alone, as if the run had been killed behind it."""
     train(METHODS[method], path)
     torch.distributed.barrier()
-    for rank in range(torch.distributed.get_world_size()):
-        checkpoint.checkpoint_path(load_config(path).output, STEPS, rank, torch.distributed.get_world_size()).unlink(
-            missing_ok=True
-        )
+    if torch.distributed.get_rank() == 0:
+        (complete_sets(load_config(path).output)[-1] / "DONE").unlink()
     torch.distributed.barrier()
 
 
@@ -102,7 +98,7 @@ def resumed(method, path, *overrides):
             step=self.step, lr=self.schedule.get_last_lr()[0], centres=self.classifier.weight.detach().clone(),
             momentum=self.optimizer.state[self.classifier.weight]["momentum_buffer"].clone(),
             extra={key: value.clone() for key, value in self.extra.state_dict().items()},
-            random=random_state(self.generator, self.device)["run"],
+            random=self.generator.get_state(),
         )
 
     restore = trainer.resume
@@ -116,12 +112,12 @@ def resumed(method, path, *overrides):
     *((method, *ranks, {}) for method in METHODS for ranks in ((2, 1), (1, 3), (2, 4))),
     ("NCCL", 2, 3, {"alpha": 8.0, "beta": 0.0}),        # its queue has no logits
 ])
-def test_the_run_goes_on_as_it_would_have(folder, method, before, after, keys):
+def test_the_run_ends_as_it_would_have(folder, method, before, after, keys):
     name = f"{method}_{before}_{after}"
     path = config_of(folder, method, before, name, **keys)
     run_ranks(stopped_run, before, method, path)
-    assert checkpoint_sets.complete_sets(folder / name) == [(STOPPED, before)]
-    states = [checkpoint.load(checkpoint.checkpoint_path(folder / name, STOPPED, r, before)) for r in range(before)]
+    assert sets_of(folder / name) == [(STOPPED, before)]
+    states = [load(complete_sets(folder / name)[0] / f"rank_{r}_of_{before}.pt") for r in range(before)]
     results = run_ranks(resumed, after, method, config_of(folder, method, after, name, **keys))
 
     weight = states[0]["optimizer"]["param_groups"][1]["params"][0]
@@ -148,7 +144,7 @@ def test_the_run_goes_on_as_it_would_have(folder, method, before, after, keys):
     centres = torch.cat([end[1] for _, end in results])
     torch.testing.assert_close(centres, undisturbed[1], rtol=0, atol=1e-5)
     # The newest set is that of the ranks which wrote it; the last two of the run are kept, whoever wrote them.
-    assert checkpoint_sets.complete_sets(folder / name) == [(STOPPED, before), (STEPS, after)]
+    assert sets_of(folder / name) == [(STOPPED, before), (STEPS, after)]
     assert len(list((folder / name).glob("softmax_fc_gpu_*.pt"))) == after
 
 
@@ -156,7 +152,7 @@ def train_method(method, path):
     return train(METHODS[method], path)
 
 
-def test_another_global_batch_goes_on_at_the_same_image_with_a_warning(folder):
+def test_another_global_batch_resumes_at_the_same_image_with_a_warning(folder):
     path = config_of(folder, "MixBCT", 2, "larger")
     run_ranks(stopped_run, 2, "MixBCT", path)
     keys = ["--batch_size", "12"]       # two ranks of 6 become two of 12 images, which is refused, or one of 24
@@ -166,5 +162,5 @@ def test_another_global_batch_goes_on_at_the_same_image_with_a_warning(folder):
     assert start["step"] == STOPPED * GLOBAL_BATCH // 24    # the end of the first epoch, of 2 steps now
     log = (folder / "larger/training.log").read_text()
     assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr stays" in log
-    # Fewer steps have been done by now, yet the later set is the one to go on from.
-    assert checkpoint_sets.complete_sets(folder / "larger")[-1] == (4, 1)
+    # Fewer steps have been done by now, yet the later set is the newest.
+    assert sets_of(folder / "larger")[-1] == (4, 1)
