@@ -343,7 +343,7 @@ def test_terms_are_weighted_and_fade(folder):
     assert not grad.any() and last_grad.any()
     trainer.cfg.normalize_input = False
     unnormalised, _, _ = terms(epoch=34)
-    adv = adversarial_loss(trainer.extra["discriminator"], new, trainer.old[index], 0.0, normalize_input=False)
+    adv = adversarial_loss(trainer.extra["discriminator"], new, batch.old, 0.0, normalize_input=False)
     torch.testing.assert_close(unnormalised["adv"], 4 * 2 / 35 * adv)
     assert not torch.isclose(unnormalised["adv"], last["adv"], rtol=1e-3)
 
