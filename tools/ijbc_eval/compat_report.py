@@ -13,6 +13,7 @@ M(old, old)), the share of what an incompatible update with a new gallery would 
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import pathlib
@@ -26,9 +27,11 @@ from engine.errors import report_errors
 from tools.ijbc_eval import compat_text, identification, plots, verification
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError, publish
+from tools.ijbc_eval.identification import mean_top, mean_tpir
 from tools.ijbc_eval.ijbc_eval import add_data_arguments, open_evaluation, whole_number
 from tools.ijbc_eval.models import ModelFile
 
+TOPS = (1, 5)
 STEPS = tuple(range(0, 101, 10))  # shares of the gallery re-embedded, in %
 
 
@@ -71,26 +74,37 @@ def parse_model(text, network):
     return name or model.name, model
 
 
-def measure(evaluation, gallery_model, probe_model, fpr, fpir):
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The rates at which 1:1 TPR and 1:N TPIR are compared, and the protocol by which all figures are read."""
+
+    fpr: float
+    fpir: float
+    protocol: str = "exact"
+
+
+def measure(evaluation, gallery_model, probe_model, reading):
     """One test, gallery and first of a pair by `gallery_model`: the figures of the report as a dict of floats."""
+    protocol = reading.protocol
     roc = verification.Roc(evaluation.verify(gallery_model, probe_model), evaluation.pairs.label)
     searches = evaluation.identify(gallery_model, probe_model)
-    return {
-        "tpr": roc.tpr_at(fpr), "auc": roc.auc, **identification_figures(searches, fpir),
-        "tpr_at": {f"{point:g}": roc.tpr_at(point) for point in verification.FPRS},
-        "tpir_at": {f"{point:g}": _mean(searches, "tpir_at", point) for point in identification.FPIRS},
+    figures = {
+        "tpr": roc.tpr_at(reading.fpr, protocol), "auc": roc.auc, **identification_figures(searches, reading),
+        "tpr_at": {f"{point:g}": roc.tpr_at(point, protocol) for point in verification.FPRS},
+        "tpir_at": {f"{point:g}": mean_tpir(searches, point, protocol) for point in identification.FPIRS},
     }
+    if protocol == "published":
+        rank = evaluation.identify_mixed(gallery_model, probe_model)
+        figures |= {f"mixed_top{k}": identification.pooled_top(rank, k) for k in TOPS}
+    return figures
 
 
-def identification_figures(searches, fpir):
-    return {"tpir": _mean(searches, "tpir_at", fpir), **{f"top{k}": _mean(searches, "top", k) for k in (1, 5)}}
+def identification_figures(searches, reading):
+    tops = {f"top{k}": mean_top(searches, k, reading.protocol) for k in TOPS}
+    return {"tpir": mean_tpir(searches, reading.fpir, reading.protocol), **tops}
 
 
-def _mean(searches, figure, point):
-    return float(np.mean([getattr(one, figure)(point) for one in searches]))
-
-
-def backfill(evaluation, old, new, order, fpir):
+def backfill(evaluation, old, new, order, reading):
     """1:N with the first 0, 10, … 100 % of the gallery templates in `order` (rows of template_ids) re-embedded.
 
     Probes come from the new model throughout: 0 % is the cross-test, 100 % the self-test of the new model.
@@ -100,7 +114,7 @@ def backfill(evaluation, old, new, order, fpir):
     for percent in STEPS:
         done = order[:round(len(order) * percent / 100)]
         gallery[done] = probes[done]
-        figures = identification_figures(evaluation.identify_in(gallery, probes), fpir)
+        figures = identification_figures(evaluation.identify_in(gallery, probes), reading)
         for key in ("tpir", "top1"):
             curve[key].append(figures[key])
     return curve
@@ -130,30 +144,30 @@ def backfill_order(evaluation, seed, path=None):
     return np.array(list(order.values()))
 
 
-def compare(evaluation, old, news, independent, fpr, fpir, order):
+def compare(evaluation, old, news, independent, reading, order):
     """The whole report as a dict that JSON can hold: old, news and independent are (name, ModelFile) or None."""
     evaluation.read_lists()  # these and the model files first: what is wrong there is to show before hours of embedding
     for _, model in news:
         evaluation.check_widths(old[1], model)
     if independent:
         evaluation.store.width(independent[1])
-    base, ceiling = measure(evaluation, old[1], old[1], fpr, fpir), None
+    base, ceiling = measure(evaluation, old[1], old[1], reading), None
     measured = {"old": {"name": old[0], "file": old[1].file, "self": base}}
     if independent:
         name, model = independent
-        ceiling = measure(evaluation, model, model, fpr, fpir)
+        ceiling = measure(evaluation, model, model, reading)
         measured["independent"] = {"name": name, "file": model.file, "self": ceiling}
         if evaluation.store.width(model) == evaluation.store.width(old[1]):
-            measured["independent"]["cross"] = measure(evaluation, old[1], model, fpr, fpir)
+            measured["independent"]["cross"] = measure(evaluation, old[1], model, reading)
     measured["new"] = []
     for name, model in news:
-        cross = measure(evaluation, old[1], model, fpr, fpir)
+        cross = measure(evaluation, old[1], model, reading)
         holds = {key: cross[key] > base[key] for key in ("tpr", "tpir")}
         gain = {key: update_gain(cross[key], base[key], ceiling and ceiling[key]) for key in ("tpr", "tpir")}
         measured["new"].append({
-            "name": name, "file": model.file, "self": measure(evaluation, model, model, fpr, fpir), "cross": cross,
+            "name": name, "file": model.file, "self": measure(evaluation, model, model, reading), "cross": cross,
             "criterion": holds, "compatible": all(holds.values()), "update_gain": gain,
-            "backfill": backfill(evaluation, old[1], model, order, fpir),
+            "backfill": backfill(evaluation, old[1], model, order, reading),
         })
     return measured
 
@@ -166,12 +180,14 @@ def update_gain(cross, base, ceiling):
 def describe(arguments, evaluation):
     """What the figures were measured on."""
     probes, galleries = evaluation.probes, evaluation.galleries
-    non_mated = [np.count_nonzero(~np.isin(probes.subject, gallery.subject)) for gallery in galleries.values()]
+    absent = [~np.isin(probes.subject, gallery.subject) for gallery in galleries.values()]
     return {
         "subset": arguments.subset, "fpr": arguments.fpr, "fpir": arguments.fpir,
+        "protocol": arguments.protocol, "input_scale": arguments.input_scale,
         "images": len(evaluation.faces.names), "templates": len(evaluation.faces.template_ids),
         "genuine_pairs": int(evaluation.pairs.label.sum()), "impostor_pairs": int((~evaluation.pairs.label).sum()),
-        "probe_templates": len(probes.template), "non_mated_probes": int(min(non_mated)),
+        "probe_templates": len(probes.template), "non_mated_probes": int(min(map(np.count_nonzero, absent))),
+        "probes_in_no_gallery": int(np.count_nonzero(np.logical_and.reduce(absent))),
         "gallery_templates": {name: len(gallery.template) for name, gallery in galleries.items()},
         "backfill_order": str(arguments.order) if arguments.order else f"seed {arguments.seed}",
     }
@@ -196,7 +212,8 @@ def main(argv=None):
     independent = parse_model(arguments.independent, arguments.new_net) if arguments.independent else None
     evaluation = open_evaluation(arguments)
     order = backfill_order(evaluation, arguments.seed, arguments.order)
-    models = compare(evaluation, (old.name, old), news, independent, arguments.fpr, arguments.fpir, order)
+    reading = Reading(arguments.fpr, arguments.fpir, arguments.protocol)
+    models = compare(evaluation, (old.name, old), news, independent, reading, order)
     bad = evaluation.bad_images(old, *(model for _, model in news), *([independent[1]] if independent else []))
     report = without_nan({"data": describe(arguments, evaluation), **models, "bad_images": bad.tolist()})
     plots.plot_models(report, arguments.out / "models.png")

@@ -2,6 +2,14 @@
 
 from prettytable import PrettyTable
 
+from tools.ijbc_eval.results import in_no_gallery
+
+_MEANS = {
+    "exact": "1:N figures are means over the galleries.",
+    "published": "TPIR is the mean over the galleries; top-1 is the hits in both over all probes, mixed top-1 those in "
+    "both stacked to one.",
+}
+
 
 def terminal(report):
     """Table and verdicts as plain text."""
@@ -16,7 +24,8 @@ def summary_rows(report):
     """`(header, rows of text)`: the old model, each new one in cross- and self-test, the independent one."""
     data = report["data"]
     header = [
-        "model", "test", f"1:1 TPR % at FPR {data['fpr']:g}", "AUC", "1:N top-1 %", f"TPIR % at FPIR {data['fpir']:g}",
+        "model", "test", f"1:1 TPR % at FPR {data['fpr']:g}", "AUC", "1:N top-1 %",
+        *(["mixed top-1 %"] if data["protocol"] == "published" else []), f"TPIR % at FPIR {data['fpir']:g}",
         "M(new,old) > M(old,old)", "update gain 1:1 / 1:N",
     ]
     rows = [_row(report["old"]["name"], "old self-test", report["old"]["self"])]
@@ -34,10 +43,8 @@ def summary_rows(report):
 
 
 def _row(name, test, figures, holds="", gain=""):
-    return [
-        name, test, _percent(figures["tpr"]), _number(figures["auc"], 5), _percent(figures["top1"]),
-        _percent(figures["tpir"]), holds, gain,
-    ]
+    shown = [_percent(figures[key]) for key in ("tpr", "top1", "mixed_top1", "tpir") if key in figures]
+    return [name, test, shown[0], _number(figures["auc"], 5), *shown[1:], holds, gain]
 
 
 def verdicts(report):
@@ -62,10 +69,15 @@ def verdicts(report):
 def caveats(report):
     """What the reader must know to trust the figures."""
     data, lines = report["data"], []
+    if data["protocol"] == "published":
+        lines.append("Figures are read as the scripts in circulation do (--protocol published), not exactly.")
+        if data["probes_in_no_gallery"]:
+            lines.append(in_no_gallery(data["probes_in_no_gallery"]) + ".")
     for count, name in (("impostor_pairs", "fpr"), ("non_mated_probes", "fpir")):
         if data[count] * data[name] < 1:
             what = f"{data[count]} {count.replace('_', ' ')}"
-            lines.append(f"{what} do not resolve {name.upper()} {data[name]:g}: no error at all is allowed there.")
+            none = ": no error at all is allowed there" if data["protocol"] == "exact" else ""
+            lines.append(f"{what} do not resolve {name.upper()} {data[name]:g}{none}.")
     if report["bad_images"]:
         lines.append(f"{len(report['bad_images'])} unreadable images were left out; report.json names them.")
     return lines
@@ -83,7 +95,7 @@ def markdown(report):
         "A cross-test searches the old model's gallery with the new model's queries; a self-test has one for both. "
         "The criterion must hold in 1:1 and in 1:N (in brackets, each). Update gain: (M(new,old) − M(old,old)) / "
         "(M(independent,independent) − M(old,old)); it needs an independently trained model that beats the old one. "
-        "1:N figures are means over the galleries.", "",
+        + _MEANS[data["protocol"]], "",
         "![Self- and cross-test of each model](models.png)", "",
         "## Backfill", "",
         f"TPIR in % at FPIR {data['fpir']:g}, queries by the new model, while a growing share of the gallery is "

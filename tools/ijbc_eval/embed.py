@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from tools.ijbc_eval.align import SIZE, align, similarity_matrices
 from tools.ijbc_eval.files import EvalError, publish, sha256_of
-from tools.ijbc_eval.models import load_model
+from tools.ijbc_eval.models import INPUT_SCALE, load_model
 
 # Enters the cache key: change it with anything between an image file and the model's input.
-_PIPELINE = "similarity-112-bilinear-rgb-128/1"
+_PIPELINE = "similarity-112-bilinear-rgb-{:.17g}/1"  # the input scale, every digit of it
 _NAMED = 5  # bad images named in a message; the result file names them all
 
 
@@ -91,10 +91,12 @@ def aligned_batches(image_dir, faces, batch_size, workers):
 class EmbeddingStore:
     """Embeddings of models on one subset, kept in `cache_dir/embeddings` by the contents of model file and images."""
 
-    def __init__(self, protocol, faces, cache_dir, batch_size=128, workers=2, skip_bad=False, fresh=False, device=None):
+    def __init__(self, protocol, faces, cache_dir, batch_size=128, workers=2, skip_bad=False, fresh=False, device=None,
+                 input_scale=INPUT_SCALE):
         self.protocol, self.faces, self.cache_dir = protocol, faces, pathlib.Path(cache_dir)
         self.batch_size, self.workers = batch_size, workers
         self.skip_bad, self.fresh, self.device = skip_bad, fresh, device
+        self.input_scale = input_scale
         self._loaded, self._done, self._paths = {}, {}, {}
 
     def width(self, model_file):
@@ -117,12 +119,13 @@ class EmbeddingStore:
 
     def _load(self, model_file):
         if model_file not in self._loaded:
-            self._loaded[model_file] = load_model(model_file, self.device)
+            self._loaded[model_file] = load_model(model_file, self.device, self.input_scale)
         return self._loaded[model_file]
 
     def _path(self, model_file):
         if model_file not in self._paths:
-            key = f"{_PIPELINE} {model_file.told_network} {sha256_of(model_file.paths)} {self.data_key}"
+            pipeline = _PIPELINE.format(self.input_scale)
+            key = f"{pipeline} {model_file.told_network} {sha256_of(model_file.paths)} {self.data_key}"
             name = hashlib.sha256(key.encode()).hexdigest()[:32]
             self._paths[model_file] = self.cache_dir / "embeddings" / f"{name}.npy"
         return self._paths[model_file]

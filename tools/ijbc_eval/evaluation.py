@@ -10,6 +10,7 @@ from tools.ijbc_eval.embed import EmbeddingStore
 from tools.ijbc_eval.files import EvalError
 from tools.ijbc_eval.identification import search
 from tools.ijbc_eval.meta import Protocol
+from tools.ijbc_eval.models import INPUT_SCALE
 from tools.ijbc_eval.templates import Setting, template_features
 from tools.ijbc_eval.verification import pair_scores
 
@@ -24,9 +25,9 @@ class Evaluation:
     """
 
     def __init__(self, data_dir, subset="IJBC", cache_dir=DEFAULT_CACHE, batch_size=128, workers=2, skip_bad=False,
-                 fresh=False, device=None):
+                 fresh=False, device=None, input_scale=INPUT_SCALE):
         self.protocol = Protocol(data_dir, subset, cache_dir, fresh)
-        self._store_options = cache_dir, batch_size, workers, skip_bad, fresh, device
+        self._store_options = cache_dir, batch_size, workers, skip_bad, fresh, device, input_scale
         self._templates = {}
 
     @functools.cached_property
@@ -106,6 +107,15 @@ class Evaluation:
         """1:N: an identification.Search for each gallery, in the order of `galleries`."""
         _ = self.probes  # as in `verify`: the lists come first, and reading the probes reads the galleries too
         return self.identify_in(self.templates(gallery_model, setting), self.templates(probe_model, setting))
+
+    def identify_mixed(self, gallery_model, probe_model, setting=Setting()):
+        """1:N in the galleries stacked to one: ranks int32 [Q] as in identification.Search, for the row "mixed"."""
+        probes, galleries = self.probes, self.galleries.values()
+        template, subject = (
+            np.concatenate([getattr(gallery, what) for gallery in galleries]) for what in ("template", "subject")
+        )
+        asked = self.templates(probe_model, setting)[probes.template]
+        return search(self.templates(gallery_model, setting)[template], subject, asked, probes.subject).rank
 
     def identify_in(self, gallery_features, probe_features):
         """As `identify`, with template features [T, D] given, so that a gallery may hold a mixture of two models'."""

@@ -28,17 +28,24 @@ class Search:
         ranks = self.rank[self.mated]
         return float(np.mean(ranks <= k)) if len(ranks) else float("nan")
 
-    def threshold_at(self, fpir):
-        """The lowest threshold that lets at most a share `fpir` of the non-mated probes find somebody above it."""
+    def threshold_at(self, fpir, protocol="exact"):
+        """The lowest threshold that lets at most a share `fpir` of the non-mated probes find somebody above it.
+
+        As published: of the n highest scores in descending order the one at place max(int(n · fpir) − 1, 0), from 0;
+        "found" being strictly above it, that lets one non-mated probe fewer through than `fpir` allows.
+        """
         highest = self.score[~self.mated]
+        if protocol == "published":
+            place = max(int(len(highest) * fpir) - 1, 0)
+            return np.partition(highest, -1 - place)[-1 - place]
         allowed = most_allowed(fpir, len(highest))
         return np.partition(highest, -1 - allowed)[-1 - allowed] if allowed < len(highest) else -np.inf
 
-    def tpir_at(self, fpir):
+    def tpir_at(self, fpir, protocol="exact"):
         """Share of mated probes whose own entry scores above all others and above the threshold; NaN when undefined."""
         if not self.mated.any() or self.mated.all():
             return float("nan")
-        return float(np.mean(self.score[self.mated] > self.threshold_at(fpir)))
+        return float(np.mean(self.score[self.mated] > self.threshold_at(fpir, protocol)))
 
 
 def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
@@ -66,8 +73,33 @@ def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
     return Search(mated, rank, score)
 
 
-def summary(searches, fpirs=FPIRS, top=TOP):
-    """Top-k [G + 1, len(top)] and TPIR [G + 1, len(fpirs)] of each gallery, and as last row their mean."""
-    tops = np.array([[one.top(k) for k in top] for one in searches])
-    tpirs = np.array([[one.tpir_at(fpir) for fpir in fpirs] for one in searches])
-    return np.vstack([tops, tops.mean(axis=0)]), np.vstack([tpirs, tpirs.mean(axis=0)])
+def mean_top(searches, k, protocol="exact"):
+    """Top-k of the galleries as one figure: the mean of theirs; as published, the hits in all of them / all probes."""
+    if protocol == "published":
+        return pooled_top([one.rank for one in searches], k)
+    return float(np.mean([one.top(k) for one in searches]))
+
+
+def mean_tpir(searches, fpir, protocol="exact"):
+    return float(np.mean([one.tpir_at(fpir, protocol) for one in searches]))
+
+
+def pooled_top(ranks, k):
+    """Hits / all probes: ranks int [Q], or [G, Q] where hits count from every gallery."""
+    ranks = np.asarray(ranks)
+    return float(np.count_nonzero((ranks > 0) & (ranks <= k)) / ranks.shape[-1])
+
+
+def summary(searches, mixed_rank=None, protocol="exact", fpirs=FPIRS, top=TOP):
+    """Top-k [R, len(top)] and TPIR [R, len(fpirs)]: a row for each gallery, their mean, and as published "mixed".
+
+    mixed_rank int32 [Q]: ranks in the galleries stacked to one, needed as published; that row has no TPIR (NaN).
+    """
+    tops = [[one.top(k) for k in top] for one in searches]
+    tpirs = [[one.tpir_at(fpir, protocol) for fpir in fpirs] for one in searches]
+    tops.append([mean_top(searches, k, protocol) for k in top])
+    tpirs.append([mean_tpir(searches, fpir, protocol) for fpir in fpirs])
+    if protocol == "published":
+        tops.append([pooled_top(mixed_rank, k) for k in top])
+        tpirs.append([np.nan] * len(fpirs))
+    return np.array(tops), np.array(tpirs)

@@ -6,7 +6,8 @@
     python tools/ijbc_eval/ijbc_eval.py -P IJB_result/a_IJBC_11.npz IJB_result/b_IJBC_11.npz       (saved results)
 
 In a cross-test the gallery, and the first template of each 1:1 pair, come from the old model; the probe and the second
-from the new. TPR at a given FPR is the largest TPR whose FPR does not exceed it, ties handled exactly.
+from the new. TPR at a given FPR is the largest TPR whose FPR does not exceed it, ties handled exactly, TPIR at a given
+FPIR likewise; --protocol published reads both as the scripts in circulation do.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from engine.errors import report_errors
 from tools.ijbc_eval import plots, results
 from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
 from tools.ijbc_eval.meta import GALLERIES
-from tools.ijbc_eval.models import ModelFile
+from tools.ijbc_eval.models import INPUT_SCALE, ModelFile
 from tools.ijbc_eval.templates import Setting
+from tools.ijbc_eval.verification import PROTOCOLS
 
 
 def parse_arguments(argv=None):
@@ -46,9 +48,6 @@ def parse_arguments(argv=None):
         help="add the template (1:N: and subject) ids that each score belongs to; label itself is always there")
     add("-P", "--plot_only", nargs="+", type=pathlib.Path, metavar="NPZ",
         help="plot and tabulate saved results; no model")
-    add("--fpr-point", choices=["exact", "nearest"], default="exact",
-        help="exact: the largest TPR whose FPR does not exceed the one asked for; nearest: the ROC point nearest to "
-        "it, as insightface-derived scripts read it, for comparison with published numbers")
     arguments = parser.parse_args(argv)
     if not arguments.plot_only and not arguments.model_file:
         parser.error("give -m MODEL, or -P with saved results")
@@ -69,8 +68,19 @@ def whole_number(low):
     return parse
 
 
+def positive(text):
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
 def add_data_arguments(parser):
-    """The options that say where the data is and how it is read; compat_report.py has them too."""
+    """The options that say where the data is and how data and figures are read; compat_report.py has them too."""
     add = parser.add_argument
     add("-d", "--data_path", type=pathlib.Path, default=REPO / "dataset",
         help="directory that holds IJBC/ and/or IJBB/ (default: dataset under the repo root)")
@@ -82,12 +92,20 @@ def add_data_arguments(parser):
         help="processes that read and align images (default: the number of cores, at most 16); 0: in this one")
     add("--cache-dir", type=pathlib.Path, default=DEFAULT_CACHE,
         help=f"kept embeddings and parsed lists (default {DEFAULT_CACHE} in the current directory)")
+    add("--input-scale", type=positive, default=INPUT_SCALE, metavar="S",
+        help=f"models see (pixel - 127.5) / S (default {INPUT_SCALE:g}, as published for IJB; training and feature "
+        "extraction have 127.5); no effect on MXNet models that scale their input themselves")
+    add("--protocol", choices=PROTOCOLS, default="exact",
+        help="exact: no more false positives than the FPR or FPIR allows, 1:N as the mean of the galleries; published: "
+        "as the scripts in circulation read it, to compare with published numbers: 1:1 at the ROC point with the "
+        "nearest FPR; TPIR above the non-mated score number max(int(n*FPIR), 1) from the top; top-k from the hits in "
+        "both galleries together, and in both stacked to one (mixed)")
 
 
 def open_evaluation(arguments):
     return Evaluation(
         arguments.data_path, arguments.subset, arguments.cache_dir, arguments.batch_size, arguments.workers,
-        arguments.skip_bad_images, arguments.force_reload,
+        arguments.skip_bad_images, arguments.force_reload, input_scale=arguments.input_scale,
     )
 
 
@@ -100,15 +118,19 @@ def evaluate(arguments):
     name = new.name if old == new else f"{new.name}_to_{old.name}"
     settings = Setting.all() if arguments.is_bunch else [Setting()]
     names = [f"{name} {setting.name}" if arguments.is_bunch else name for setting in settings]
-    subset = arguments.subset
+    subset, protocol = arguments.subset, arguments.protocol
     if arguments.is_one_2_N:
         galleries = list(evaluation.galleries)
-        runs = [evaluation.identify(old, new, setting) for setting in settings]
-        result = results.identification_result(names, runs, subset, galleries)
+        runs, mixed = zip(*(
+            (evaluation.identify(old, new, setting), evaluation.identify_mixed(old, new, setting))
+            for setting in settings
+        ))
+        result = results.identification_result(names, runs, mixed, subset, galleries, protocol)
     else:
         label = evaluation.pairs.label
         scores = np.stack([evaluation.verify(old, new, setting) for setting in settings])
-        result = results.verification_result(names, scores, label, subset, arguments.fpr_point)
+        result = results.verification_result(names, scores, label, subset, protocol)
+    result["input_scale"] = arguments.input_scale
     result["bad_images"] = evaluation.bad_images(old, new)
     if arguments.save_embeddings:
         result |= embeddings(evaluation, old, new)
@@ -157,7 +179,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     if arguments.plot_only:
         prefix = arguments.save_result.with_suffix("") if arguments.save_result else pathlib.Path("IJB_result/compared")
-        show([results.load(path, arguments.fpr_point) for path in arguments.plot_only], prefix)
+        show([results.load(path, arguments.protocol) for path in arguments.plot_only], prefix)
         return
     name, result = evaluate(arguments)
     test = "1N" if arguments.is_one_2_N else "11"

@@ -12,6 +12,10 @@ from backbones import find_network, load_backbone
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError
 
+# The published IJB scripts feed (x − 127.5) / 128, while training and feature extraction, published too, feed
+# (x − 127.5) / 127.5. Figures compare with published ones only so: 128 is the default, --input-scale changes it.
+INPUT_SCALE = 128.0
+
 # File names that say nothing about the model; its directory does (work_dirs/<config name>/model.pt).
 _PLAIN_NAMES = {"model", "backbone", "checkpoint", "best", "last"}
 
@@ -67,23 +71,26 @@ class ModelFile:
         return path.resolve().parent.name if stem in _PLAIN_NAMES else stem
 
 
-def load_model(model_file, device=None):
+def load_model(model_file, device=None, input_scale=INPUT_SCALE):
     """A callable with `.num_features`: uint8 RGB [B, 112, 112, 3] -> float32 embeddings [B, num_features] (numpy).
 
     Raises EvalError when a file or the package that reads it is missing, and backbones.BackboneError (a UserError too)
     when the file does not fit the network.
     """
     model_file.check_files()
-    return {"torch": TorchModel, "onnx": OnnxModel, "mxnet": MxnetModel}[model_file.kind](model_file, device)
+    return {"torch": TorchModel, "onnx": OnnxModel, "mxnet": MxnetModel}[model_file.kind](
+        model_file, device, input_scale
+    )
 
 
-def _scaled(images):
-    """(x − 127.5) / 128, channels first: uint8 [B, 112, 112, 3] -> float32 [B, 3, 112, 112]."""
-    return np.ascontiguousarray(((images.astype(np.float32) - 127.5) / 128).transpose(0, 3, 1, 2))
+def _scaled(images, input_scale):
+    """(x − 127.5) / input_scale, channels first: tensor uint8 [B, 112, 112, 3] -> float32 [B, 3, 112, 112]."""
+    return ((images.float() - 127.5) / input_scale).permute(0, 3, 1, 2).contiguous()
 
 
 class TorchModel:
-    def __init__(self, model_file, device=None):
+    def __init__(self, model_file, device, input_scale):
+        self.input_scale = input_scale
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_backbone(model_file.file, model_file.told_network, self.device)
         self.num_features = self.model.num_features
@@ -91,8 +98,7 @@ class TorchModel:
     @torch.inference_mode()
     def __call__(self, images):
         images = torch.as_tensor(images).to(self.device, non_blocking=True)
-        images = ((images.float() - 127.5) / 128).permute(0, 3, 1, 2).contiguous()
-        return self.model(images).float().cpu().numpy()
+        return self.model(_scaled(images, self.input_scale)).float().cpu().numpy()
 
 
 @contextlib.contextmanager
@@ -126,7 +132,8 @@ def _embedding_size(model_file, model):
 class OnnxModel:
     """An ONNX graph with one image input and the embedding as its first output, fed like a state dict's backbone."""
 
-    def __init__(self, model_file, device=None):
+    def __init__(self, model_file, device, input_scale):
+        self.input_scale = input_scale
         try:
             import onnxruntime
         except ImportError:
@@ -146,7 +153,7 @@ class OnnxModel:
             self.num_features = _embedding_size(model_file, self)
 
     def __call__(self, images):
-        images = _scaled(np.asarray(images))
+        images = _scaled(torch.as_tensor(images), self.input_scale).numpy()
         step = self.batch or len(images)
         parts = []
         for start in range(0, len(images), step):
@@ -159,11 +166,12 @@ class OnnxModel:
 class MxnetModel:
     """An MXNet checkpoint `prefix,epoch`; the embedding is `fc1_output`, as in insightface's, or the last output.
 
-    Those checkpoints scale their input themselves (the graph begins with minus and times a scalar) and get raw pixels;
-    a graph that does not is fed like a state dict's backbone.
+    Those checkpoints scale their input themselves (the graph begins with minus and times a scalar) and get raw pixels,
+    whatever the input scale; a graph that does not is fed like a state dict's backbone.
     """
 
-    def __init__(self, model_file, device=None):
+    def __init__(self, model_file, device, input_scale):
+        self.input_scale = input_scale
         self.mx = _import_mxnet(model_file)
         prefix, epoch = model_file.file.rsplit(",", 1)
         try:
@@ -186,9 +194,9 @@ class MxnetModel:
             self.num_features = _embedding_size(model_file, self)
 
     def __call__(self, images):
-        images = np.asarray(images)
-        data = images.astype(np.float32).transpose(0, 3, 1, 2) if self.scales_itself else _scaled(images)
-        self.module.forward(self.mx.io.DataBatch([self.mx.nd.array(data)]), is_train=False)
+        images = torch.as_tensor(images)
+        data = images.float().permute(0, 3, 1, 2) if self.scales_itself else _scaled(images, self.input_scale)
+        self.module.forward(self.mx.io.DataBatch([self.mx.nd.array(data.numpy())]), is_train=False)
         return self.module.get_outputs()[0].asnumpy().astype(np.float32)
 
 

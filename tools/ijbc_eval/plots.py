@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from tools.ijbc_eval.files import publish
-from tools.ijbc_eval.identification import Search
+from tools.ijbc_eval.identification import Search, mean_tpir
 from tools.ijbc_eval.verification import Roc
 
 _POINTS = 241  # a curve: forty points a decade over six decades
@@ -16,14 +16,15 @@ _BARS = ((-0.2, "cross", "cross-test", "#1f5fa8"), (0.2, "self", "new self-test"
 
 def plot_verification(results, prefix):
     """Write `{prefix}_roc.png` and `{prefix}_det.png` of 1:1 results; returns the paths."""
-    curves, finest = [], 1.0
+    curves, finest, protocol = [], 1.0, results[0]["protocol"]  # the same in all: they were read for one command
     for result in results:
         finest = min(finest, 1 / np.count_nonzero(~result["label"]))
         for name, scores in zip(result["names"], result["scores"]):
             curves.append((str(name), Roc(scores, result["label"])))
     fprs = np.logspace(max(-6, np.floor(np.log10(finest))), 0, _POINTS)
-    lines = [(f"{name}  (AUC {roc.auc:.4f})", np.array([roc.tpr_at(fpr) for fpr in fprs])) for name, roc in curves]
-    title = f"{_subsets(results)} 1:1 verification"
+    lines = [(f"{name}  (AUC {roc.auc:.4f})", np.array([roc.tpr_at(fpr, protocol) for fpr in fprs]))
+             for name, roc in curves]
+    title = f"{_subsets(results)} 1:1 verification{_reading(protocol)}"
     roc = _draw(f"{prefix}_roc.png", fprs, lines, title, "false positive rate", "true positive rate")
     misses = [(name, np.where(tprs < 1, 1 - tprs, np.nan)) for name, tprs in lines]  # no place for 0 on a log axis
     det = _draw(f"{prefix}_det.png", fprs, misses, title + ", DET", "false positive rate", "false negative rate", True)
@@ -32,15 +33,15 @@ def plot_verification(results, prefix):
 
 def plot_identification(results, prefix):
     """Write `{prefix}_tpir.png` of 1:N results, the mean over the galleries; returns the path in a list."""
-    lines, finest = [], 1.0
+    lines, finest, protocol = [], 1.0, results[0]["protocol"]
     for result in results:
         finest = min(finest, 1 / max(1, np.count_nonzero(~result["label"], axis=1).max()))
     fpirs = np.logspace(max(-4, np.floor(np.log10(finest))), 0, _POINTS)
     for result in results:
         for name, scores, ranks in zip(result["names"], result["scores"], result["rank"]):
             searches = [Search(*parts) for parts in zip(result["label"], ranks, scores)]
-            lines.append((str(name), np.mean([_tpir_curve(one, fpirs) for one in searches], axis=0)))
-    title = f"{_subsets(results)} 1:N identification, mean of the galleries"
+            lines.append((str(name), np.array([mean_tpir(searches, fpir, protocol) for fpir in fpirs])))
+    title = f"{_subsets(results)} 1:N identification, mean of the galleries{_reading(protocol)}"
     return [_draw(f"{prefix}_tpir.png", fpirs, lines, title, "false positive identification rate (FPIR)",
                   "true positive identification rate (TPIR)")]
 
@@ -49,8 +50,8 @@ def _subsets(results):
     return " and ".join(sorted({str(result["subset"]) for result in results}))
 
 
-def _tpir_curve(found, fpirs):
-    return np.array([found.tpir_at(fpir) for fpir in fpirs])
+def _reading(protocol):
+    return "" if protocol == "exact" else f", {protocol} reading"
 
 
 def _draw(path, rates, lines, title, x_label, y_label, log_y=False):

@@ -1,10 +1,12 @@
 """Result files and tables.
 
 A result file is an npz, one test of one subset for K named runs:
-    names str [K], task "11" or "1N", subset, fpr_point, bad_images str [·]
+    names str [K], task "11" or "1N", subset, protocol "exact" or "published", input_scale, bad_images str [·]
     1:1   scores float32 [K, P], label bool [P] (same person); fprs [F], tprs [K, F], auc [K]
     1:N   scores float32 [K, G, Q], label bool [G, Q] (mated), rank int32 [K, G, Q], as in identification.Search;
-          galleries str [G]; fpirs [F], tpirs [K, G+1, F], tops [T], top_rates [K, G+1, T], last row = mean of galleries
+          galleries str [G]; mixed_rank int32 [K, Q], in the galleries stacked to one;
+          fpirs [F], tpirs [K, R, F], tops [T], top_rates [K, R, T]: R = the galleries, mean, as published also mixed
+Figures are those of `protocol`; scores, label and the ranks are the same for both, and hold what either needs.
 """
 
 import zipfile
@@ -17,20 +19,22 @@ from tools.ijbc_eval import identification, verification
 from tools.ijbc_eval.files import EvalError, publish
 
 
-def verification_result(names, scores, label, subset, point="exact"):
+def verification_result(names, scores, label, subset, protocol="exact"):
     """The arrays of a 1:1 result: names [K], scores float32 [K, P], label bool [P]."""
-    tprs, aucs = zip(*(verification.summary(one, label, point=point) for one in scores))
+    tprs, aucs = zip(*(verification.summary(one, label, protocol=protocol) for one in scores))
     return {
-        "task": "11", "subset": subset, "names": np.array(names), "scores": scores, "label": label, "fpr_point": point,
+        "task": "11", "subset": subset, "protocol": protocol,
+        "names": np.array(names), "scores": scores, "label": label,
         "fprs": np.array(verification.FPRS), "tprs": np.array(tprs), "auc": np.array(aucs),
     }
 
 
-def identification_result(names, runs, subset, galleries):
-    """The arrays of a 1:N result: names [K], runs K lists with a Search for each of the galleries."""
-    tops, tpirs = zip(*(identification.summary(run) for run in runs))
+def identification_result(names, runs, mixed_rank, subset, galleries, protocol="exact"):
+    """The arrays of a 1:N result: names [K], runs K lists with a Search for each gallery, mixed_rank int [K, Q]."""
+    tops, tpirs = zip(*(identification.summary(*run, protocol) for run in zip(runs, mixed_rank)))
     return {
-        "task": "1N", "subset": subset, "names": np.array(names), "galleries": np.array(galleries),
+        "task": "1N", "subset": subset, "protocol": protocol,
+        "names": np.array(names), "galleries": np.array(galleries), "mixed_rank": np.array(mixed_rank),
         "scores": np.array([[one.score for one in run] for run in runs]),
         "rank": np.array([[one.rank for one in run] for run in runs]),
         "label": np.array([one.mated for one in runs[0]]),
@@ -45,7 +49,7 @@ def save(path, result):
         np.savez(file, **result)
 
 
-def load(path, point="exact"):
+def load(path, protocol="exact"):
     """Read a result file and work out its figures anew; another tool's too, if it holds scores [K, P], names, label.
 
     EvalError, which names the file, when it cannot be read or its arrays are not as at the top of this module.
@@ -60,15 +64,16 @@ def load(path, point="exact"):
     _check_values(path, scores, label)
     label = label.astype(bool)
     if one_to_n:
-        galleries = _check_search(path, found, scores)
+        galleries = _check_search(path, found, scores, protocol)
         runs = [
             [identification.Search(*parts) for parts in zip(label, ranks, run)]
             for ranks, run in zip(found["rank"], scores)
         ]
-        return identification_result(names, runs, subset, galleries)
+        mixed_rank = found.get("mixed_rank", [None] * len(runs))  # exact figures do without
+        return identification_result(names, runs, mixed_rank, subset, galleries, protocol)
     if label.all() or not label.any():
         raise EvalError(f"{path}: label has pairs of one kind only, so there is no ROC; save genuine and impostor ones")
-    return verification_result(names, scores, label, subset, point)
+    return verification_result(names, scores, label, subset, protocol)
 
 
 def _read(path):
@@ -78,7 +83,7 @@ def _read(path):
         if not isinstance(saved, np.lib.npyio.NpzFile):
             raise ValueError("it is a single array, no npz")
         with saved:
-            wanted = ("scores", "label", "names", "subset", "rank", "galleries")
+            wanted = ("scores", "label", "names", "subset", "rank", "galleries", "mixed_rank")
             found = {key: saved[key] for key in wanted if key in saved.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise EvalError(f"{path}: cannot be read as a result file ({error})") from None
@@ -98,8 +103,8 @@ def _check_values(path, scores, label):
         raise EvalError(f"{path}: label must hold 1 or true (same person, mated) and 0 or false; save it so")
 
 
-def _check_search(path, found, scores):
-    """The names of the galleries of a 1:N result, once `rank` and `galleries` fit its scores [K, G, Q]."""
+def _check_search(path, found, scores, protocol):
+    """The names of the galleries of a 1:N result, once ranks and `galleries` fit its scores [K, G, Q]."""
     for key in ("rank", "galleries"):
         if key not in found:
             raise EvalError(
@@ -112,6 +117,17 @@ def _check_search(path, found, scores):
             f"{path}: scores {scores.shape}, rank {rank.shape} ({rank.dtype}) and {len(galleries)} galleries do not "
             "fit together; rank holds an integer for each score"
         )
+    mixed_rank = found.get("mixed_rank")
+    if mixed_rank is None and protocol == "published":
+        raise EvalError(
+            f"{path}: has no array 'mixed_rank', from which the published row \"mixed\" comes; write it anew with "
+            "ijbc_eval.py -N -R"
+        )
+    if mixed_rank is not None and (mixed_rank.shape != scores[:, 0].shape or mixed_rank.dtype.kind not in "iu"):
+        raise EvalError(
+            f"{path}: scores {scores.shape} and mixed_rank {mixed_rank.shape} ({mixed_rank.dtype}) do not fit "
+            "together; mixed_rank holds an integer for each run and probe"
+        )
     return [str(name) for name in galleries]
 
 
@@ -121,25 +137,36 @@ def percent(value):
 
 def tables(result):
     """The tables of a result, as text: figures in %, but for the AUC."""
+    exact = result["protocol"] == "exact"
+    read = "" if exact else ", published"
     if result["task"] == "11":
-        table = PrettyTable(["1:1 TPR % at FPR", *(f"{fpr:g}" for fpr in result["fprs"]), "AUC"])
+        table = PrettyTable([f"1:1 TPR % at FPR{read}", *(f"{fpr:g}" for fpr in result["fprs"]), "AUC"])
         for name, tprs, auc in zip(result["names"], result["tprs"], result["auc"]):
             table.add_row([name, *map(percent, tprs), f"{auc:.6f}"])
-        if result["fpr_point"] != "exact":
+        if not exact:
             return table.get_string()  # the nearest point may lie above the FPR, whatever the list resolves
         impostors = np.count_nonzero(~result["label"])
         return table.get_string() + _resolution("FPR", result["fprs"], impostors, "impostor pairs")
-    columns = ["1:N %", "gallery", *(f"top-{k}" for k in result["tops"]), *(f"TPIR at {f:g}" for f in result["fpirs"])]
-    table = PrettyTable(columns)
+    columns = [*(f"top-{k}" for k in result["tops"]), *(f"TPIR at {fpir:g}" for fpir in result["fpirs"])]
+    table = PrettyTable([f"1:N %{read}", "gallery", *columns])
     for name, tops, tpirs in zip(result["names"], result["top_rates"], result["tpirs"]):
-        for gallery, top, tpir in zip([*result["galleries"], "mean"], tops, tpirs):
+        for gallery, top, tpir in zip([*result["galleries"], "mean", *([] if exact else ["mixed"])], tops, tpirs):
             table.add_row([name, gallery, *map(percent, top), *map(percent, tpir)])
     others = int(np.min(np.count_nonzero(~result["label"], axis=1)))
-    return table.get_string() + _resolution("FPIR", result["fpirs"], others, "non-mated probes")
+    text = table.get_string() + _resolution("FPIR", result["fpirs"], others, "non-mated probes", 1 if exact else 2)
+    nowhere = int(np.count_nonzero(~result["label"].any(axis=0)))
+    return text if exact or not nowhere else f"{text}\n{in_no_gallery(nowhere)}"
 
 
-def _resolution(rate, points, count, what):
-    """A line under the table where the list is too short for the finest points: they then allow no error at all."""
-    if count and min(points) * count < 1:
-        return f"\n{count} {what}: below {rate} {1 / count:.1g} no error is allowed, so those columns are equal"
+def in_no_gallery(count):
+    return f"{count} probes are of people in no gallery: a miss each in the top-k that is over all probes"
+
+
+def _resolution(rate, points, count, what, first=1):
+    """A line under the table where the list is too short for the finest points: they then allow no error at all.
+
+    first: the number of errors at which `rate` allows one; the published TPIR allows one fewer than the rate says.
+    """
+    if count and min(points) * count < first:
+        return f"\n{count} {what}: below {rate} {first / count:.1g} no error is allowed, so those columns are equal"
     return ""

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+PROTOCOLS = ("exact", "published")  # how figures are read, 1:1 here and 1:N in identification.py
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _BLOCK = 1 << 28  # entries of a score matrix held at once: 1 GiB
 _DENSE_COST = 32  # a product computes an entry about this much faster than a pair is gathered and multiplied
@@ -84,12 +85,14 @@ class Roc:
         not_above = np.searchsorted(self.impostor, self.genuine, "right").sum(dtype=np.int64)
         return float((int(below) + int(not_above)) / (2 * len(self.genuine) * len(self.impostor)))
 
-    def tpr_at(self, fpr):
-        """The largest TPR whose FPR does not exceed `fpr` (0 … 1).
+    def tpr_at(self, fpr, protocol="exact"):
+        """The largest TPR whose FPR does not exceed `fpr` (0 … 1), or as published: `nearest_tpr`.
 
-        k = the most impostors that may pass; the threshold is the (k+1)-th largest impostor score: above it are at most
-        k impostors, and any lower threshold lets that one, with all that tie with it, pass.
+        Exact, with k the most impostors that may pass, the threshold is the (k+1)-th largest impostor score: above it
+        are at most k impostors, and any lower threshold lets that one, with all that tie with it, pass.
         """
+        if protocol == "published":
+            return self.nearest_tpr(fpr)
         return float(np.mean(self.genuine > self.threshold_at(fpr)))
 
     def threshold_at(self, fpr):
@@ -130,8 +133,7 @@ def most_allowed(rate, total):
     return allowed
 
 
-def summary(scores, label, fprs=FPRS, point="exact"):
-    """`(TPR at each FPR float64 [len(fprs)], AUC)`; `point` is "exact" (see Roc.tpr_at) or "nearest"."""
+def summary(scores, label, fprs=FPRS, protocol="exact"):
+    """`(TPR at each FPR float64 [len(fprs)], AUC)`."""
     roc = Roc(scores, label)
-    read = roc.nearest_tpr if point == "nearest" else roc.tpr_at
-    return np.array([read(fpr) for fpr in fprs]), roc.auc
+    return np.array([roc.tpr_at(fpr, protocol) for fpr in fprs]), roc.auc

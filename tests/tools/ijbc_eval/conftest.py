@@ -207,6 +207,40 @@ class Plain:
             tpirs.append(best)
         return [float(np.mean(np.array(ranks) <= k)) for k in tops], tpirs
 
+    @staticmethod
+    def published(galleries, probes, gallery_features, probe_features, tops, fpirs):
+        """1:N as the scripts in circulation read it, rows of figures in fractions: each gallery, both, both stacked.
+
+        `galleries` and `probes` as in `search`. Top-k of a gallery is over its mated probes, else over all probes.
+        """
+        def hits(gallery, k):
+            found = 0
+            for template, subject in probes:
+                row = sorted(gallery, key=lambda entry: -float(probe_features[template] @ gallery_features[entry[0]]))
+                found += subject in [s for _, s in row[:k]]
+            return found
+
+        rows = []
+        for gallery in galleries:
+            enrolled = {subject for _, subject in gallery}
+            maxima, own = [], []
+            for template, subject in probes:
+                scores = {s: float(probe_features[template] @ gallery_features[g]) for g, s in gallery}
+                best = max(scores.values())
+                if subject in enrolled:
+                    own.append((scores[subject], scores[subject] == best))
+                else:
+                    maxima.append(best)
+            maxima.sort(reverse=True)
+            thresholds = [maxima[max(int(len(maxima) * fpir) - 1, 0)] for fpir in fpirs]
+            tpirs = [sum(first and score > least for score, first in own) / len(own) for least in thresholds]
+            rows.append(([hits(gallery, k) / len(own) for k in tops], tpirs))
+        together = [sum(hits(gallery, k) for gallery in galleries) / len(probes) for k in tops]
+        mean = [sum(column) / len(galleries) for column in zip(*(tpirs for _, tpirs in rows))]
+        stacked = [entry for gallery in galleries for entry in gallery]
+        mixed = [hits(stacked, k) / len(probes) for k in tops]
+        return [*rows, (together, mean), (mixed, [np.nan] * len(fpirs))]
+
 
 @pytest.fixture(scope="session")
 def plain_class():

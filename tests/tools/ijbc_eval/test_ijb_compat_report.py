@@ -5,6 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from sklearn.metrics import roc_curve
 
 from tools.ijbc_eval import compat_report, compat_text, plots
 from tools.ijbc_eval.identification import TOP
@@ -13,15 +14,25 @@ FPR, FPIR = 0.1, 0.3
 
 
 @pytest.fixture(scope="module")
-def report_dir(tmp_path_factory, shared_set, shared_models, shared_cache):
-    out = tmp_path_factory.mktemp("report")
+def make_report(tmp_path_factory, shared_set, shared_models, shared_cache):
     old, new, independent = (shared_models[name] for name in ("old_model", "new_model", "independent_model"))
-    compat_report.main([
-        "--old", str(old), "--new", f"First={new}", "--new", f"Same={old}:tiny",     # networks told, and given
-        "--independent", f"Free={independent}", "--new_net", "tiny", "-d", str(shared_set.data_dir), "--workers", "0",
-        "--cache-dir", str(shared_cache), "--fpr", str(FPR), "--fpir", str(FPIR), "--out", str(out),
-    ])
-    return out
+
+    def make(*options):
+        out = tmp_path_factory.mktemp("report")
+        compat_report.main([
+            "--old", str(old), "--new", f"First={new}", "--new", f"Same={old}:tiny",     # networks told, and given
+            "--independent", f"Free={independent}", "--new_net", "tiny", "-d", str(shared_set.data_dir),
+            "--workers", "0", "--cache-dir", str(shared_cache), "--fpr", str(FPR), "--fpir", str(FPIR),
+            "--out", str(out), *options,
+        ])
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def report_dir(make_report):
+    return make_report()
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +66,35 @@ def test_self_and_cross_tests(report, plain_class, shared_set, shared_plain):
     check(report["independent"]["self"], plain_figures(plain_class, shared_set, free, free))
     check(report["independent"]["cross"], plain_figures(plain_class, shared_set, old, free))
     assert same["self"] == same["cross"] == report["old"]["self"]
+
+
+def test_published_protocol(make_report, report, plain_class, shared_set, shared_plain, capsys):
+    out = make_report("--protocol", "published")
+    shown, text = capsys.readouterr().out, (out / "report.md").read_text()
+    published = json.loads((out / "report.json").read_text())
+    old, new = shared_plain["old_model"].templates(), shared_plain["new_model"].templates()
+    label = np.array([label for *_, label in shared_set.pairs])
+    cases = (("old", "self", old, old), ("new", "cross", old, new), ("new", "self", new, new))
+    for role, test, enrolled, asked in cases:
+        found = (published["old"] if role == "old" else published["new"][0])[test]
+        fprs, tprs, _ = roc_curve(label, plain_class.pair_scores(shared_set, enrolled, asked).astype(np.float32))
+        *_, (tops, tpirs), (mixed, _) = plain_class.published(
+            list(shared_set.galleries.values()), shared_set.probes, enrolled, asked, TOP, [FPIR]
+        )
+        expected = {"tpr": tprs[::-1][np.argmin(np.abs(fprs[::-1] - FPR))], "tpir": tpirs[0]}
+        expected |= {"top1": tops[0], "top5": tops[1], "mixed_top1": mixed[0], "mixed_top5": mixed[1]}
+        check(found, expected)
+        for place in (shown, text):
+            assert all(f"{100 * found[key]:.2f}" in place for key in ("tpr", "tpir", "top1", "mixed_top1"))
+    [first, _] = published["new"]
+    for key in ("tpir", "top1"):
+        assert (first["backfill"][key][0], first["backfill"][key][-1]) == (first["cross"][key], first["self"][key])
+    exact = report["new"][0]
+    assert any(first["cross"][key] != exact["cross"][key] for key in ("tpr", "tpir", "top1"))
+    assert "mixed_top1" not in exact["cross"] and "mixed" not in compat_text.terminal(report)
+    assert (report["data"]["protocol"], published["data"]["protocol"]) == ("exact", "published")
+    for place in (shown, text):
+        assert "mixed top-1 %" in place and "--protocol published" in place
 
 
 def test_criterion_is_strict_and_gain_is_relative(report):
@@ -165,6 +205,9 @@ def test_caveats(report):
     lines = compat_text.caveats({**report, "data": data, "bad_images": ["3.jpg"]})
     assert len(lines) == 3
     assert compat_text.caveats(report) == []
+    [read, nowhere, fpr, *_] = compat_text.caveats({**report, "data": {**data, "protocol": "published"}})
+    assert "not exactly" in read and nowhere.startswith("9 probes are of people in no gallery")
+    assert "no error" in lines[0] and "no error" not in fpr
 
 
 def test_undefined_figures_become_null_and_can_be_drawn(report, tmp_path):

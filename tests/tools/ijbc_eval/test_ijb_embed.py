@@ -63,6 +63,18 @@ def test_the_key_is_content_not_place(small, tmp_path, count_loads):
     assert len(count_loads) == 1
 
 
+def test_the_key_contains_every_digit_of_the_input_scale(small, tmp_path, count_loads):
+    made, model = small
+    scales = 128.0, 127.5, 127.5000001
+    found = [open_store(made, tmp_path / "cache", input_scale=scale).get(model).embs for scale in scales]
+    assert len(count_loads) == 3
+    assert not np.allclose(found[0], found[1], atol=1e-6)
+    for scale, expected in zip(scales, found):
+        np.testing.assert_array_equal(open_store(made, tmp_path / "cache", input_scale=scale).get(model).embs, expected)
+    open_store(made, tmp_path / "cache").get(model)
+    assert len(count_loads) == 3  # 128 is the default
+
+
 def test_fresh_computes_again(small, tmp_path, count_loads):
     made, model = small
     open_store(made, tmp_path / "cache").get(model)

@@ -155,16 +155,81 @@ def test_embeddings_and_labels_are_saved(run, cross, shared_set, shared_plain):
     assert "embs" not in found
 
 
-def test_nearest_point(run, capsys):
-    exact = run()
+PUBLISHED = ["--protocol", "published"]
+
+
+def shown_rows(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+
+
+def test_published_protocol(run, capsys):
+    exact = run("-B")
     assert "no error is allowed, so those columns are equal" in capsys.readouterr().out
-    nearest = run("--fpr-point", "nearest")
-    assert "columns are equal" not in capsys.readouterr().out  # they need not be
-    np.testing.assert_array_equal(exact["scores"], nearest["scores"])
-    fprs, tprs, _ = roc_curve(nearest["label"], nearest["scores"][0])
-    expected = [tprs[::-1][np.argmin(np.abs(fprs[::-1] - fpr))] for fpr in FPRS]
-    assert nearest["tprs"][0].tolist() == pytest.approx(expected)
-    assert str(nearest["fpr_point"]) == "nearest" and str(exact["fpr_point"]) == "exact"
+    published = run("-B", *PUBLISHED)
+    shown = capsys.readouterr().out
+    assert "columns are equal" not in shown and "1:1 TPR % at FPR, published" in shown
+    np.testing.assert_array_equal(exact["scores"], published["scores"])
+    for scores, found in zip(published["scores"], published["tprs"]):
+        fprs, tprs, _ = roc_curve(published["label"], scores)
+        assert found.tolist() == pytest.approx([tprs[::-1][np.argmin(np.abs(fprs[::-1] - fpr))] for fpr in FPRS])
+    assert exact["tprs"].tolist() != published["tprs"].tolist()
+    assert str(published["protocol"]) == "published" and str(exact["protocol"]) == "exact"
+
+
+def test_published_protocol_one_to_n(run, cross, plain_class, shared_set, shared_plain, capsys):
+    old, new = shared_plain["old_model"].templates(), shared_plain["new_model"].templates()
+    exact = run(*cross, "-N")
+    assert "mixed" not in capsys.readouterr().out
+    published = run(*cross, "-N", *PUBLISHED)
+    expected = plain_class.published(list(shared_set.galleries.values()), shared_set.probes, old, new, TOP, FPIRS)
+    np.testing.assert_allclose(published["top_rates"][0], [top for top, _ in expected])
+    np.testing.assert_allclose(published["tpirs"][0], [tpir for _, tpir in expected])
+    for key in ("scores", "rank", "mixed_rank", "label"):
+        np.testing.assert_array_equal(exact[key], published[key])
+    assert exact["top_rates"].shape == (1, 3, 3) and published["top_rates"].shape == (1, 4, 3)
+    assert exact["tpirs"][0, 2].tolist() != published["tpirs"][0, 2].tolist()
+    shown = capsys.readouterr().out
+    nowhere = sum((subject - 100) % 3 == 2 for _, subject in shared_set.probes)
+    assert f"{nowhere} probes are of people in no gallery" in shown
+    [*_, mixed] = [line for line in shown.splitlines() if line.startswith("|")]
+    assert "below FPIR 0.1 no error" in shown  # 18 non-mated probes: two of them at FPIR 2 / 18
+    cells = [cell.strip() for cell in mixed.strip("|").split("|")]
+    assert cells[1:] == ["mixed", *(f"{100 * top:.2f}" for top in expected[3][0]), *["–"] * 5]
+
+
+@pytest.mark.parametrize("saved_as", ["exact", "published"])
+def test_saved_results_hold_what_either_protocol_needs(run, cross, capsys, saved_as):
+    tables = {}  # of both tests; each test's differ between the protocols
+    for protocol in ("exact", "published"):
+        end = ["--protocol", protocol]
+        run("-B", "-R", f"{protocol}_11.npz", *end, result=f"{protocol}_11.npz")
+        tables[protocol] = [shown_rows(capsys)]
+        run(*cross, "-N", "-B", "-R", f"{protocol}_1n.npz", *end, result=f"{protocol}_1n.npz")
+        tables[protocol].append(shown_rows(capsys))
+    assert all(one[1:] != other[1:] for one, other in zip(*tables.values()))  # figures, not only headers
+    for protocol, expected in tables.items():
+        ijbc_eval.main(["-P", f"{saved_as}_11.npz", f"{saved_as}_1n.npz", "--protocol", protocol])
+        assert shown_rows(capsys) == sum(expected, [])
+
+
+def test_input_scale(run, shared_models):
+    default, scaled = (
+        run("-E", "-R", f"{name}.npz", *options, result=f"{name}.npz")
+        for name, options in (("a", []), ("b", ["--input-scale", "127.5"]))
+    )
+    assert (default["input_scale"], scaled["input_scale"]) == (128, 127.5)
+    assert not np.array_equal(default["embs"], scaled["embs"])
+
+
+def test_help_says_what_the_options_are(capsys):
+    for module in (ijbc_eval, compat_report):
+        with pytest.raises(SystemExit) as done:
+            module.parse_arguments(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert done.value.code == 0
+        assert "--protocol {exact,published}" in text and "ROC point with the nearest FPR" in text
+        assert "models see (pixel - 127.5) / S (default 128" in text
+        assert "fpr-point" not in text
 
 
 def test_saved_results_are_tabulated_without_a_model(run, cross, capsys, monkeypatch):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.ijbc_eval.identification import FPIRS, TOP, Search, search, summary
+from tools.ijbc_eval.identification import FPIRS, TOP, Search, mean_top, pooled_top, search, summary
 from tools.ijbc_eval.templates import l2_normalise
 
 
@@ -90,3 +90,49 @@ def test_the_last_row_is_the_mean_of_the_galleries():
 def test_without_non_mated_probes_tpir_is_not_defined():
     found = search(np.eye(2, dtype=np.float32), np.array([0, 1]), np.eye(2, dtype=np.float32), np.array([0, 1]))
     assert np.isnan(found.tpir_at(0.1)) and found.top(1) == 1.0
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), first=st.integers(1, 12), second=st.integers(1, 12), probes=st.integers(4, 40))
+def test_published_reads_like_the_scripts_in_circulation(plain_class, seed, first, second, probes):
+    rng = np.random.default_rng(seed)
+    subject = np.arange(first + second)
+    asked = np.concatenate([[0, first], rng.integers(0, first + second + 3, probes - 2)])  # some are in no gallery
+    gallery, probe = random_features(rng, len(subject)), random_features(rng, probes)
+    halves = slice(0, first), slice(first, None)
+    found = [search(gallery[half], subject[half], probe, asked) for half in halves]
+    mixed = search(gallery, subject, probe, asked).rank
+    tops, tpirs = summary(found, mixed, "published")
+    listed = [list(zip(subject[half].tolist(), subject[half].tolist())) for half in halves]
+    expected = plain_class.published(listed, list(enumerate(asked.tolist())), gallery.astype(np.float64),
+                                     probe.astype(np.float64), TOP, FPIRS)
+    np.testing.assert_allclose(tops, [top for top, _ in expected])
+    np.testing.assert_allclose(tpirs, [tpir for _, tpir in expected])
+
+
+def test_the_published_threshold_lets_one_fewer_through():
+    score = np.array([0.8, 0.6, 0.4, 0.2, 0.9, 0.7, 0.5, 0.3], np.float32)
+    found = Search(np.arange(8) < 4, np.array([1, 1, 1, 1, 0, 0, 0, 0]), score)
+    exact, published = ([found.tpir_at(fpir, how) for fpir in (0.2, 0.25, 0.5, 1.0)] for how in ("exact", "published"))
+    assert exact == [0.0, 0.25, 0.5, 1.0]
+    assert published == [0.0, 0.0, 0.25, 0.75]
+    assert found.threshold_at(0.5, "published") == np.float32(0.7)
+
+
+def test_the_published_place_is_that_of_a_float_product():
+    """0.29 · 100 is 28.999999999999996: the scripts take place 27, not 28."""
+    found = Search(np.arange(101) > 99, np.array([0] * 100 + [1]), np.arange(101, dtype=np.float32))
+    assert found.threshold_at(0.29, "published") == 99 - 27
+    assert found.threshold_at(0.29) == 99 - 29
+
+
+def test_published_top_k_weighs_every_probe_alike():
+    mated = np.array([[True, False, False, False, False], [False, True, True, True, False]])
+    ranks = np.array([[1, 0, 0, 0, 0], [0, 2, 1, 3, 0]])
+    runs = [Search(*one, np.zeros(5, np.float32)) for one in zip(mated, ranks)]
+    assert mean_top(runs, 1) == pytest.approx((1 + 1 / 3) / 2)
+    assert mean_top(runs, 1, "published") == 2 / 5
+    assert pooled_top([2, 2, 1, 4, 0], 1) == 1 / 5 and pooled_top([2, 2, 1, 4, 0], 5) == 4 / 5
+    tops, tpirs = summary(runs, np.array([2, 2, 1, 4, 0]), "published")
+    assert tops.shape == (4, 3) and tpirs.shape == (4, 5)
+    assert tops[2:, 0].tolist() == [2 / 5, 1 / 5] and np.isnan(tpirs[3]).all()

@@ -55,6 +55,18 @@ def test_the_network_of_a_state_dict_is_told_from_its_keys(shared_models, tmp_pa
         ModelFile(str(tmp_path / "absent.pt")).told_network
 
 
+@pytest.mark.parametrize("scale", [127.5, 255.0])
+def test_input_scale(shared_models, shared_plain, fake_onnx, scale):
+    images = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3)).astype(np.uint8)
+    scaled = ((images.astype(np.float64) - 127.5) / scale).transpose(0, 3, 1, 2)
+    found = load_model(ModelFile(str(shared_models["new_model"]), "tiny"), "cpu", scale)(torch.from_numpy(images))
+    with torch.no_grad():
+        expected = shared_plain["new_model"].model(torch.from_numpy(scaled).float())
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    found = load_model(ModelFile(fake_onnx), "cpu", scale)(torch.from_numpy(images))
+    np.testing.assert_allclose(found, scaled.mean(axis=(2, 3)), atol=1e-5)
+
+
 def test_absent_onnxruntime_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.onnx").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -48,6 +48,13 @@ def test_numbers_out_of_range(capsys, options):
     assert compat_report.parse_arguments(["--old", "o", "--new", "n", "-d", "d", "-b", "1", "--workers", "0"])
 
 
+@pytest.mark.parametrize("scale", ["0", "-128", "nan", "inf", "x"])
+def test_an_input_scale_that_is_none(capsys, scale):
+    with pytest.raises(SystemExit):
+        ijbc_eval.parse_arguments(["-m", "n.pt", "-d", "data", "--input-scale", scale])
+    assert f"--input-scale: must be a number above 0, not {scale}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("end", "options"), [
     ("template_pair_label.txt", []), ("1N_probe_mixed.csv", ["-N"]), ("1N_gallery_G2.csv", ["-N"]),
 ])
@@ -117,6 +124,7 @@ SEARCH = {"scores": CUBE, "label": np.stack([LABEL, LABEL]), "rank": CUBE.astype
     ({**SEARCH, "galleries": ["G1"]}, "1 galleries do not fit"), ({**SEARCH, "rank": LABEL}, r"rank \(4,\)"),
     ({**SEARCH, "rank": CUBE}, r"\(float32\)"), ({**SEARCH, "scores": CUBE * np.nan}, "hold NaN"),
     ({**SEARCH, "label": LABEL}, "do not fit together"),
+    ({**SEARCH, "mixed_rank": LABEL}, r"mixed_rank \(4,\)"), ({**SEARCH, "mixed_rank": SCORES}, r"\(float32\)"),
 ])
 def test_arrays_that_are_no_result(changed, pattern):
     arrays = {"scores": SCORES, "label": LABEL, "names": ["x"], **changed}
@@ -131,3 +139,8 @@ def test_arrays_that_are_a_result(capsys):
     np.savez("b.npz", **SEARCH, names=["x"])
     ijbc_eval.main(["-P", "a.npz", "b.npz"])
     assert "0.750000" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"b\.npz: has no array 'mixed_rank', .* write it anew with"):
+        ijbc_eval.main(["-P", "b.npz", "--protocol", "published"])
+    np.savez("c.npz", **SEARCH, names=["x"], mixed_rank=LABEL[None])
+    ijbc_eval.main(["-P", "c.npz", "--protocol", "published"])
+    assert "mixed" in capsys.readouterr().out
