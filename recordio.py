@@ -19,6 +19,8 @@ from collections import namedtuple
 
 import numpy as np
 
+from core.errors import UserError
+
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _FRAME = struct.Struct("<II")
@@ -31,7 +33,7 @@ IRHeader = namedtuple("IRHeader", ["flag", "label", "id", "id2"])
 IRHeader.__doc__ = """Header of an image record: `label` is a float, or a float32 array [flag] where flag > 0."""
 
 
-class RecordError(ValueError):
+class RecordError(UserError, ValueError):
     """A record file or its index is not what it should be; the message names file, key and offset."""
 
 

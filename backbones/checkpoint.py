@@ -14,7 +14,7 @@ import zipfile
 
 import torch
 
-from engine.errors import UserError
+from core.errors import UserError
 
 # Entries that hold the state dict, the most telling first; nested ones too, with epoch, optimizer, … beside them.
 CONTAINERS = ("state_dict_backbone", "backbone", "state_dict", "model")

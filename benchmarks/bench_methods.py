@@ -28,8 +28,8 @@ import torch
 
 from BCT_methods.AdvBCT.boundary import class_boundaries
 from benchmarks.common import machine, old_feature_paths, seconds, write_old_features
-from engine import distributed
-from engine.config import REPO, load_config
+from core import distributed
+from core.config import REPO, load_config
 from engine.trainer import Trainer
 
 # % of a plain step

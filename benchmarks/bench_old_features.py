@@ -27,7 +27,7 @@ import torch
 
 from BCT_methods.L2.train import L2
 from benchmarks.common import machine, old_feature_paths, synchronize, write_old_features
-from engine.config import REPO, load_config
+from core.config import REPO, load_config
 from engine.extract import to_device
 
 LIMIT = 1   # % of a step, for rows read ahead

@@ -53,9 +53,9 @@ from benchmarks.common import draw_record_set, forget_peak, machine, old_feature
 from benchmarks.flops import MeasuredPeak, StatedPeak, classifier_flops, training_flops
 from benchmarks.rounds import Rounds, steps_needed
 from dataset import open_train_set
-from engine import distributed
-from engine.config import REPO, ConfigError, load_config
-from engine.errors import report_errors
+from core import distributed
+from core.config import REPO, ConfigError, load_config
+from core.errors import report_errors
 from engine.trainer import Trainer
 from losses import PartialFC
 

@@ -10,8 +10,8 @@ import time
 import torch
 
 from benchmarks.common import memory_held, private_memory, seconds, synchronize
-from engine import distributed
-from engine.amp import make_scaler
+from core import distributed
+from engine.build import make_scaler
 from engine.build import make_optimizer, replicate, scales_loss
 
 

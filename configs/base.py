@@ -1,6 +1,6 @@
 """Every key that a run understands, with its default. A run's own file states only what differs.
 
-How the layers add up is told in engine/config.py. Paths are relative to `workspace`, which is the repo root unless
+How the layers add up is told in core/config.py. Paths are relative to `workspace`, which is the repo root unless
 it is set. Any key can be overridden on the command line: `--lr 0.02 --num_epoch 20`.
 """
 

@@ -19,7 +19,7 @@ import re
 
 import numpy as np
 
-from engine.errors import UserError
+from core.errors import UserError
 
 _DEPTH = 8  # of marks inside each other; the picklers need 3
 _LISTS = 2

@@ -21,7 +21,7 @@ import time
 
 import torch
 
-from engine.atomic import (
+from core.files import (
     CheckpointError,
     check_whole,
     load,
@@ -30,7 +30,7 @@ from engine.atomic import (
     sync_directory,
     write_atomically,
 )
-from engine.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
+from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
 from engine.monitor import log
 
 try:

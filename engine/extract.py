@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.distributed import barrier, is_main, rank, rows_of_rank, world_size
+from core.distributed import barrier, is_main, rank, rows_of_rank, world_size
 from engine.loader import ExtractLoader
 from old_model.feature_set import FeatureError
 

@@ -13,12 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import IMAGE_SHAPE, to_input
-from engine.distributed import to_device
-from engine.errors import UserError
+from core.distributed import to_device
+from core.errors import UserError
 from engine.workers import FileSize, WorkerError, Workers, start_worker
 from recordio import RecordError
-
-USER_ERRORS = (UserError, RecordError)
 
 
 class Batch(NamedTuple):
@@ -81,7 +79,7 @@ class _Batches(Dataset):
             old_rows = self.old_rows[place, : len(rows)].numpy()
             credible = self.old.read(rows, labels, old_rows) if self.old else None
             return place, labels, rows, mirrored, credible
-        except USER_ERRORS as error:
+        except UserError as error:
             return error  # raised in a worker, its message would be lost in that process's traceback
 
     def _decode(self, rows, images):
@@ -180,7 +178,7 @@ class _Loader:
     def _filled(self):
         try:
             for batch in self._received():
-                if isinstance(batch, USER_ERRORS):
+                if isinstance(batch, UserError):
                     raise batch
                 yield batch
         except Exception as error:

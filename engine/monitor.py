@@ -11,8 +11,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from engine.distributed import is_main
-from engine.errors import UserError
+from core.distributed import is_main
+from core.errors import UserError
 
 RECENT = 100        # batches whose terms are kept, to be looked at when one is no number
 SKIPS_TO_WARN = 10  # steps skipped in a row; fewer belong to a loss scale that is still looking for its level

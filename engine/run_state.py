@@ -12,7 +12,7 @@ import torch
 
 from engine.build import unwrap
 from engine.checkpoint import CheckpointError
-from engine.distributed import all_reduce_
+from core.distributed import all_reduce_
 from engine.monitor import log
 from engine.schedule import set_step
 from losses.classifier import sharded_tensors

@@ -9,7 +9,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-from engine.distributed import world_size
+from core.distributed import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)      # Slurm sends SIGTERM at the end of the time, SIGUSR1 on request before
 

@@ -10,7 +10,7 @@
     if __name__ == "__main__":
         MyMethod.main()
 
-Every term is a scalar of the global batch, the same on all ranks (engine/distributed.py has the collectives).
+Every term is a scalar of the global batch, the same on all ranks (core/distributed.py has the collectives).
 Gradients are summed over the ranks; shards over the classes are each rank's own (losses/classifier.py).
 """
 
@@ -25,11 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 import backbones
 from dataset import open_train_set
-from engine import checkpoint, distributed
-from engine.amp import make_scaler
+from core import distributed
+from engine import checkpoint
+from engine.build import make_scaler
 from engine.build import make_optimizer, margin_loss, replicate, scales_loss, set_precision, unwrap
-from engine.config import ConfigError, load_config
-from engine.errors import report_errors
+from core.config import ConfigError, load_config
+from core.errors import report_errors
 from engine.loader import OldRows, TrainLoader
 from engine.monitor import Monitor, NonFiniteLoss, init_logging, log
 from engine.post_mortem import explain

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import KFold
 
-from engine import distributed
+from core import distributed
 from engine.bin_files import VerificationError, read_bin
 from dataset import IMAGE_SHAPE, decode_bgr, image_size
 

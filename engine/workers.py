@@ -9,7 +9,7 @@ import threading
 
 import cv2
 
-from engine.errors import UserError
+from core.errors import UserError
 from recordio import RecordError
 
 

@@ -3,14 +3,14 @@
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import global_mean
+from core.distributed import global_mean
 
 
 class Classifier(nn.Module):
     """Base of what turns embeddings and labels into the classification loss; `Trainer.build_classifier` returns one.
 
     A method calls `forward` in its `losses`; like every term, what it returns is a scalar of the *global* batch
-    (engine/distributed.py). A subclass without shards and sampling needs no more than that. Its parameters train, and
+    (core/distributed.py). A subclass without shards and sampling needs no more than that. Its parameters train, and
     they and its buffers are in every checkpoint and in softmax_fc_gpu_{rank}.pt, but not in model.pt.
     """
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from engine.distributed import gather, gather_with_grad, rank, rows_of_rank, world_size
+from core.distributed import gather, gather_with_grad, rank, rows_of_rank, world_size
 from losses.classifier import Classifier
 from losses.row_optimizer import RowOptimizer
 

@@ -17,9 +17,9 @@ import shlex
 
 import numpy as np
 
-from engine.atomic import atomic_write
-from engine.config import REPO
-from engine.errors import UserError
+from core.files import atomic_write
+from core.config import REPO
+from core.errors import UserError
 
 # Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data that the old one
 # never saw; EX (extended): on everything.

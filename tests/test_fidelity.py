@@ -4,7 +4,7 @@ import ast
 import pathlib
 import re
 
-from engine.config import load_config
+from core.config import load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PAGE = REPO / "docs/fidelity.md"

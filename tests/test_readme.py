@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import load_config
+from core.config import load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 OVERRIDES = "--network tiny --num_epoch 1 --batch_size 16 --num_workers 1"
@@ -40,7 +40,7 @@ def tree(tmp_path_factory):
     """A copy of what the flow needs, with demo data in the places that the README names."""
     root = tmp_path_factory.mktemp("readme") / "repo"
     ignore = shutil.ignore_patterns("__pycache__", "work_dirs", "feature_save", "IJB_result")
-    for name in ("BCT_methods", "backbones", "configs", "engine", "losses", "tools"):
+    for name in ("BCT_methods", "backbones", "configs", "core", "engine", "losses", "old_model", "tools"):
         shutil.copytree(REPO / name, root / name, ignore=ignore)
     for path in REPO.glob("*.py"):
         shutil.copy(path, root)

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from engine.config import load_config
+from core.config import load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-FOLDERS = ("BCT_methods", "backbones", "engine", "losses", "tools")
+FOLDERS = ("BCT_methods", "backbones", "core", "engine", "losses", "old_model", "tools")
 
 
 def section():

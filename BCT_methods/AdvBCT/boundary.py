@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.atomic import atomic_write
+from core.files import atomic_write
 from old_model.by_class import squared_distances_to_means, unit_class_means
-from engine.distributed import barrier, is_main, sum_over_ranks
+from core.distributed import barrier, is_main, sum_over_ranks
 from old_model.feature_set import FeatureError
 
 WHISKER = 1.5       # outliers lie this many interquartile ranges outside the quartiles

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import gather_with_grad, global_mean, rank
+from core.distributed import gather_with_grad, global_mean, rank
 
 HIDDEN = 100
 NEW, OLD = 0, 1     # the adversary's two labels

@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from BCT_methods.AdvBCT.boundary import ElasticBoundary, default_path, load_boundaries, point_to_set_loss
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength
-from engine.config import require
+from core.config import require
 from engine.trainer import Trainer
 
 

@@ -11,8 +11,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes
-from engine.config import require
-from engine.distributed import global_mean
+from core.config import require
+from core.distributed import global_mean
 from engine.trainer import Trainer
 
 

@@ -10,8 +10,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from BCT_methods.L2.loss import feature_l2_loss
-from engine.config import require
-from engine.distributed import global_mean
+from core.config import require
+from core.distributed import global_mean
 from engine.trainer import Trainer
 
 

@@ -6,7 +6,7 @@ Yu Liang et al., "MixBCT: Towards Self-Adapting Backward-Compatible Training", a
 import torch
 import torch.nn.functional as F
 
-from engine.distributed import to_device
+from core.distributed import to_device
 
 
 def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=None):

@@ -10,7 +10,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from BCT_methods.MixBCT.mix import mix_old_features
-from engine.config import require
+from core.config import require
 from engine.trainer import Trainer
 
 

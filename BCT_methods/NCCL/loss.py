@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import gather, rank, rows_of_rank, sum_over_ranks, world_size
+from core.distributed import gather, rank, rows_of_rank, sum_over_ranks, world_size
 
 HALF_BLOCK = 4096   # classes whose half precision products are added up in one number; the blocks are added in float32
 

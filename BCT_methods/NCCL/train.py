@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
-from engine.config import require
-from engine.distributed import gather, gather_with_grad, to_device
+from core.config import require
+from core.distributed import gather, gather_with_grad, to_device
 from engine.trainer import Trainer
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from BCT_methods.UniBCT.prototypes import refine_prototypes
-from engine import distributed
-from engine.config import require
+from core import distributed
+from core.config import require
 from engine.extract import extract_features
 from engine.monitor import log
 from old_model.feature_set import FeatureError, again, save_array

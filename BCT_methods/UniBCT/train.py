@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 from BCT_methods.UniBCT.refinement import Refinement, check_config
 from engine.build import unwrap
-from engine.distributed import global_mean
+from core.distributed import global_mean
 from engine.trainer import Trainer
 from losses import old_prototype_loss
 

@@ -18,9 +18,9 @@ from BCT_methods.AdvBCT.boundary import (
 )
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
 from BCT_methods.AdvBCT.train import AdvBCT
-from engine import distributed
+from core import distributed
 from engine.checkpoint import complete_sets
-from engine.config import load_config
+from core.config import load_config
 from old_model import by_class
 from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, launch, write_config, write_old_features

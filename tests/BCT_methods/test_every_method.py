@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from engine.config import ConfigError, load_config
+from core.config import ConfigError, load_config
 from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, WIDTH, launch, without_batch_norm, write_old_features
 

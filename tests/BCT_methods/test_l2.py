@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from BCT_methods.L2.loss import feature_l2_loss
 from BCT_methods.L2.train import L2
 from dataset import RecordDataset
-from engine.config import ConfigError, load_config
+from core.config import ConfigError, load_config
 from old_model.feature_set import FeatureError
 from old_model.old_features import OldFeatures
 from engine.loader import ExtractLoader

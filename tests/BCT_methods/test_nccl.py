@@ -8,9 +8,9 @@ import torch
 from BCT_methods.NCCL import loss as nccl_loss
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
 from BCT_methods.NCCL.train import NCCL
-from engine import distributed
+from core import distributed
 from engine.checkpoint import complete_sets
-from engine.config import ConfigError, load_config
+from core.config import ConfigError, load_config
 from losses import ArcFace, PartialFC
 from tests.BCT_methods.whole_runs import REPO, launch, train, write_config, write_old_features
 from tests.ranks import run_ranks

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import backbones
 from engine.build import unwrap
-from engine.config import load_config
+from core.config import load_config
 from tests.BCT_methods.whole_runs import WIDTH, write_config, write_old_features
 from tests.conftest import draw_record_set
 from tests.ranks import run_ranks

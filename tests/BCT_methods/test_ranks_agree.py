@@ -15,7 +15,7 @@ import torch
 
 from BCT_methods.AdvBCT.boundary import class_boundaries
 from engine.build import unwrap
-from engine.config import load_config
+from core.config import load_config
 from engine.loader import ShuffledRows
 from losses.classifier import sharded_tensors
 from tests.BCT_methods.whole_runs import WIDTH, without_batch_norm, write_config, write_old_features

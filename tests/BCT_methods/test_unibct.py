@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from BCT_methods.UniBCT import prototypes as unibct
 from BCT_methods.UniBCT.prototypes import image_weights, refine_prototypes
 from BCT_methods.UniBCT.train import UniBCT
-from engine.config import ConfigError, load_config
+from core.config import ConfigError, load_config
 from old_model.feature_set import FeatureError
 from engine.trainer import unwrap
 from losses import old_prototype_loss

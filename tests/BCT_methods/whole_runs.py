@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint import complete_sets, read_done
-from engine.config import load_config
+from core.config import load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 WIDTH = 8

@@ -15,7 +15,7 @@ from backbones.common import checkpointed
 from benchmarks import bench_train, rounds
 from benchmarks.common import old_feature_paths, write_old_features
 from benchmarks.flops import MeasuredPeak, StatedPeak, classifier_flops, training_flops
-from engine.config import REPO, ConfigError, load_config
+from core.config import REPO, ConfigError, load_config
 from losses import ArcFace, PartialFC
 from tests.ranks import run_ranks
 

@@ -12,7 +12,7 @@ import torch
 
 from engine import checkpoint
 from engine.checkpoint import DAMAGED, CheckpointError, claim, complete_sets, load_newest, save_set, start_afresh
-from engine.distributed import rank, world_size
+from core.distributed import rank, world_size
 from engine.monitor import log
 from tests.ranks import run_ranks
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from engine import monitor as monitor_module
-from engine.config import load_config
+from core.config import load_config
 from engine.monitor import RECENT, Monitor, NonFiniteLoss, init_logging, log
 from tests.engine.test_trainer import Plain, close_log_files, config, rec  # noqa: F401
 
@@ -46,7 +46,7 @@ def take(monitor, step, index=(0,), **terms):
 
 
 class Scaler:
-    """As engine/amp.py's, on paper."""
+    """As engine/build.py's, on paper."""
 
     skipped = torch.tensor(0)
 

@@ -10,7 +10,7 @@ import torch
 
 from dataset import RecordDataset
 from engine import checkpoint, post_mortem
-from engine.config import load_config
+from core.config import load_config
 from engine.monitor import NonFiniteLoss
 from engine.trainer import Trainer
 from engine.loader import ShuffledRows

@@ -9,8 +9,8 @@ from BCT_methods.AdvBCT.train import AdvBCT
 from BCT_methods.MixBCT.train import MixBCT
 from BCT_methods.NCCL.train import NCCL
 from engine.checkpoint import complete_sets, load, reshard
-from engine.config import load_config
-from engine.distributed import rows_of_rank
+from core.config import load_config
+from core.distributed import rows_of_rank
 from tests.BCT_methods.whole_runs import sets_of, train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.checkpoint import CheckpointError, complete_sets, load
-from engine.config import load_config
+from core.config import load_config
 from engine.schedule import learning_rate_factor
 from tests.BCT_methods.whole_runs import sets_of
 from tests.engine.test_trainer import Plain, WithBatchNorm, assert_same, close_log_files, config, rec, run  # noqa: F401

@@ -2,7 +2,7 @@ import pytest
 import torch
 from easydict import EasyDict
 
-from engine.config import ConfigError, load_config
+from core.config import ConfigError, load_config
 from engine.schedule import learning_rate_factor, make_schedule
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from engine.distributed import rank
+from core.distributed import rank
 from engine.stop import StopRequest, resume_command
 from tests.ranks import run_ranks
 

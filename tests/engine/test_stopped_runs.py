@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import load_config
+from core.config import load_config
 from tests.BCT_methods.whole_runs import sets_of
 from tests.conftest import draw_image
 from tests.engine.test_trainer import Plain, assert_same, close_log_files, config, rec, run  # noqa: F401

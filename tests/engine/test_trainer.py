@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.amp import make_scaler, start_momentum
+from engine.build import make_scaler, start_momentum
 from engine.checkpoint import CheckpointError
-from engine.config import ConfigError, load_config
-from engine.distributed import rank, world_size
+from core.config import ConfigError, load_config
+from core.distributed import rank, world_size
 from engine.trainer import Trainer, margin_loss, unwrap
 from losses import ArcFace, CombinedMarginLoss, CosFace
 from tests.ranks import run_ranks
@@ -174,7 +174,7 @@ def test_wrong_values_stop_before_the_first_step(tmp_path, rec, keys, message):
 
 
 def test_more_ranks_than_classes_stop_before_the_first_step(tmp_path, rec, monkeypatch):
-    monkeypatch.setattr("engine.distributed.init_distributed", lambda: (0, 6, torch.device("cpu")))
+    monkeypatch.setattr("core.distributed.init_distributed", lambda: (0, 6, torch.device("cpu")))
     with pytest.raises(ConfigError, match="the 5 classes of .*set.rec cannot be shared by 6 ranks; start fewer"):
         Plain(load_config(config(tmp_path, rec)))
 

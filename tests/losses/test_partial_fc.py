@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import distributed
+from core import distributed
 from losses import ArcFace, CombinedMarginLoss, CosFace, PartialFC
 from losses.partial_fc import _HalfCosines
 from tests.ranks import run_ranks

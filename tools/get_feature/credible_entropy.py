@@ -32,9 +32,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 import torch
 from tqdm import tqdm
 
-from engine import distributed
+from core import distributed
 from old_model.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
-from engine.errors import report_errors
+from core.errors import report_errors
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.get_feature import extract, make_parser, parse
 

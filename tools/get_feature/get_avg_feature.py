@@ -15,9 +15,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
 
 from dataset import open_train_set
-from engine import distributed
+from core import distributed
 from old_model.by_class import add_by_class, chunks, count_classes
-from engine.errors import report_errors
+from core.errors import report_errors
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.get_feature import extract, make_parser, parse, record_path
 

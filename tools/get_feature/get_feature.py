@@ -23,9 +23,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the rep
 
 import backbones
 from dataset import open_train_set
-from engine import distributed
-from engine.config import REPO, load_config
-from engine.errors import report_errors
+from core import distributed
+from core.config import REPO, load_config
+from core.errors import report_errors
 from old_model.feature_set import FeatureError, FeatureSet
 from engine.extract import extract_features
 

@@ -13,7 +13,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-from engine.errors import report_errors
+from core.errors import report_errors
 from tools.ijbc_eval.files import EvalError, publish
 
 HEADER = [

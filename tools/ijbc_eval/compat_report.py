@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-from engine.errors import report_errors
+from core.errors import report_errors
 from tools.ijbc_eval import compat_text, identification, plots, verification
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError, publish

@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 
-from engine.errors import UserError
+from core.errors import UserError
 
 
 class EvalError(UserError, ValueError):

@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-from engine.config import REPO
-from engine.errors import report_errors
+from core.config import REPO
+from core.errors import report_errors
 from tools.ijbc_eval import plots, results
 from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
 from tools.ijbc_eval.meta import GALLERIES

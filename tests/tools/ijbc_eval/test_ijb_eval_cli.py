@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
-from engine.errors import UserError
+from core.errors import UserError
 from tools.ijbc_eval import compat_report, ijbc_eval
 from tools.ijbc_eval.identification import FPIRS, TOP
 from tools.ijbc_eval.verification import FPRS

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from engine.errors import UserError
+from core.errors import UserError
 from tools.ijbc_eval import compat_report, ijbc_eval
 from tools.ijbc_eval.embed import EmbeddingStore
 

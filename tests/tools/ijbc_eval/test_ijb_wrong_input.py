@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from engine.errors import UserError
+from core.errors import UserError
 from tools.ijbc_eval import ijbc_eval
 
 

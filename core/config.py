@@ -24,7 +24,7 @@ import shlex
 
 from easydict import EasyDict
 
-from engine.errors import UserError
+from core.errors import UserError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 

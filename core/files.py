@@ -9,7 +9,7 @@ import zipfile
 
 import torch
 
-from engine.errors import UserError
+from core.errors import UserError
 
 # An OSError with one of these comes from nonsense in the file (a bad offset); any other comes from the system.
 _FROM_CONTENT = {None, errno.EINVAL}

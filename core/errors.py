@@ -6,8 +6,6 @@ import os
 import sys
 import traceback
 
-from recordio import RecordError
-
 
 class UserError(Exception):
     """Something the user can mend. The message names the file and the key, and says what to do next."""
@@ -22,7 +20,7 @@ _REFUSED |= {errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENOTCONN, errno.
 def report_errors():
     """Print one line for an error that the user can mend, and exit with 1; anything else is a bug and goes through.
 
-    The former are a UserError, a RecordError, a file that is missing, a disk that is full or not ours to write, and too
+    The former are a UserError, a file that is missing, a disk that is full or not ours to write, and too
     little GPU memory. With several ranks each says its own line, marked with its rank, or its traceback, and ends at
     once: at its exit Python would wait, in the process group's shutdown, for ranks that are still at work.
     """
@@ -43,7 +41,7 @@ def report_errors():
 def _line(error):
     """What to say of an error that the user can mend; None for others."""
     said = f"{type(error).__name__}: {error}"
-    if isinstance(error, (UserError, RecordError, FileNotFoundError)):
+    if isinstance(error, (UserError, FileNotFoundError)):
         return said
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return said

@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from engine.config import REPO, ConfigError, load_config
+from core.config import REPO, ConfigError, load_config
 from old_model.feature_set import FeatureSet
 
 CONFIGS = sorted(

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from engine.errors import UserError, report_errors
+from core.errors import UserError, report_errors
 from recordio import RecordError
 
 
@@ -47,7 +47,7 @@ def test_a_bug_goes_through(error, monkeypatch):
 
 def test_a_bug_on_a_rank_ends_it_at_once_with_its_traceback():
     """Without a wait at Python's exit for what other ranks, or threads, are still at."""
-    script = "import os, threading, time\nfrom engine.errors import report_errors\n" \
+    script = "import os, threading, time\nfrom core.errors import report_errors\n" \
         "threading.Thread(target=time.sleep, args=(600,)).start()\nwith report_errors():\n    os.no_such_thing"
     done = subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, "RANK": "3"}, capture_output=True, text=True, timeout=60
@@ -57,4 +57,4 @@ def test_a_bug_on_a_rank_ends_it_at_once_with_its_traceback():
 
 
 def test_scripts_without_torch_do_not_wait_for_it():
-    subprocess.run([sys.executable, "-c", "import sys, engine.errors; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run([sys.executable, "-c", "import sys, core.errors; assert 'torch' not in sys.modules"], check=True)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from engine.atomic import atomic_write
+from core.files import atomic_write
 
 
 def test_a_file_has_its_name_only_once_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):

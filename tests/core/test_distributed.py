@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from engine import distributed
-from engine.distributed import to_device
+from core import distributed
+from core.distributed import to_device
 from tests.ranks import run_ranks
 
 
