@@ -72,8 +72,8 @@ def folder(tmp_path_factory, make_record_set):
 def config_of(folder, method, ranks, name, **keys):
     own = {"NCCL": {"queue_size": 20}, "MixBCT": {"mix_ratio": 1.0}}.get(method, {})   # all mixed: no draw per rank
     return write_config(
-        folder, method, name, batch_size=GLOBAL_BATCH // ranks, checkpoint_steps=STOPPED, decay_epoch=[2],
-        clip_grad_norm=0.0, **{**own, **keys},
+        folder, method, name, batch_size=GLOBAL_BATCH // ranks, decay_epoch=[2], clip_grad_norm=0.0,
+        **{"checkpoint_steps": STOPPED, **own, **keys},
     )
 
 
@@ -152,15 +152,20 @@ def train_method(method, path):
     return train(METHODS[method], path)
 
 
-def test_another_global_batch_resumes_at_the_same_image_with_a_warning(folder):
-    path = config_of(folder, "MixBCT", 2, "larger")
+@pytest.mark.parametrize("stopped, step", [
+    (STOPPED, 2),       # the end of the first epoch, of 4 steps of 12 images, now of 2 steps of 24
+    (7, 4),             # rounded up to the end of the second: nothing is left but to save
+])
+def test_another_global_batch_resumes_at_the_same_image_with_a_warning(folder, stopped, step):
+    name = f"larger_{stopped}"
+    path = config_of(folder, "MixBCT", 2, name, checkpoint_steps=stopped)
     run_ranks(stopped_run, 2, "MixBCT", path)
     keys = ["--batch_size", "12"]       # two ranks of 6 become two of 12 images, which is refused, or one of 24
     with pytest.raises(RuntimeError, match="CheckpointError.*written with batch_size = 6 and gradient_acc = 1"):
         run_ranks(resumed, 2, "MixBCT", path, *keys)
     (start, _), = run_ranks(resumed, 1, "MixBCT", path, "--batch_size", "24")
-    assert start["step"] == STOPPED * GLOBAL_BATCH // 24    # the end of the first epoch, of 2 steps now
-    log = (folder / "larger/training.log").read_text()
+    assert start["step"] == step
+    log = (folder / name / "training.log").read_text()
     assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr stays" in log
     # Fewer steps have been done by now, yet the later set is the newest.
-    assert sets_of(folder / "larger")[-1] == (4, 1)
+    assert sets_of(folder / name) == [(stopped, 2), (4, 1)]

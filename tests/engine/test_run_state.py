@@ -53,7 +53,7 @@ def test_stopped_within_an_epoch_and_resumed_ends_bit_for_bit(tmp_path, rec, key
 
 
 def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
-    """6 steps an epoch: at 4, 6 (the epoch's end), 8, 12; the last two stay."""
+    """6 steps of 4 an epoch, of 25 images: at 4, 6 (the epoch's end), 8, 12; the last two stay."""
     written = []
 
     class Watched(Plain):
@@ -64,6 +64,7 @@ def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
     Watched(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
     assert written == [(0, 4), (1, 6), (1, 8), (2, 12)]
     assert sets_of(tmp_path / "run") == [(8, 1), (12, 1)]
+    assert [int(folder.name) for folder in complete_sets(tmp_path / "run")] == [25 + 2 * 4, 2 * 25]     # images seen
     written.clear()
     Watched(load_config(config(tmp_path, rec, "few", checkpoint_steps=4, save_all_states=False))).train()
     assert written == [(0, 4), (1, 8), (2, 12)]
