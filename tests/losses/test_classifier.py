@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.checkpoint import complete_sets
-from engine.config import load_config
+from core.config import load_config
 from losses import ArcFace, Classifier, PartialFC, Softmax
 from losses.classifier import replicated_parameters, sharded_tensors
 from tests.BCT_methods.whole_runs import sets_of
