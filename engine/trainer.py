@@ -164,7 +164,7 @@ class Trainer:
             checkpoint.start_afresh(cfg.output)
         writer = SummaryWriter(f"{cfg.output}/tensorboard", purge_step=self.step) if self.rank == 0 else None
         self.log_start()
-        self.monitor = Monitor(cfg, self.total_steps, self.global_batch, self.step, writer)
+        self.monitor = Monitor(self.total_steps, self.global_batch, self.step, writer)
         with self.monitor, StopRequest(self.device) as self.stop:
             stopped = None
             try:
@@ -182,7 +182,7 @@ class Trainer:
         done = self.step - self.epoch * self.steps_per_epoch  # not 0 after resuming within an epoch
         self.loader.set_epoch(self.epoch, start_step=done * cfg.gradient_acc)
         if done == 0:
-            with self.monitor.pause("begin of an epoch", self.steps_per_epoch):
+            with self.monitor.pause():
                 self.begin_epoch()
         batches, stopped = iter(self.loader), None
         while done < self.steps_per_epoch:
@@ -193,17 +193,17 @@ class Trainer:
             if self.step % cfg.frequent == 0 or self.step == self.total_steps:
                 self.monitor.line(self.step, self.epoch, self.schedule.get_last_lr()[0], self.scaler)
             if self.verifier and (self.step % cfg.verbose == 0 or self.step == self.total_steps):
-                with self.monitor.pause("verification", cfg.verbose):
+                with self.monitor.pause():
                     self.verify()
             stopped = self.stop.agreed()
             due = cfg.checkpoint_steps and self.step % cfg.checkpoint_steps == 0
             if done < self.steps_per_epoch and (stopped or due):
-                with self.monitor.pause("checkpoint", cfg.checkpoint_steps or self.total_steps):
+                with self.monitor.pause():
                     self.save_checkpoint()
                 if stopped:
                     return stopped
         self.epoch += 1
-        with self.monitor.pause("end of an epoch", self.steps_per_epoch):
+        with self.monitor.pause():
             self.save_models()
             due = cfg.checkpoint_steps and (self.step % cfg.checkpoint_steps == 0 or self.step == self.total_steps)
             if cfg.save_all_states or stopped or due:

@@ -91,20 +91,14 @@ def test_the_file_holds_what_the_run_knew(tmp_path, rec, gradient_acc):     # no
     found, train_set = found_in(trainer), RecordDataset(rec)
     plan = ShuffledRows(25, 4 // gradient_acc, trainer.cfg.seed, 0, 1)
     plan.epoch = 1
-    number = 3 * gradient_acc - 1
-    rows, mirrored = list(plan)[number]
-    assert (found["step"], found["epoch"], found["batch"], found["update_done"]) == (BAD, 1, number, False)
+    rows, mirrored = list(plan)[3 * gradient_acc - 1]
+    assert (found["step"], found["epoch"]) == (BAD, 1)
     assert np.array_equal(found["rows"], rows) and np.array_equal(found["mirrored"], mirrored)
     assert found["keys"].tolist() == [int(train_set.keys[row]) for row in rows]
     assert found["labels"].tolist() == [train_set.label(row) for row in rows]
     steps = [batch // gradient_acc for batch in range((BAD + 1) * gradient_acc - 1)]
-    assert [step for step, _ in found["before"]] == steps
+    assert [step for step, _ in found["before"]] == steps and found["broken"] == []
     assert all(terms["other"] == pytest.approx(terms["cls"] / 2) for _, terms in found["before"])
-    assert found["lr"] == trainer.optimizer.param_groups[0]["lr"] and found["broken"] == []
-    gradients = {f"backbone.{name}": parameter.grad for name, parameter in trainer.backbone.named_parameters()}
-    gradients["classifier.weight"] = trainer.classifier.weight.grad
-    norms = {name: float(grad.square().sum().sqrt()) for name, grad in gradients.items() if grad is not None}
-    assert found["gradient_norms"] == pytest.approx(norms) and bool(norms) == (gradient_acc > 1)
     for name, value in trainer.backbone.state_dict().items():
         assert torch.equal(found["state"]["backbone"][name], value)
     assert found["state"]["step"] == BAD and found["state"]["config"]["lr"] == trainer.cfg.lr
@@ -122,8 +116,8 @@ def test_the_batch_is_seen_again_as_the_docstring_says(tmp_path, rec):  # noqa: 
     code = code.replace("work_dirs/<run>", trainer.cfg.output).replace("<step>", str(BAD))
     names = {}
     exec("import torch, backbones, engine.checkpoint, loader\nfrom dataset import RecordDataset\n" + code, names)
-    loss = trainer.classifier(names["embeddings"], names["found"]["labels"])
-    assert loss.item() == pytest.approx(names["found"]["terms"]["cls"], rel=1e-5)
+    found = names["found"]
+    assert trainer.classifier(names["embeddings"], found["labels"]).item() == pytest.approx(found["terms"]["cls"], 1e-5)
 
 
 def test_without_a_place_for_the_file_the_error_still_comes(tmp_path, rec, monkeypatch):    # noqa: F811
@@ -135,7 +129,7 @@ def test_without_a_place_for_the_file_the_error_still_comes(tmp_path, rec, monke
     monkeypatch.setattr("engine.checkpoint.torch.save", full)
     text, _ = message(Broken, config(tmp_path, rec))
     assert text.startswith(f"step {BAD}: the loss is not finite: cls ") and "This rank's batch: keys " in text
-    assert f"nonfinite_step_{BAD}_rank_0.pt is not there to look into: CheckpointError: " in text
+    assert f"nonfinite_step_{BAD}_rank_0.pt could not be written: CheckpointError: " in text
     assert "No space left on device" in text and not list(tmp_path.glob("run/.*nonfinite*"))
 
 
@@ -161,7 +155,7 @@ def test_read_late_the_weights_have_taken_the_step(tmp_path, rec):  # noqa: F811
     text, trainer = message(ReadLate, config(tmp_path, rec))
     assert text.endswith(". Lower lr or raise warmup_epoch, then go on with --resume True")
     found = found_in(trainer)
-    assert found["update_done"] and found["step"] == BAD and found["state"]["step"] == BAD + 1
+    assert found["step"] == BAD and found["state"]["step"] == BAD + 1
     assert set(found["broken"]) >= {"backbone.3.weight", "classifier.weight"}
 
 
@@ -193,6 +187,6 @@ def test_every_rank_stops_at_the_step_and_writes_its_own(tmp_path, rec):    # no
 def test_on_cuda_the_step_is_named_that_was_bad(tmp_path, rec, keys):      # noqa: F811
     text, trainer = message(Tiny, config(tmp_path, rec, **keys))
     found = found_in(trainer)
-    assert found["step"] == BAD and found["update_done"] and found["state"]["step"] == BAD + 1
+    assert found["step"] == BAD and found["state"]["step"] == BAD + 1
     assert bool([name for name in found["broken"] if name.endswith("weight")]) == (keys != {"amp_dtype": "float16"})
     assert ("float16 ends at 65504" in text) == (keys == {"amp_dtype": "float16"})
