@@ -59,8 +59,8 @@ def prototypes_plain(features, labels, num_classes, damping=0.9, temperature=0.0
         if len(rows) > 1:
             similarity = F.normalize(rows) @ F.normalize(rows).T / temperature
             transition = similarity.fill_diagonal_(float("-inf")).softmax(dim=1)
-            rows = torch.linalg.inv(torch.eye(len(rows)) - damping * transition) @ rows
-        prototypes[c] = F.normalize(rows.mean(dim=0), dim=0)
+            rows = (1 - damping) * torch.linalg.inv(torch.eye(len(rows)) - damping * transition) @ rows
+        prototypes[c] = rows.mean(dim=0)
     return prototypes
 
 

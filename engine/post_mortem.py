@@ -16,8 +16,8 @@ To see what the backbone makes of the batch:
     config = found["state"]["config"]
     backbone = backbones.get_model(config["network"], num_features=config["embedding_size"])
     backbone.load_state_dict(found["state"]["backbone"])
-    images = torch.stack([RecordDataset(config["rec"])[row][0] for row in found["rows"]])
-    embeddings = backbone.train()(loader.to_input(images, found["mirrored"]))
+    images = torch.stack([dataset.RecordDataset(config["rec"])[row][0] for row in found["rows"]])
+    embeddings = backbone.train()(dataset.to_input(images, found["mirrored"]))
 
 To see the step itself, resume from the last checkpoint: with `deterministic = True` it comes again bit for bit.
 """

@@ -28,7 +28,7 @@ def run(command, monkeypatch):
     ("bench_features --rows 2000 --width 8 --classes 50 --loop-rows 500", 4),
     ("bench_ijb --scale 0.02 --rounds 1", 1),
     ("bench_loader --images 32 --batch-size 16 --rounds 2", 1),
-    ("bench_methods --num-classes 40 --batch-size 4 --network tiny --embedding-size 16 --rounds 1", 6),
+    ("bench_methods --num-classes 40 --batch-size 4 --network tiny --embedding-size 16 --rounds 1", 7),
     ("bench_partial_fc --classes 500 --batch 8 --embedding-size 32 --rounds 2 --sample-rate 0.5 --optimizer", 2),
     ("bench_recordio --records 50 --rounds 2", 1),
     (f"bench_train configs/demo/f128_tiny_softmax_class30.py {TINY} --rec synthetic --gradient_acc 2", 1),

@@ -115,7 +115,7 @@ def test_the_batch_is_seen_again_as_the_docstring_says(tmp_path, rec):  # noqa: 
     code = textwrap.dedent(post_mortem.__doc__.split("makes of the batch:\n")[1].split("\nTo see the step itself")[0])
     code = code.replace("work_dirs/<run>", trainer.cfg.output).replace("<step>", str(BAD))
     names = {}
-    exec("import torch, backbones, engine.checkpoint, loader\nfrom dataset import RecordDataset\n" + code, names)
+    exec("import torch, backbones, dataset, engine.checkpoint\n" + code, names)
     found = names["found"]
     assert trainer.classifier(names["embeddings"], found["labels"]).item() == pytest.approx(found["terms"]["cls"], 1e-5)
 
