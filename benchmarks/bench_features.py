@@ -8,6 +8,7 @@ as the new model's, too) of a memory-mapped .npy file, in random order of classe
 The loop's cost is quadratic: it gets about --loop-rows rows in memory, and the tools beside it the same.
 """
 
+import functools
 import pathlib
 import sys
 import tempfile
@@ -65,7 +66,7 @@ def prototypes_plain(features, labels, num_classes, damping=0.9, temperature=0.0
 
 
 def main():
-    args = options(__doc__, rows=3_600_000, width=128, classes=65_402, loop_rows=400_000, rounds=1)
+    args = options(__doc__, rows=3_600_000, width=128, classes=65_402, loop_rows=100_000, rounds=1)
 
     classes, random = min(args.classes, args.rows // 10), np.random.default_rng(1)
     sizes = random.lognormal(sigma=0.8, size=classes)
@@ -88,16 +89,17 @@ def main():
         for name, (tool, loop) in tools.items():
             with PeakMemory() as peak:
                 spent = seconds(lambda tool=tool: tool(features, labels, classes))
-            ours, plain = (function(some_features, some_labels, some_classes) for function in (tool, loop))
+            print(f"{name}: {spent:.1f} s, {peak.mib:.0f} MiB beside the mapped file", flush=True)
+            results = {}
+
+            def run(way, results=results):
+                results[way] = way(some_features, some_labels, some_classes)
+
+            times = in_turns({way: functools.partial(run, way) for way in (tool, loop)}, args.rounds, warmup=0)
             # Float32 sums of the loop may turn a close decision between two rows.
-            if np.mean(np.isclose(ours, plain, atol=1e-4)) < 0.9999:
+            if np.mean(np.isclose(results[tool], results[loop], atol=1e-4)) < 0.9999:
                 sys.exit(f"{name}: the plain loop comes to another result")
-            times = in_turns(
-                {way.__name__: lambda way=way: way(some_features, some_labels, some_classes) for way in (tool, loop)},
-                args.rounds, warmup=0,
-            )
-            print(f"{name}: {spent:.1f} s, {peak.mib:.0f} MiB beside the mapped file")
-            print_ratio(f"plain loop / {name}", *reversed(times.values()), form=".1f")
+            print_ratio(f"plain loop / {name}", times[loop], times[tool], form=".1f")
 
 
 if __name__ == "__main__":

@@ -184,6 +184,6 @@ class Monitor:
         if before < SKIPS_TO_WARN <= self.skips_in_a_row and is_main():
             log.warning(
                 "step %d: the last %d steps were all skipped, their gradients are not finite at a loss scale of %g: "
-                'the weights do not move. Set amp_dtype = "bfloat16", or fp16 = False, and go on with --resume True',
+                'the weights do not move. Set amp_dtype = "bfloat16", or fp16 = False, and resume with --resume True',
                 *(step, self.skips_in_a_row, scale),
             )

@@ -58,7 +58,7 @@ def explain(run, error):
     images = f"rows {_some(rows)}" if keys is None else f"keys {_some(keys.tolist())}"
     error.args = (
         f"{error}{before and f' (before it {before})'}. This rank's batch: {images} of {run.train_set.path}; {file}. "
-        f"{_advice(run, error, broken)}, then go on with --resume True",
+        f"{_advice(run, error, broken)}, then resume with --resume True",
     )
 
 

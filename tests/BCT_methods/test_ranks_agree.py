@@ -18,7 +18,7 @@ from engine.build import unwrap
 from core.config import load_config
 from engine.loader import ShuffledRows
 from losses.classifier import sharded_tensors
-from tests.BCT_methods.whole_runs import WIDTH, without_batch_norm, write_config, write_old_features
+from tests.BCT_methods.whole_runs import METHODS, WIDTH, without_batch_norm, write_config, write_old_features
 from tests.conftest import draw_record_set
 from tests.ranks import run_ranks
 from train_old_arc import OldArc
@@ -62,6 +62,7 @@ CASES = {
     "L2": method("L2"),
     "weakened L2": method("L2", threshold=1.4),
 }
+CASES = {name: method(name) for name in METHODS} | CASES    # a new method needs no line here
 
 
 def trained(case, path, *overrides):

@@ -13,6 +13,7 @@ from core.config import load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 WIDTH = 8
+METHODS = sorted(path.parent.name for path in REPO.glob("BCT_methods/*/train.py"))
 
 
 def write_old_features(folder, labels, width=WIDTH, seed=0):

@@ -36,7 +36,7 @@ from core import distributed
 from old_model.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
 from core.errors import report_errors
 from old_model.feature_set import FeatureError, open_feature_set, save_array
-from tools.get_feature.get_feature import extract, make_parser, parse
+from tools.get_feature.extraction import extract, make_parser, parse
 
 BLOCK = 1 << 24         # distances computed at once: 64 MB in float32, and a few copies
 

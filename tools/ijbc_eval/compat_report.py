@@ -28,8 +28,8 @@ from tools.ijbc_eval import compat_text, identification, plots, verification
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError, publish
 from tools.ijbc_eval.identification import mean_top, mean_tpir
-from tools.ijbc_eval.ijbc_eval import add_data_arguments, open_evaluation, whole_number
 from tools.ijbc_eval.models import ModelFile
+from tools.ijbc_eval.options import add_data_arguments, open_evaluation, whole_number
 
 TOPS = (1, 5)
 STEPS = tuple(range(0, 101, 10))  # shares of the gallery re-embedded, in %

@@ -89,7 +89,7 @@ def test_without_networks_and_in_other_spellings(shared_models, shared_set, shar
 
 def test_without_d_the_data_is_under_the_repo_root(shared_models, tmp_path, monkeypatch):
     assert ijbc_eval.parse_arguments(["-m=a.pt", "-net=r50"]).data_path == ROOT / "dataset"
-    monkeypatch.setattr(ijbc_eval, "REPO", tmp_path)
+    monkeypatch.setattr(options, "REPO", tmp_path)
     where = tmp_path / "dataset" / "IJBC" / "meta"
     with pytest.raises(UserError, match=rf"^{where}: no such directory; -d takes the directory that holds IJBC/meta"):
         ijbc_eval.main([f"-m={shared_models['new_model']}", "-net=tiny"])
