@@ -10,7 +10,10 @@ BIN     := .venv/bin
 
 METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 weakenedL2
 
-.PHONY: demo compare test soak clean-demo
+.PHONY: help demo compare test lint soak clean-demo
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(SEED)
@@ -24,6 +27,10 @@ compare: .venv/.installed
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 soak: .venv/.installed-test
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) --seed $(SEED)

@@ -111,11 +111,11 @@ class RecordDataset(_ImageSet):
             step = 1 << 14
             with tqdm(total=len(labels), desc=f"labels of {self.path.name}", unit="rec", disable=None) as bar:
                 for start in range(0, len(labels), step):
-                    found = self.reader.read_labels(self.keys[start:start + step])
+                    found = self.reader.read_labels(self.keys[start : start + step])
                     wrong = ~((found >= 0) & (found < (self.num_classes or np.inf)) & (np.mod(found, 1) == 0))
                     for i in np.flatnonzero(wrong)[:1]:
                         self._checked(float(found[i]), self.keys[start + i])
-                    labels[start:start + step] = found
+                    labels[start : start + step] = found
                     self.reader.release()
                     bar.update(len(found))
             self._labels = labels
@@ -150,7 +150,7 @@ class SyntheticDataset(_ImageSet):
 
     def __init__(self, rec="synthetic", num_classes=None, num_image=None):
         if not num_classes or not num_image:
-            raise ValueError(f"rec = \"synthetic\" needs num_classes and num_image, got {num_classes} and {num_image}")
+            raise ValueError(f'rec = "synthetic" needs num_classes and num_image, got {num_classes} and {num_image}')
         self.path = pathlib.Path(rec)
         self.num_classes, self.num_image = int(num_classes), int(num_image)
         self._noise = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
@@ -159,7 +159,7 @@ class SyntheticDataset(_ImageSet):
         """As `RecordDataset.fill`; an image is a stretch of noise whose place follows from its row."""
         for row, image in zip(rows, images):
             start = self._inside(row) * 7919 % (len(self._noise) - image.size)
-            image.reshape(-1)[:] = self._noise[start:start + image.size]
+            image.reshape(-1)[:] = self._noise[start : start + image.size]
         return np.asarray(rows, np.int64) % self.num_classes
 
     def label(self, row):

@@ -192,7 +192,7 @@ class RecordReader:
             magic, length = _FRAME.unpack_from(self._map, offset)
             stop = offset + 8 + length
             if magic == MAGIC and length < _MAX_PAYLOAD and stop <= self._end:
-                return self._map[offset + 8:stop]
+                return self._map[offset + 8 : stop]
         payload = bytearray()
         for start, stop in self._parts(key, offset):  # not joined: that takes 88 bytes for each part, however short
             payload += _MAGIC_BYTES + self._map[start:stop]
@@ -247,9 +247,8 @@ class RecordReader:
     def read_raw(self, key):
         """Record `key` as it lies in the file: frame, payload and padding (for `RecordWriter.write_raw`)."""
         offset = self.offset(key)
-        for _, stop in self._parts(key, offset):
-            pass
-        return self._map[offset:stop + -stop % 4]
+        *_, (_, stop) = self._parts(key, offset)
+        return self._map[offset : stop + -stop % 4]
 
     def check(self):
         """Raise `RecordError` where the file ends before its last record does: a truncated copy, or not its index."""
@@ -278,8 +277,11 @@ class RecordReader:
             raise self._error(f"continuation flag {flag} at {offset} is out of turn", key, record_offset)
         start, stop = offset + _FRAME.size, offset + _FRAME.size + length
         if stop + -stop % 4 > self._size:
-            raise self._error(f"{length} bytes from {start} end outside the file of {self._size} bytes: truncated?",
-                              key, record_offset)
+            raise self._error(
+                f"{length} bytes from {start} end outside the file of {self._size} bytes: truncated?",
+                key,
+                record_offset,
+            )
         return flag, start, stop
 
     def _parts(self, key, record_offset):

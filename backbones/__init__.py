@@ -143,7 +143,8 @@ def _differences(network, state, size):
         "has beyond it": [key for key in state if key not in expected],
         "differs in shape:": [
             f"{key} is {list(state[key].shape)} and not {list(shape)}"
-            for key, shape in expected.items() if key in state and state[key].shape != shape
+            for key, shape in expected.items()
+            if key in state and state[key].shape != shape
         ],
     }
     return {verb: keys for verb, keys in found.items() if keys}

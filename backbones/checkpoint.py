@@ -31,8 +31,7 @@ _HEAD = re.compile("|".join(map(fnmatch.translate, HEADS)), re.IGNORECASE)
 # Beginnings of files that are something else -> what, and what to do.
 _FOREIGN = {
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; fetch that: git lfs pull",
-    rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)":
-        "a web page, not a model; the download asked for a login or a confirmation: open its address in a browser",
+    rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)": "a web page, not a model; the download asked for a login or a confirmation: open its address in a browser",
 }
 
 
@@ -90,7 +89,7 @@ def _own_keys(tensors, path):
     groups = {}
     for key, value in tensors.items():
         prefix = _PREFIX.match(key)[0]
-        bare = key[len(prefix):]
+        bare = key[len(prefix) :]
         first, dot, _ = bare.partition(".")
         if not (dot and _HEAD.match(first)):
             groups.setdefault(prefix, {})[bare] = value
@@ -112,14 +111,14 @@ def _load(path):
         if str(path).endswith(".safetensors"):
             return _load_safetensors(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # torch's doubts about the pickle's protocol; _why_not says it better
+            warnings.simplefilter("ignore")  # torch's doubts about the pickle's protocol; _why_not says it better
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such model file") from None
     except (BackboneError, MemoryError):
         raise
     except Exception as error:  # without torch's words: they advise to let the file run its code
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):      # those are a cut file's
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those are a cut file's
             raise BackboneError(f"{path}: cannot be read ({error.strerror}); check path and disk") from None
         raise BackboneError(f"{path}: {_why_not(path)}") from None
 
@@ -147,7 +146,7 @@ def _refuse_foreign(path):
 
 
 def _names_in_zip(path):
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:     # damaged in some way: nothing is in it
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # damaged in some way: nothing is in it
         return archive.namelist()
     return []
 
@@ -155,7 +154,7 @@ def _names_in_zip(path):
 def _why_not(path):
     """Why a file does not load, and what to do, in words."""
     classes, strings = _pickled_names(path)
-    usual = r"collections\..*|torch\._utils\..*|torch\.storage\..*|torch\.[A-Za-z0-9]+"   # the last: storages, dtypes
+    usual = r"collections\..*|torch\._utils\..*|torch\.storage\..*|torch\.[A-Za-z0-9]+"  # the last: storages, dtypes
     unknown = [name for name in dict.fromkeys(classes) if not re.fullmatch(usual, name)]
     if "_modules" in strings:
         return (
@@ -174,12 +173,12 @@ def _why_not(path):
 def _pickled_names(path):
     """`(classes, strings)` that the pickles of a file name, read from their opcodes: nothing of them is run."""
     classes, strings = [], []
-    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:      # until the end, or the damage
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:  # until the end, or the damage
         stream = stack.enter_context(open(path, "rb"))
         for name in _names_in_zip(path):
             if name.endswith("data.pkl"):
                 stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(name))
-        for _ in range(4):      # before 1.6 torch.save wrote three short pickles first
+        for _ in range(4):  # before 1.6 torch.save wrote three short pickles first
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name == "GLOBAL":
                     classes.append(argument.replace(" ", "."))

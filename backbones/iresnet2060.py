@@ -21,5 +21,5 @@ class IResNet2060(IResNet):
         if number not in (2, 3):
             return layer(x)
         for start in range(0, len(layer), BLOCKS_PER_SEGMENT):
-            x = checkpointed(layer[start:start + BLOCKS_PER_SEGMENT], x)
+            x = checkpointed(layer[start : start + BLOCKS_PER_SEGMENT], x)
         return x

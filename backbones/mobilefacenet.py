@@ -95,13 +95,13 @@ class MobileFaceNet(nn.Module):
         c, d = 64 * scale, 128 * scale
         second = ConvBlock(c, c, 3, 1, 1, groups=64) if blocks[0] == 1 else Residual(c, blocks[0], 128)
         self.layers = nn.Sequential(
-            ConvBlock(3, c, 3, 2, 1),           # 112 -> 56
+            ConvBlock(3, c, 3, 2, 1),  # 112 -> 56
             second,
-            DepthWise(c, c, 128, stride=2),     # 28
+            DepthWise(c, c, 128, stride=2),  # 28
             Residual(c, blocks[1], 128),
-            DepthWise(c, d, 256, stride=2),     # 14
+            DepthWise(c, d, 256, stride=2),  # 14
             Residual(d, blocks[2], 256),
-            DepthWise(d, d, 512, stride=2),     # 7
+            DepthWise(d, d, 512, stride=2),  # 7
             Residual(d, blocks[3], 256),
         )
         self.conv_sep = ConvBlock(d, 512)

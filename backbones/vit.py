@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from backbones.common import checkpointed, full_precision, half_precision
 
 PATCH = 9
-TOKENS = (112 // PATCH) ** 2    # 12 × 12; the last 4 pixels of a row and column belong to no patch
+TOKENS = (112 // PATCH) ** 2  # 12 × 12; the last 4 pixels of a row and column belong to no patch
 HEADS = 8
 
 # name: width, depth, stochastic depth of the last block, share of tokens masked in training, activation checkpointing

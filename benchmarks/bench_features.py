@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repo root
 
 from BCT_methods.AdvBCT.boundary import class_boundaries
 from BCT_methods.UniBCT.prototypes import refine_prototypes
@@ -38,7 +38,7 @@ def credible_rows_plain(features, labels, num_classes, ratio=0.9):
     for c in range(num_classes):
         rows = np.flatnonzero(labels == c)
         distances = np.linalg.norm(scaled[rows] - scaled[rows].mean(axis=0), axis=1)
-        credible[rows[np.argsort(distances, kind="stable")[:int(np.ceil(ratio * len(rows) - 1e-9))]]] = True
+        credible[rows[np.argsort(distances, kind="stable")[: int(np.ceil(ratio * len(rows) - 1e-9))]]] = True
     return credible
 
 

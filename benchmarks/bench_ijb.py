@@ -44,8 +44,13 @@ def make_protocol(scale, rng):
     first, second = first[order], second[order]
     sides = [np.unique(side, return_inverse=True) for side in (first, second)]
     (first_templates, its_rows), (second_templates, their_rows) = sides
-    pairs = Pairs(first_templates, second_templates, its_rows.astype(np.int32), their_rows.astype(np.int32),
-                  subject[first] == subject[second])
+    pairs = Pairs(
+        first_templates,
+        second_templates,
+        its_rows.astype(np.int32),
+        their_rows.astype(np.int32),
+        subject[first] == subject[second],
+    )
     return faces, pairs, subject, gallery
 
 
@@ -90,9 +95,9 @@ def one_to_n(templates, subject, gallery):
     """Two galleries, each with half of the subjects; the probes of the other half are the non-mated ones."""
     probes = np.arange(gallery, len(subject))
     halves = np.arange(gallery // 2), np.arange(gallery // 2, gallery)
-    return identification.summary([
-        identification.search(templates[half], subject[half], templates[probes], subject[probes]) for half in halves
-    ])
+    return identification.summary(
+        [identification.search(templates[half], subject[half], templates[probes], subject[probes]) for half in halves]
+    )
 
 
 def main():
@@ -100,20 +105,28 @@ def main():
     rng = np.random.default_rng(0)
     faces, pairs, subject, gallery = make_protocol(args.scale, rng)
     given = faces, pairs, *make_features(faces, subject, rng)
-    print(f"{len(faces.image):,} images, {len(faces.template_ids):,} templates, {len(pairs.label):,} pairs, "
-          f"{WIDTH} dimensions; {machine()}, numpy {np.__version__}")
+    print(
+        f"{len(faces.image):,} images, {len(faces.template_ids):,} templates, {len(pairs.label):,} pairs, "
+        f"{WIDTH} dimensions; {machine()}, numpy {np.__version__}"
+    )
 
     with PeakMemory() as peak:
         ours = our_way(*given)
     scores, tprs, area = (np.abs(np.subtract(one, other)).max() for one, other in zip(ours, plain_way(*given)))
-    print(f"{peak.mib:.0f} MiB beside the inputs; largest difference to the plain way: scores {scores:.1e}, "
-          f"TPR {tprs:.1e}, AUC {area:.1e}")
+    print(
+        f"{peak.mib:.0f} MiB beside the inputs; largest difference to the plain way: scores {scores:.1e}, "
+        f"TPR {tprs:.1e}, AUC {area:.1e}"
+    )
     templates = template_features(*given[2:], faces, Setting())
-    times = in_turns({
-        "ours": lambda: our_way(*given),
-        "plain": lambda: plain_way(*given),
-        "1:N": lambda: one_to_n(templates, subject, gallery),
-    }, args.rounds, warmup=0)
+    times = in_turns(
+        {
+            "ours": lambda: our_way(*given),
+            "plain": lambda: plain_way(*given),
+            "1:N": lambda: one_to_n(templates, subject, gallery),
+        },
+        args.rounds,
+        warmup=0,
+    )
     for name, spent in times.items():
         print(f"{name:5} {median(spent, '.3f')} s")
     print_ratio("plain / ours", times["plain"], times["ours"], ".1f")

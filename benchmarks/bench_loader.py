@@ -36,10 +36,13 @@ def main():
             loader.set_epoch(next(epochs))
             return [None for _ in loader]
 
-        times = in_turns({
-            "bare cv2.imdecode": lambda: [cv2.imdecode(jpeg, cv2.IMREAD_COLOR) is None for jpeg in jpegs],
-            "TrainLoader": epoch,
-        }, args.rounds)
+        times = in_turns(
+            {
+                "bare cv2.imdecode": lambda: [cv2.imdecode(jpeg, cv2.IMREAD_COLOR) is None for jpeg in jpegs],
+                "TrainLoader": epoch,
+            },
+            args.rounds,
+        )
         print(f"{images} JPEGs, batches of {args.batch_size}, {machine()}")
         for name, spent in times.items():
             print(f"{name:20s} {median([images / one for one in spent], '8.0f')} images/s")

@@ -16,7 +16,7 @@ import pathlib
 import sys
 import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repo root
 
 import torch
 
@@ -28,8 +28,8 @@ from engine.loader import Batch
 from train_old_arc import OldArc
 
 METHODS = "MixBCT,L2,BCT,UniBCT,AdvBCT,NCCL,NCCLdefinition"
-VARIANTS = {"NCCLdefinition": ("NCCL", {"alpha": 1.0, "beta": 0.01})}     # a method at other keys than its configs'
-EPOCH = 10      # UniBCT's prototype term is on
+VARIANTS = {"NCCLdefinition": ("NCCL", {"alpha": 1.0, "beta": 0.01})}  # a method at other keys than its configs'
+EPOCH = 10  # UniBCT's prototype term is on
 
 
 class FreeClassifier:
@@ -53,7 +53,7 @@ def make_extra(name, keys, plain, embeddings, batch):
     folder, own_keys = VARIANTS.get(name, (name, {}))
     kind = getattr(importlib.import_module(f"BCT_methods.{folder}.train"), folder)
     config = next((REPO / "BCT_methods" / folder / "configs").glob(f"*_{folder}_*.py"))
-    method = make_trainer(kind, config, {**keys, **own_keys, "network": "tiny"})    # its backbone is thrown away
+    method = make_trainer(kind, config, {**keys, **own_keys, "network": "tiny"})  # its backbone is thrown away
     method.epoch = EPOCH
     method.begin_epoch()
     method.backbone, method.classifier = lambda images: embeddings * 1, FreeClassifier(plain.classifier)
@@ -62,7 +62,7 @@ def make_extra(name, keys, plain, embeddings, batch):
 
     def run():
         carried = batch
-        if method.old_features == "rows":   # in a run a worker reads them; here they count
+        if method.old_features == "rows":  # in a run a worker reads them; here they count
             rows, old = batch.index.numpy(), method.old
             features = to_device(torch.from_numpy(old.read(rows)), method.device)
             carried = batch._replace(old=features, credible=torch.from_numpy(old.read_credible(rows)))
@@ -82,9 +82,18 @@ def main():
     )
     with tempfile.TemporaryDirectory() as folder:
         keys = {
-            **old_feature_paths(folder), "rec": "synthetic", "rec_val": "", "num_image": 2 * args.num_classes,
-            "num_workers": 0, "output": folder, "clip_grad_norm": 5.0, "num_epoch": 35, "refine_epochs": [2 * EPOCH],
-            "num_classes": args.num_classes, "batch_size": args.batch_size, "network": args.network,
+            **old_feature_paths(folder),
+            "rec": "synthetic",
+            "rec_val": "",
+            "num_image": 2 * args.num_classes,
+            "num_workers": 0,
+            "output": folder,
+            "clip_grad_norm": 5.0,
+            "num_epoch": 35,
+            "refine_epochs": [2 * EPOCH],
+            "num_classes": args.num_classes,
+            "batch_size": args.batch_size,
+            "network": args.network,
             "embedding_size": args.embedding_size,
         }
         plain = make_trainer(OldArc, "configs/f512_r50_arc_data100.py", keys)
@@ -102,8 +111,10 @@ def main():
 
         extras = {name: make_extra(name, keys, plain, embeddings, batch) for name in args.methods.split(",")}
         times = in_turns({"plain step": plain_step, **extras}, args.rounds, plain.device)
-        print(f"{args.network}, batch {args.batch_size}, {args.num_classes:,} classes, "
-              f"embedding {args.embedding_size}, {machine(plain.device)}")
+        print(
+            f"{args.network}, batch {args.batch_size}, {args.num_classes:,} classes, "
+            f"embedding {args.embedding_size}, {machine(plain.device)}"
+        )
         for name, spent in times.items():
             print(f"{name:10s} {median([1000 * one for one in spent], '10.1f')} ms")
         for name in extras:

@@ -15,7 +15,7 @@ import multiprocessing
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repo root
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class PlainSoftmax(torch.nn.Module):
         with torch.autocast("cuda", torch.float16, enabled=self.fp16 and embeddings.is_cuda):
             cosines = F.linear(F.normalize(embeddings), F.normalize(self.weight)).float().clamp(-1, 1)
         target = cosines.gather(1, labels[:, None])
-        moved = target * torch.cos(torch.tensor(MARGIN)) - (1 - target ** 2).sqrt() * torch.sin(torch.tensor(MARGIN))
+        moved = target * torch.cos(torch.tensor(MARGIN)) - (1 - target**2).sqrt() * torch.sin(torch.tensor(MARGIN))
         return F.cross_entropy(cosines.scatter(1, labels[:, None], moved) * S, labels)
 
 
@@ -78,8 +78,16 @@ def peak_mib(args, name):
 
 def main():
     args = options(
-        __doc__, classes=93431 // 8, batch=128, embedding_size=512, sample_rate=1.0, fp16=False, optimizer=False,
-        alone=False, device="cuda" if torch.cuda.is_available() else "cpu", rounds=10,
+        __doc__,
+        classes=93431 // 8,
+        batch=128,
+        embedding_size=512,
+        sample_rate=1.0,
+        fp16=False,
+        optimizer=False,
+        alone=False,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        rounds=10,
     )
     names = ["PartialFC"] if args.alone else ["plain", "PartialFC"]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

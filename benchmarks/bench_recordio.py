@@ -35,8 +35,9 @@ def main():
         readers = {"recordio": recordio.RecordReader(path).read, "mxnet": other.read_idx}
         keys = draw.choices(range(args.records), k=4 * args.records)
         assert all(readers["recordio"](key) == readers["mxnet"](key) for key in keys)
-        times = in_turns({name: lambda read=read: [read(key) for key in keys] for name, read in readers.items()},
-                         args.rounds)
+        times = in_turns(
+            {name: lambda read=read: [read(key) for key in keys] for name, read in readers.items()}, args.rounds
+        )
         for name, spent in times.items():
             print(f"{name:12s} {statistics.median(spent) / len(keys) * 1e6:8.2f} us a read of 6 to 12 KB")
         print_ratio("mxnet / recordio", times["mxnet"], times["recordio"], ".1f")

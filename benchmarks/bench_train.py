@@ -27,16 +27,16 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repo root
 
 import torch
 
 from benchmarks import common
 from benchmarks.common import median, old_feature_paths
-from dataset import open_train_set
 from core import distributed
 from core.config import ConfigError, load_config
 from core.errors import report_errors
+from dataset import open_train_set
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 SETTINGS = ("network", "num_classes", "embedding_size", "batch_size", "gradient_acc", "num_workers", "fp16", "rec")
@@ -157,11 +157,13 @@ def measure(args, overrides):
         torch.distributed.broadcast_object_list(folder)
     try:
         cfg = make_config(args, overrides, folder[0])
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):     # the log
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the log
             trainer = trainer_class(args.config)(cfg)
             if trainer.steps_per_epoch <= args.warmup + args.rounds * args.steps:
-                raise ConfigError(f"{cfg.rec}: an epoch has {trainer.steps_per_epoch} steps, fewer than the rounds "
-                                  "take; lower --steps or --batch_size, or leave num_image to --draw or synthetic")
+                raise ConfigError(
+                    f"{cfg.rec}: an epoch has {trainer.steps_per_epoch} steps, fewer than the rounds "
+                    "take; lower --steps or --batch_size, or leave num_image to --draw or synthetic"
+                )
             timed = TimedLoader(trainer, args)
             with contextlib.suppress(Done):
                 trainer.train()
@@ -173,8 +175,10 @@ def measure(args, overrides):
 
 
 def report(trainer, timed, args):
-    print(f"{type(trainer).__name__}: {', '.join(f'{key} {trainer.cfg[key]}' for key in SETTINGS)}, "
-          f"{trainer.world_size} ranks; {common.machine(trainer.device)}")
+    print(
+        f"{type(trainer).__name__}: {', '.join(f'{key} {trainer.cfg[key]}' for key in SETTINGS)}, "
+        f"{trainer.world_size} ranks; {common.machine(trainer.device)}"
+    )
     print(f"run        {median([trainer.global_batch / one for one in timed.run], '.1f')} images/s, {args.clock} clock")
     print(f"data wait  {median([wait / run for wait, run in zip(timed.wait, timed.run)], '.2%')} of the run's time")
     held = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"

@@ -75,8 +75,16 @@ RANGES = {
 
 # What other repos call some of the keys, for the hint at an unknown one.
 _USUAL_NAMES = {
-    "learning_rate": "lr", "epochs": "num_epoch", "epoch": "num_epoch", "bs": "batch_size", "workers": "num_workers",
-    "backbone": "network", "model": "network", "amp": "fp16", "bf16": "amp_dtype", "optim": "optimizer",
+    "learning_rate": "lr",
+    "epochs": "num_epoch",
+    "epoch": "num_epoch",
+    "bs": "batch_size",
+    "workers": "num_workers",
+    "backbone": "network",
+    "model": "network",
+    "amp": "fp16",
+    "bf16": "amp_dtype",
+    "optim": "optimizer",
     "wd": "weight_decay",
 }
 

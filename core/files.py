@@ -35,7 +35,7 @@ def atomic_write(path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())     # else a crash could leave the name without its contents
+            os.fsync(file.fileno())  # else a crash could leave the name without its contents
         os.replace(temporary, path)
         sync_directory(path.parent)
     finally:
@@ -51,7 +51,7 @@ def sync_directory(path):
     try:
         os.fsync(descriptor)
     except OSError:
-        pass    # some network file systems refuse; the rename is done, and theirs to keep
+        pass  # some network file systems refuse; the rename is done, and theirs to keep
     finally:
         os.close(descriptor)
 
@@ -77,7 +77,7 @@ def write_atomically(write, path):
         with atomic_write(path) as file:
             write(file)
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__     # torch raises its own error over it
+        reason = error if isinstance(error, OSError) else error.__context__  # torch raises its own error over it
         if not isinstance(reason, OSError):
             raise
         raise CheckpointError(

@@ -108,7 +108,7 @@ def _encoder(left):
             return data
         if type(data) is not str or encoding not in ("latin1", "latin-1", b"latin-1"):
             raise _NotASet("it calls what it may not")
-        left -= len(data)   # the same text again and again would take more memory than the file
+        left -= len(data)  # the same text again and again would take more memory than the file
         if left < 0:
             raise _NotASet("it is larger than its file")
         return data.encode("latin-1")
@@ -120,8 +120,8 @@ class _Unpickler(pickle._Unpickler):
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES}
 
     def __init__(self, file, size):
-        super().__init__(file, encoding="bytes")    # a str of Python 2 is bytes
-        self.dispatch = _Counted(self.dispatch, 10_000 + size // 4)     # an image has a few, and 100 bytes at least
+        super().__init__(file, encoding="bytes")  # a str of Python 2 is bytes
+        self.dispatch = _Counted(self.dispatch, 10_000 + size // 4)  # an image has a few, and 100 bytes at least
         self.encode = _encoder(size)
 
     def find_class(self, module, name):
@@ -144,11 +144,11 @@ class _Unpickler(pickle._Unpickler):
         state, part = self.stack.pop(), self.stack[-1]
         if type(part) is _Array:
             _, _, part.dtype, _, part.data = state
-        elif type(part) is not str:     # the name of a dtype, whose state is its byte order
+        elif type(part) is not str:  # the name of a dtype, whose state is its byte order
             raise _NotASet("it sets the state of an object")
 
     dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8   # Python's reserves what the length field says
+    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # Python's reserves what the length field says
 
 
 class _Counted(dict):

@@ -46,9 +46,7 @@ def make_optimizer(cfg, groups, device):
     fused = device.type == "cuda"
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
-    optimizer = torch.optim.SGD(
-        groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused
-    )
+    optimizer = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
     start_momentum(optimizer)
     return optimizer
 
@@ -119,7 +117,7 @@ def replicate(module, cfg, device, world_size):
     if world_size > 1 and cfg.sync_bn:
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if cfg.compile:
-        module.compile()    # in place: the names in the state dict stay
+        module.compile()  # in place: the names in the state dict stay
     if world_size == 1:
         return module
     module = DistributedDataParallel(

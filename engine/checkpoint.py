@@ -21,6 +21,7 @@ import time
 
 import torch
 
+from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
 from core.files import (
     CheckpointError,
     check_whole,
@@ -30,18 +31,17 @@ from core.files import (
     sync_directory,
     write_atomically,
 )
-from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
 from engine.monitor import log
 
 try:
     import fcntl
-except ImportError:     # Windows
+except ImportError:  # Windows
     fcntl = None
 
-KEEP = 2                    # complete sets
+KEEP = 2  # complete sets
 FOLDER, DONE = "checkpoints", "DONE"
-DAMAGED = "damaged_"        # put before the name of a set that could not be resumed from
-SECONDS_TO_APPEAR = 10      # of a new file, on a disk that several machines share
+DAMAGED = "damaged_"  # put before the name of a set that could not be resumed from
+SECONDS_TO_APPEAR = 10  # of a new file, on a disk that several machines share
 
 
 # --- claiming the output ----------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _lock(output):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return file, f"{output}: another run is writing there; end it, or choose another `output`"
-    except OSError:     # a disk without locks
+    except OSError:  # a disk without locks
         pass
     for path in sorted(output.glob("checkpoint_step_*_gpu_*_of_*.pt"))[:1]:
         return file, (
@@ -120,7 +120,7 @@ def save_set(output, state):
     save_atomically(state, folder / f"rank_{rank()}_of_{world_size()}.pt")
     barrier()
     if is_main():
-        sync_directory(folder.parent)           # with DONE on the disk, the folder must be, too
+        sync_directory(folder.parent)  # with DONE on the disk, the folder must be, too
         sync_directory(folder.parent.parent)
         text = f"step {state['step']} of {state['total_steps']} on {world_size()} ranks\n"
         write_atomically(lambda file: file.write(text.encode()), folder / DONE)
@@ -140,7 +140,7 @@ def _remove(folder):
     """Delete a set, DONE first: killed in between, this leaves an incomplete set."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name != DONE):
         path.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)   # NFS keeps a deleted file's name while another process has it open
+    shutil.rmtree(folder, ignore_errors=True)  # NFS keeps a deleted file's name while another process has it open
 
 
 def _agree_on_sets(output):
@@ -226,7 +226,7 @@ def _set_aside(damages):
     for folder, damage in damages.items() if is_main() else ():
         aside = folder.with_name(DAMAGED + folder.name)
         log.warning("%s; going back to the set before it, and this one is now %s", damage, aside)
-        shutil.rmtree(aside, ignore_errors=True)    # of an earlier attempt
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier attempt
         folder.replace(aside)
     barrier()
 
@@ -236,7 +236,7 @@ def _load_set(folder, device):
         raise CheckpointError(f"{folder / DONE}: no such file")
     ranks = read_done(folder)[2]
     paths = [folder / f"rank_{number}_of_{ranks}.pt" for number in range(ranks)]
-    for path in paths[rank()::world_size()]:        # all ranks together: each once
+    for path in paths[rank() :: world_size()]:  # all ranks together: each once
         if not _appears(path):
             raise CheckpointError(f"{path}: no such file")
         check_whole(path)
@@ -244,7 +244,7 @@ def _load_set(folder, device):
         return _load_state(paths[rank()], device), paths[rank()]
     # Memory-mapped: of the other ranks' files, only the classes that become this rank's are read.
     state = reshard([_load_state(path, mmap=True) for path in paths], rank(), world_size())
-    return copy.deepcopy(state), paths[rank() % ranks]      # an optimiser would go on using the mapped files
+    return copy.deepcopy(state), paths[rank() % ranks]  # an optimiser would go on using the mapped files
 
 
 def _load_state(path, *args, **kwargs):

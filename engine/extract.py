@@ -51,9 +51,9 @@ class SharedArray:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except AttributeError:
-                pass    # not a system that has it: a full disk shows when rows are written
+                pass  # not a system that has it: a full disk shows when rows are written
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):     # a file system that cannot reserve
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot reserve
                     raise
 
     def write(self, row, values):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import IMAGE_SHAPE, to_input
 from core.distributed import to_device
 from core.errors import UserError
+from dataset import IMAGE_SHAPE, to_input
 from engine.workers import FileSize, WorkerError, Workers, start_worker
 from recordio import RecordError
 
@@ -22,11 +22,11 @@ from recordio import RecordError
 class Batch(NamedTuple):
     """One rank's images of a step, and what belongs to them. B = batch_size; row i of every field is one image's."""
 
-    images: torch.Tensor                    # float32 [B, 3, 112, 112] in [-1, 1], on the device
-    labels: torch.Tensor                    # int64 [B], on the device
-    index: torch.Tensor                     # int64 [B], on the CPU: rows of the training set and of every feature file
-    old: torch.Tensor | None = None         # float32 [B, D], on the device: old features as stored, not normalised
-    credible: torch.Tensor | None = None    # bool [B], on the CPU: which of `old` may be used
+    images: torch.Tensor  # float32 [B, 3, 112, 112] in [-1, 1], on the device
+    labels: torch.Tensor  # int64 [B], on the device
+    index: torch.Tensor  # int64 [B], on the CPU: rows of the training set and of every feature file
+    old: torch.Tensor | None = None  # float32 [B, D], on the device: old features as stored, not normalised
+    credible: torch.Tensor | None = None  # bool [B], on the CPU: which of `old` may be used
 
 
 class OldRows:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from core.distributed import is_main
 from core.errors import UserError
 
-RECENT = 100        # batches whose terms are kept for the report on a non-finite loss
+RECENT = 100  # batches whose terms are kept for the report on a non-finite loss
 SKIPS_TO_WARN = 10  # consecutive skipped steps; fewer are normal while the loss scale finds its level
 
 log = logging.getLogger("bct")
@@ -69,7 +69,7 @@ class Monitor:
         self.sums, self.count, self.pending = {}, 0, None
         self.recent = collections.deque(maxlen=RECENT)  # (step, {term: value}), oldest first
         self.skipped, self.skips_in_a_row = (start_step, None), 0
-        self.begin = None   # (step, time) after the first log line; before it workers start and kernels compile
+        self.begin = None  # (step, time) after the first log line; before it workers start and kernels compile
         self.lap, self.paused = (start_step, time.perf_counter()), 0.0
         watched = is_main() and sys.stdout.isatty() and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not watched)
@@ -79,7 +79,7 @@ class Monitor:
 
     def __exit__(self, kind, error, _):
         self.bar.close()
-        if error is not None:   # the terminal gets it from report_errors
+        if error is not None:  # the terminal gets it from report_errors
             for handler in log.handlers:
                 if isinstance(handler, logging.FileHandler):
                     message = f"ended by {kind.__name__}: {error}"

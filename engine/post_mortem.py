@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 from engine.checkpoint import save_atomically
-from engine.run_state import named_tensors, state_of
 from engine.loader import ShuffledRows
+from engine.run_state import named_tensors, state_of
 
-NAMED = 8   # images and tensors that the message names; the file has all
+NAMED = 8  # images and tensors that the message names; the file has all
 
 
 def explain(run, error):
@@ -40,7 +40,7 @@ def explain(run, error):
     Every rank calls it for itself, nothing is exchanged. Where the file cannot be written the message says so.
     """
     path = pathlib.Path(run.cfg.output) / f"nonfinite_step_{error.step}_rank_{run.rank}.pt"
-    rows, keys = error.rows.numpy(), getattr(run.train_set, "keys", None)   # a synthetic set has no keys
+    rows, keys = error.rows.numpy(), getattr(run.train_set, "keys", None)  # a synthetic set has no keys
     keys = None if keys is None else torch.from_numpy(np.asarray(keys)[rows].astype(np.int64))
     broken = [name for name, tensor in named_tensors(run) if not torch.isfinite(tensor).all()]
     labels = torch.tensor([run.train_set.label(row) for row in rows.tolist()])
@@ -70,10 +70,10 @@ def _some(names):
 def _advice(run, error, broken):
     slower = "lower lr or raise warmup_epoch" + ("" if run.cfg.clip_grad_norm else ", or set clip_grad_norm = 5.0")
     scaled = run.scaler.is_enabled()
-    if run.step > error.step and not scaled:    # the weights have taken the bad step: what they hold says nothing
+    if run.step > error.step and not scaled:  # the weights have taken the bad step: what they hold says nothing
         return slower.capitalize()
     parameters = {name for name, tensor in named_tensors(run) if isinstance(tensor, torch.nn.Parameter)}
-    weights = [name for name in broken if name in parameters]   # BatchNorm's statistics may have taken in the batch
+    weights = [name for name in broken if name in parameters]  # BatchNorm's statistics may have taken in the batch
     if weights:
         return f"A step before it broke {_some(weights)}: {slower}"
     if scaled:

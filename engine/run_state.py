@@ -10,9 +10,9 @@ import random
 import numpy as np
 import torch
 
+from core.distributed import all_reduce_
 from engine.build import unwrap
 from engine.checkpoint import CheckpointError
-from core.distributed import all_reduce_
 from engine.monitor import log
 from engine.schedule import set_step
 from losses.classifier import sharded_tensors
@@ -79,7 +79,7 @@ def _class_sharded(run):
             paths.append(((key, name), dim))
             dims[tensor] = dim
     parameters = (parameter for group in run.optimizer.param_groups for parameter in group["params"])
-    for number, parameter in enumerate(parameters):     # as the optimiser's state dict counts them
+    for number, parameter in enumerate(parameters):  # as the optimiser's state dict counts them
         for key, value in run.optimizer.state.get(parameter, {}).items() if parameter in dims else ():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 paths.append((("optimizer", "state", number, key), dims[parameter]))
@@ -140,7 +140,7 @@ def restore(run, state, path):
     except (RuntimeError, ValueError) as error:
         reason = str(error).replace("\n", " ")[:300]
         raise CheckpointError(f"{path}: does not fit this run ({reason}); choose another `output`") from error
-    if run.scaler.is_enabled() and state["scaler"]:     # empty: written with another amp_dtype
+    if run.scaler.is_enabled() and state["scaler"]:  # empty: written with another amp_dtype
         run.scaler.load_state_dict(state["scaler"])
         run.scaler.skipped = None if state["skipped"] is None else torch.tensor(state["skipped"], device=run.device)
     if state["random"] is not None:
@@ -172,7 +172,12 @@ def _check_same_run(run, state, path):
     log.warning(
         "%s: written by %d ranks with a global batch of %d images, this run of %d ranks has %d; lr stays as the config "
         "says. For the same steps, choose batch_size and gradient_acc so that ranks x batch_size x gradient_acc is %d",
-        path, state["world_size"], state["global_batch"], run.world_size, run.global_batch, state["global_batch"],
+        path,
+        state["world_size"],
+        state["global_batch"],
+        run.world_size,
+        run.global_batch,
+        state["global_batch"],
     )
 
 

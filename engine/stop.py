@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from core.distributed import world_size
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)      # Slurm sends SIGTERM at the end of the time, SIGUSR1 on request before
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm sends SIGTERM at the end of the time, SIGUSR1 on request before
 
 
 class StopRequest:
@@ -33,7 +33,7 @@ class StopRequest:
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)   # None: it was not set by Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python
 
     def _remember(self, number, _):
         self.received = number

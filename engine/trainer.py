@@ -24,13 +24,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import backbones
-from dataset import open_train_set
 from core import distributed
-from engine import checkpoint
-from engine.build import make_scaler
-from engine.build import make_optimizer, margin_loss, replicate, scales_loss, set_precision, unwrap
 from core.config import ConfigError, load_config
 from core.errors import report_errors
+from dataset import open_train_set
+from engine import checkpoint
+from engine.build import make_optimizer, make_scaler, margin_loss, replicate, scales_loss, set_precision, unwrap
 from engine.loader import OldRows, TrainLoader
 from engine.monitor import Monitor, NonFiniteLoss, init_logging, log
 from engine.post_mortem import explain
@@ -50,8 +49,8 @@ class Trainer:
     labels compared), "labels" (compared alone) or None.
 
     What a method uses: `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] ->
-    embeddings [B, D]), `classifier` (embeddings, labels -> loss; PartialFC), `generator` (seeded, on the CPU), `device`, `rank`,
-    `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of the method's own
+    embeddings [B, D]), `classifier` (embeddings, labels -> loss; PartialFC), `generator` (seeded, on the CPU),
+    `device`, `rank`, `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of the method's own
     into `extra`: their parameters train with the backbone's settings, their gradients are summed over the ranks and
     clipped with the backbone's by one norm, and their parameters and buffers are in every checkpoint (not in model.pt).
     """
@@ -81,7 +80,13 @@ class Trainer:
             )
         self.old = self.open_old_features() if self.old_features else None
         self.loader = TrainLoader(
-            self.train_set, cfg.batch_size, self.device, cfg.num_workers, cfg.seed, self.rank, self.world_size,
+            self.train_set,
+            cfg.batch_size,
+            self.device,
+            cfg.num_workers,
+            cfg.seed,
+            self.rank,
+            self.world_size,
             old=OldRows(self.old, rows=self.old_features == "rows") if self.old else None,
         )
         self.steps_per_epoch = len(self.loader) // cfg.gradient_acc
@@ -93,7 +98,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * cfg.num_epoch
         self.global_batch = cfg.batch_size * cfg.gradient_acc * self.world_size
         self.epoch = self.step = 0
-        self.best = {"accuracy": -1.0, "step": 0}   # of the verifications so far
+        self.best = {"accuracy": -1.0, "step": 0}  # of the verifications so far
 
         self.backbone = replicate(self.build_backbone(), cfg, self.device, self.world_size)
         self.classifier = self.build_classifier().train().to(self.device)
@@ -130,8 +135,12 @@ class Trainer:
                 "old_embedding; begin it with `config = edict(keys)`, keys from old_model.keys"
             )
         return OldFeatures(
-            self.train_set, cfg.old_embedding, cfg.old_embedding_label, cfg.get("credible_old_feature"),
-            cfg.embedding_size, cfg.old_model_path,
+            self.train_set,
+            cfg.old_embedding,
+            cfg.old_embedding_label,
+            cfg.get("credible_old_feature"),
+            cfg.embedding_size,
+            cfg.old_model_path,
         )
 
     def setup(self):
@@ -171,7 +180,7 @@ class Trainer:
                 while self.epoch < cfg.num_epoch and not stopped:
                     stopped = self.train_epoch()
             except NonFiniteLoss as error:
-                explain(self, error)    # in here, where the launcher's SIGTERM to the other ranks finds them writing
+                explain(self, error)  # in here, where the launcher's SIGTERM to the other ranks finds them writing
                 raise
         if stopped and self.epoch < cfg.num_epoch:
             log.info("stopped by %s at step %d; resume with: %s", stopped, self.step, resume_command())
@@ -270,7 +279,7 @@ class Trainer:
             checkpoint.save_atomically(centres, output / f"softmax_fc_gpu_{self.rank}.pt")
             others = range(self.world_size + self.rank, 10**6, self.world_size)
             for path in itertools.takewhile(pathlib.Path.exists, (output / f"softmax_fc_gpu_{r}.pt" for r in others)):
-                path.unlink()   # of ranks that a run resumed on fewer no longer has
+                path.unlink()  # of ranks that a run resumed on fewer no longer has
 
     def refuse_non_finite_weights(self):
         """Never save or rank non-finite weights, nor those of a step with a non-finite loss."""

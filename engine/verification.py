@@ -8,8 +8,8 @@ import torch
 from sklearn.model_selection import KFold
 
 from core import distributed
-from engine.bin_files import VerificationError, read_bin
 from dataset import IMAGE_SHAPE, decode_bgr, image_size
+from engine.bin_files import VerificationError, read_bin
 
 THRESHOLDS = np.arange(0, 4, 0.01)  # of the squared Euclidean distance of unit vectors, as the field's tables use
 

@@ -25,7 +25,7 @@ class _ApplyMargin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, margin):
         here = labels >= 0
-        column = labels.clamp(min=0).unsqueeze(1)                      # any column will do where the row has no target
+        column = labels.clamp(min=0).unsqueeze(1)  # any column will do where the row has no target
         cosine = logits.gather(1, column).squeeze(1)
         value, slope = margin.target(cosine if cosine.dtype == torch.float64 else cosine.float())
         value = torch.where(here, value.to(logits.dtype), cosine)

@@ -19,8 +19,8 @@ from core.distributed import gather, gather_with_grad, rank, rows_of_rank, world
 from losses.classifier import Classifier
 from losses.row_optimizer import RowOptimizer
 
-INIT_STD = 0.01         # of the centres' initial coordinates
-INIT_BLOCK = 1024       # classes that share an initial generator
+INIT_STD = 0.01  # of the centres' initial coordinates
+INIT_BLOCK = 1024  # classes that share an initial generator
 
 
 class PartialFC(Classifier):
@@ -127,11 +127,11 @@ class PartialFC(Classifier):
         All positives, filled up to num_sample with random negatives; more than num_sample only if the positives are.
         """
         generator = self._sampling_generator()
-        score = torch.rand(self.num_local + 1, generator=generator, device=self.weight.device)   # last: not here
-        score[local] = 2                                     # above every random number; -1 writes to the last
+        score = torch.rand(self.num_local + 1, generator=generator, device=self.weight.device)  # last: not here
+        score[local] = 2  # above every random number; -1 writes to the last
         score = score[:-1]
         count = self.num_sample
-        if len(local) > count:                               # else the positives fit whatever the labels are
+        if len(local) > count:  # else the positives fit whatever the labels are
             count = max(count, int((score == 2).sum()))
         index = score.topk(count, sorted=False).indices.sort().values
         return index, torch.where(local >= 0, torch.searchsorted(index, local), -1)
@@ -166,7 +166,7 @@ def _initial_centres(start, stop, embedding_size, seed):
     for first in range(start // INIT_BLOCK * INIT_BLOCK, stop, INIT_BLOCK):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         block = torch.empty(INIT_BLOCK, embedding_size).normal_(0, INIT_STD, generator=generator)
-        blocks.append(block[max(start - first, 0):stop - first])
+        blocks.append(block[max(start - first, 0) : stop - first])
     return torch.cat(blocks)
 
 
@@ -190,8 +190,8 @@ class _Cosines(torch.autograd.Function):
         to_embeddings = grad @ weight if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return to_embeddings, None
-        to_weight = grad.t() @ embeddings                                               # g / |w|
-        along = torch.linalg.vecdot(weight, to_weight) * inverse ** 2                   # u . g / |w|^2
+        to_weight = grad.t() @ embeddings  # g / |w|
+        along = torch.linalg.vecdot(weight, to_weight) * inverse**2  # u . g / |w|^2
         return to_embeddings, to_weight.addcmul_(weight, along.unsqueeze(1), value=-1)
 
 
@@ -202,7 +202,7 @@ class _HalfCosines(torch.autograd.Function):
     def forward(ctx, embeddings, weight, dtype):
         inverse = _inverse_norm(weight)
         unit = torch.empty_like(weight, dtype=dtype)
-        torch.mul(weight, inverse.unsqueeze(1), out=unit)                               # no float32 copy in between
+        torch.mul(weight, inverse.unsqueeze(1), out=unit)  # no float32 copy in between
         embeddings = embeddings.to(dtype)
         ctx.save_for_backward(embeddings, unit, inverse)
         return embeddings @ unit.t()
@@ -257,7 +257,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         # From the largest entry, whose probability is at least 1 / C_local: no overflow, no logarithm of zero.
         log_sum = logits.amax(1) - probability.amax(1).log()
         target = torch.where(here, logits.gather(1, column).squeeze(1), 0)
-        parts = gather(torch.stack([log_sum, target])[None])           # [world, 2, N]
+        parts = gather(torch.stack([log_sum, target])[None])  # [world, 2, N]
         total = parts[:, 0].logsumexp(0)
         ctx.save_for_backward(probability, (log_sum - total).exp(), column, here)
         return (total - parts[:, 1].sum(0)).mean()

@@ -46,7 +46,7 @@ class RowOptimizer:
         gradient = self.parameter.grad
         if gradient is None or not gradient.is_sparse:
             return
-        if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):   # args[0] is the optimiser
+        if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):  # args[0] is the optimiser
             raise RuntimeError("a closure cannot be used with sampled classes: call backward before step()")
         gradient = gradient.coalesce()
         self.rows = gradient.indices()[0]

@@ -5,7 +5,7 @@ from scipy import sparse
 
 from old_model.feature_set import FeatureError
 
-CHUNK = 1 << 15     # rows handled at once: 32 MB in float64 at 128 dimensions
+CHUNK = 1 << 15  # rows handled at once: 32 MB in float64 at 128 dimensions
 
 
 def chunks(features, labels):

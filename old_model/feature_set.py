@@ -17,9 +17,9 @@ import shlex
 
 import numpy as np
 
-from core.files import atomic_write
 from core.config import REPO
 from core.errors import UserError
+from core.files import atomic_write
 
 # Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data that the old one
 # never saw; EX (extended): on everything.
@@ -72,7 +72,7 @@ class FeatureSet:
 
     def _place(self, script):
         """Options that say where the files are; get_feature must find the old model and the images there, too."""
-        root = pathlib.Path(os.path.abspath(self.root))     # not resolved: the directory may be a link to a larger disk
+        root = pathlib.Path(os.path.abspath(self.root))  # not resolved: the directory may be a link to a larger disk
         if root == REPO / "feature_save":
             return ""
         if script == "get_feature" and root.name == "feature_save":

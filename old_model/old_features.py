@@ -11,16 +11,9 @@ import weakref
 
 import numpy as np
 
-from old_model.feature_set import (
-    FeatureError,
-    again,
-    again_from_images,
-    check_not_older,
-    command_for,
-    open_array,
-)
+from old_model.feature_set import FeatureError, again, again_from_images, check_not_older, command_for, open_array
 
-LABELS_SAMPLED = 1024   # rows whose labels are compared with the record file when features are opened
+LABELS_SAMPLED = 1024  # rows whose labels are compared with the record file when features are opened
 
 
 class OldFeatures:
@@ -117,7 +110,7 @@ class RowFile:
         if outside.any():
             raise IndexError(f"{self.path}: row {rows[outside][0]} is outside its {len(self.array)} rows")
         shape = len(rows), *self.array.shape[1:]
-        if not self.array.flags.c_contiguous:   # column by column, as np.save writes a transposed array
+        if not self.array.flags.c_contiguous:  # column by column, as np.save writes a transposed array
             stored = self.array[rows]
         else:
             direct = out is not None and out.dtype == self.array.dtype
@@ -137,13 +130,13 @@ class RowFile:
                 os.posix_fadvise(self.file, offset, size, os.POSIX_FADV_WILLNEED)
         memory = memoryview(values.reshape(-1).view(np.uint8))
         for place, (row, offset) in enumerate(zip(rows, offsets)):
-            self._read_row(row, offset, memory[place * size:(place + 1) * size])
+            self._read_row(row, offset, memory[place * size : (place + 1) * size])
         return values
 
     def _read_row(self, row, offset, memory):
         try:
             read = os.preadv(self.file, [memory], offset)
-            while 0 < read < len(memory):   # network disks may return less than asked for
+            while 0 < read < len(memory):  # network disks may return less than asked for
                 more = os.preadv(self.file, [memory[read:]], offset + read)
                 read = read + more if more else 0
         except OSError as error:

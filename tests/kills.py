@@ -32,13 +32,18 @@ from tests.conftest import draw_image, draw_record_set
 from tests.ranks import PRELOAD
 
 NUM_IMAGE, NUM_CLASSES = 38, 5
-SECONDS = 120           # after which an attempt is taken to hang
-TO_NOTICE = 30          # seconds that a rank has to end of itself once another was killed
+SECONDS = 120  # after which an attempt is taken to hang
+TO_NOTICE = 30  # seconds that a rank has to end of itself once another was killed
 # Calls before and after which a run can be killed, by name, such as "before update"; for those that change names on the
 # disk the file's kind stands beside it, "after replace rank". "half of save": as many bytes of a file are written.
 WATCHED = (
-    (os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (torch, "save"), (engine.trainer, "restore"),
-    (engine.trainer.Trainer, "update"), (engine.trainer.Trainer, "verify"),
+    (os, "replace"),
+    (os, "fsync"),
+    (pathlib.Path, "unlink"),
+    (torch, "save"),
+    (engine.trainer, "restore"),
+    (engine.trainer.Trainer, "update"),
+    (engine.trainer.Trainer, "verify"),
 )
 # What may differ between two states of the same run.
 NOT_COMPARED = ("output", "resume")
@@ -176,7 +181,7 @@ def _kill_group(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.is_alive():
-        process.kill()      # so early that it has no group of its own yet
+        process.kill()  # so early that it has no group of its own yet
 
 
 def _rank_main(task, name, rank, store, words, kill, keep):
@@ -186,12 +191,12 @@ def _rank_main(task, name, rank, store, words, kill, keep):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(CUDA_VISIBLE_DEVICES="")
-    multiprocessing.set_start_method("fork", force=True)    # the loader's workers, as outside the tests
+    multiprocessing.set_start_method("fork", force=True)  # the loader's workers, as outside the tests
     torch.set_num_threads(1)
     if task.ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(task.ranks), LOCAL_RANK=str(rank))
         if any(interface == "lo" for _, interface in socket.if_nameindex()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")       # works without a network
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # works without a network
         store = torch.distributed.FileStore(store, task.ranks)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=task.ranks)
     method = getattr(importlib.import_module(f"BCT_methods.{task.method}.train"), task.method)
@@ -220,7 +225,7 @@ class _Moments:
             if name in ("replace", "unlink"):
                 kind = pathlib.Path(args[-1]).name.partition(".")[0].partition("_")[0]
                 if kind not in ("rank", "DONE", "model", "softmax"):
-                    return function(*args, **kwargs)    # temporary files, and what is written once, at the start
+                    return function(*args, **kwargs)  # temporary files, and what is written once, at the start
                 name += f" {kind}"
             if self.keep and name in ("unlink rank", "unlink DONE"):
                 _link(args[0], self.keep)
@@ -241,7 +246,7 @@ class _Moments:
 def _write_half(save, state, file):
     whole = io.BytesIO()
     save(state, whole)
-    file.write(whole.getvalue()[:whole.tell() // 2])
+    file.write(whole.getvalue()[: whole.tell() // 2])
     file.flush()
 
 
@@ -270,7 +275,7 @@ def draw_kills(random, task, moments, seconds, number, outside):
 def _some(random, ranks):
     """One of the ranks (their number, or a list of them), or several."""
     ranks = random.permutation(ranks)
-    return tuple(sorted(ranks[:random.integers(1, len(ranks) + 1)].tolist()))
+    return tuple(sorted(ranks[: random.integers(1, len(ranks) + 1)].tolist()))
 
 
 def kill_and_resume(task, kills, name="killed", tell=print):
@@ -279,7 +284,7 @@ def kill_and_resume(task, kills, name="killed", tell=print):
     Returns how many were killed, for one may end before it comes to its kill. `tell` gets a line for each.
     """
     steps, ended = [], False
-    for killed, kill in enumerate([*kills, None]):
+    for killed, kill in enumerate([*kills, None]):  # noqa: B007  (returned)
         ended = attempt(task, name, kill, "--resume", "True")
         steps = check_sets(task, name, steps)
         tell(f"{task.method} on {task.ranks}: {kill or 'to the end'}: {'ended' if ended else 'killed'}; sets {steps}")
@@ -300,8 +305,8 @@ def check_sets(task, name, before=()):
     if not found:
         return found
     newest = written.index(found[-1])
-    last = written[max(newest + 1 - checkpoint.KEEP, 0):newest + 1]
-    assert found[-checkpoint.KEEP:] == last, f"{found} of {written}"
+    last = written[max(newest + 1 - checkpoint.KEEP, 0) : newest + 1]
+    assert found[-checkpoint.KEEP :] == last, f"{found} of {written}"
     folder = checkpoint.complete_sets(task.output(name))[-1]
     for path in (folder / f"rank_{rank}_of_{task.ranks}.pt" for rank in range(task.ranks)):
         checkpoint.check_whole(path)
@@ -325,7 +330,8 @@ def _files(output):
     """`{name: path}`; TensorBoard's have a time and a process in their names, the folder stands for them."""
     return {
         str(path.relative_to(output)): path
-        for path in output.rglob("*") if path.parent.name != "tensorboard" and (path.is_file() or path.parent == output)
+        for path in output.rglob("*")
+        if path.parent.name != "tensorboard" and (path.is_file() or path.parent == output)
     }
 
 

@@ -42,9 +42,10 @@ def python2_pickle(images, same, protocol):
             return b"(l" + put(name) + b"".join(item + b"a" for item in items)
         begin = b"]" + put(name)
         items = list(items)
-        batches = [items[i:i + 1000] for i in range(0, len(items), 1000)]
-        return begin + b"".join(b"(" + b"".join(batch) + b"e" if len(batch) > 1 else batch[0] + b"a"
-                                for batch in batches)
+        batches = [items[i : i + 1000] for i in range(0, len(items), 1000)]
+        return begin + b"".join(
+            b"(" + b"".join(batch) + b"e" if len(batch) > 1 else batch[0] + b"a" for batch in batches
+        )
 
     def lists():
         yield whole_list("images", (string(image) for image in images))

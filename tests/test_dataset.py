@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import RecordDataset, SyntheticDataset, decode_bgr, open_train_set
-from dataset import image_layout
+from dataset import RecordDataset, SyntheticDataset, decode_bgr, image_layout, open_train_set
 from engine.loader import ExtractLoader, TrainLoader
 from recordio import IRHeader, RecordError, RecordReader, RecordWriter, pack, unpack
 
@@ -80,8 +79,12 @@ def test_without_a_header_the_config_may_state_more_classes(tmp_path, make_recor
 
 
 def test_labels_may_be_vectors(path):
-    rewrite(path, lambda key, payload: payload if key == 0 else pack(
-        IRHeader(0, [LABELS[key - 1], 0.5], key, 0), unpack(payload)[1]))
+    rewrite(
+        path,
+        lambda key, payload: (
+            payload if key == 0 else pack(IRHeader(0, [LABELS[key - 1], 0.5], key, 0), unpack(payload)[1])
+        ),
+    )
     dataset = RecordDataset(path)
     assert dataset.labels().tolist() == [dataset.label(row) for row in range(11)] == LABELS
     assert [label for _, label, _ in dataset] == LABELS
@@ -116,11 +119,17 @@ def test_rows_outside_the_set_are_refused(path, row):
 
 def stub_reader(counts, records):
     """What `image_layout` asks of a reader, without a file of millions of records. `records` is {key: image bytes}."""
+
     def read_record(key):
         return IRHeader(2, np.asarray(counts, np.float32), 0, 0) if key == 0 else None, records(key)
 
-    return types.SimpleNamespace(path="a.rec", idx_path=types.SimpleNamespace(name="a.idx"), read_record=read_record,
-                                 offset=lambda key: 0, first_missing_key=lambda: None)
+    return types.SimpleNamespace(
+        path="a.rec",
+        idx_path=types.SimpleNamespace(name="a.idx"),
+        read_record=read_record,
+        offset=lambda key: 0,
+        first_missing_key=lambda: None,
+    )
 
 
 class Sized(types.SimpleNamespace):
@@ -137,8 +146,14 @@ class Sized(types.SimpleNamespace):
 def test_counts_beyond_what_float32_holds(images, classes, identities):
     end = images + 1
     size = end + classes if identities else end
-    reader = Sized(size=size, **vars(stub_reader([end, size if identities else classes],
-                                                 lambda key: b"\xff\xd8\xff" if 1 <= key <= images else b"")))
+    reader = Sized(
+        size=size,
+        **vars(
+            stub_reader(
+                [end, size if identities else classes], lambda key: b"\xff\xd8\xff" if 1 <= key <= images else b""
+            )
+        ),
+    )
     layout = image_layout(reader)
     assert layout.keys == range(1, images + 1) and layout.num_classes == classes
 
@@ -147,16 +162,19 @@ def write_header(path, counts):
     rewrite(path, lambda key, payload: payload if key else pack(IRHeader(0, counts, 0, 0), b""))
 
 
-@pytest.mark.parametrize("counts, why", [
-    ([13, 4], "has the keys 0 to 11"),
-    ([11, 4], "has the keys 0 to 11"),
-    ([11, 13], "has the keys 0 to 11"),
-    ([0, 4], "no counts"),
-    ([12, float("nan")], "no counts"),
-    ([12, float("inf")], "no counts"),
-    ([12.5, 4], "no counts"),
-    ([12, 2**25], "float32"),
-])
+@pytest.mark.parametrize(
+    "counts, why",
+    [
+        ([13, 4], "has the keys 0 to 11"),
+        ([11, 4], "has the keys 0 to 11"),
+        ([11, 13], "has the keys 0 to 11"),
+        ([0, 4], "no counts"),
+        ([12, float("nan")], "no counts"),
+        ([12, float("inf")], "no counts"),
+        ([12.5, 4], "no counts"),
+        ([12, 2**25], "float32"),
+    ],
+)
 def test_a_header_that_contradicts_the_index_is_refused(path, counts, why):
     write_header(path, counts)
     with pytest.raises(RecordError, match=rf"train\.rec: key 0 at offset 0: .*{why}"):
@@ -191,8 +209,14 @@ def test_a_truncated_set_is_refused_when_opened(path):
 def broken_image(kind, jpeg):
     other_size = np.zeros((113, 112, 3), np.uint8)
     png = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (112, 112, 3), np.uint8))[1].tobytes()
-    return {"empty": b"", "text": b"no image at all", "cut": jpeg[:len(jpeg) // 2], "header": jpeg[:30],
-            "cut png": png[:len(png) // 2], "size": cv2.imencode(".png", other_size)[1].tobytes()}[kind]
+    return {
+        "empty": b"",
+        "text": b"no image at all",
+        "cut": jpeg[: len(jpeg) // 2],
+        "header": jpeg[:30],
+        "cut png": png[: len(png) // 2],
+        "size": cv2.imencode(".png", other_size)[1].tobytes(),
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "cut", "header", "cut png", "size"])

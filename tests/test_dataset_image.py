@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings, strategies
 
 import dataset
-import dataset
 from dataset import decode_bgr, image_size, whole_image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -39,7 +38,7 @@ def png_header(width, height):
 def with_size(jpeg, width, height):
     """The JPEG with another size in its header."""
     at = next(i for i in range(len(jpeg)) if jpeg[i] == 0xFF and jpeg[i + 1] in (0xC0, 0xC2))
-    return jpeg[:at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9:]
+    return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
 
 
 JPEG, PNG = encoded(".jpg", picture()), encoded(".png", picture())
@@ -49,6 +48,7 @@ PROGRESSIVE = encoded(".jpg", picture(), cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IM
 @pytest.fixture
 def no_decoder(monkeypatch):
     """OpenCV's decoder must not see the image."""
+
     def refuse(*_):
         raise AssertionError("was decoded")
 
@@ -60,11 +60,17 @@ def test_dataset_decodes_by_it():
 
 
 @pytest.mark.parametrize("height, width", [(112, 112), (1, 1), (250, 130), (96, 112), (300, 1000)])
-@pytest.mark.parametrize("kind, options", [
-    (".jpg", ()), (".jpg", (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)), (".jpg", (cv2.IMWRITE_JPEG_RST_INTERVAL, 2)),
-    (".jpg", (cv2.IMWRITE_JPEG_OPTIMIZE, 1, cv2.IMWRITE_JPEG_QUALITY, 5)), (".png", ()),
-    (".png", (cv2.IMWRITE_PNG_COMPRESSION, 1)),
-])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (".jpg", ()),
+        (".jpg", (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)),
+        (".jpg", (cv2.IMWRITE_JPEG_RST_INTERVAL, 2)),
+        (".jpg", (cv2.IMWRITE_JPEG_OPTIMIZE, 1, cv2.IMWRITE_JPEG_QUALITY, 5)),
+        (".png", ()),
+        (".png", (cv2.IMWRITE_PNG_COMPRESSION, 1)),
+    ],
+)
 def test_the_header_says_what_the_decoder_finds(height, width, kind, options):
     for image in (picture(height, width), picture(height, width)[..., 0]):
         data = encoded(kind, image, *options)
@@ -94,7 +100,7 @@ def test_a_giant_header_is_refused_before_it_is_decoded(width, height, no_decode
 def test_a_chunk_longer_than_its_file_is_refused_before_it_is_decoded(no_decoder):
     """OpenCV would reserve what the chunk announces."""
     for kind in (b"tEXt", b"IDAT", b"IEND"):
-        for rest in (b"", bytes(100), PNG[len(png_header(1, 1)):]):
+        for rest in (b"", bytes(100), PNG[len(png_header(1, 1)) :]):
             with pytest.raises(ValueError, match="do not decode"):
                 decoded(png_header(112, 112) + struct.pack(">I", 2**31 - 1) + kind + rest)
 
@@ -113,29 +119,48 @@ def test_other_formats_and_bytes_are_refused_before_they_are_decoded(no_decoder)
     others = [encoded(kind, picture()) for kind in (".bmp", ".tiff", ".webp", ".ppm", ".jp2")]
     scan = b"\xff\xda" + JPEG.split(b"\xff\xda")[1]
     endless = JPEG[:2] + b"\xff\xfe\x00\x02" * 2000 + JPEG[2:]
-    for data in [*others, b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", SIGNATURE, PNG[:23], JPEG[:30], JPEG[:2] + scan,
-                 JPEG[:2] + b"\xff\xd8" + JPEG[2:], JPEG[:-2], PROGRESSIVE[:-40], PNG[:-1], PNG[:-12], endless]:
+    for data in [
+        *others,
+        b"",
+        b"\xff",
+        b"\xff\xd8",
+        b"\xff\xd8\xff",
+        SIGNATURE,
+        PNG[:23],
+        JPEG[:30],
+        JPEG[:2] + scan,
+        JPEG[:2] + b"\xff\xd8" + JPEG[2:],
+        JPEG[:-2],
+        PROGRESSIVE[:-40],
+        PNG[:-1],
+        PNG[:-12],
+        endless,
+    ]:
         with pytest.raises(ValueError, match=f"^its {len(data)} bytes do not decode as an image$"):
             decoded(data)
 
 
 def test_too_many_bytes_are_refused_before_they_are_decoded(no_decoder):
-    scan = PROGRESSIVE[PROGRESSIVE.rfind(b"\xff\xda"):-2]  # each such scan is a pass over the whole image
+    scan = PROGRESSIVE[PROGRESSIVE.rfind(b"\xff\xda") : -2]  # each such scan is a pass over the whole image
     with pytest.raises(ValueError, match="bytes are too many for 112 x 112 pixels"):
         decoded(PROGRESSIVE[:-2] + scan * (2**20 // len(scan)) + b"\xff\xd9")
 
 
 def cuts_and_changes():
     """Whole images with a few bytes changed, and stretches left out or doubled."""
+
     def change(case):
         data, edits = bytearray(case[0]), case[1]
         for place, count, new in edits:
             at = place % len(data)
-            data[at:at + count] = new
+            data[at : at + count] = new
         return bytes(data)
 
-    edit = strategies.tuples(strategies.integers(0, 700) | strategies.integers(0, 2**15), strategies.integers(0, 8),
-                             strategies.binary(max_size=8))
+    edit = strategies.tuples(
+        strategies.integers(0, 700) | strategies.integers(0, 2**15),
+        strategies.integers(0, 8),
+        strategies.binary(max_size=8),
+    )
     whole = strategies.sampled_from([JPEG, PROGRESSIVE, PNG])
     return strategies.tuples(whole, strategies.lists(edit, max_size=4)).map(change)
 

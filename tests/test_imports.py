@@ -17,7 +17,7 @@ BELOW = {
     "configs": {"old_model"},
 }
 BELOW["engine"] = set().union(*BELOW.values()) | {"engine"}
-TOP = BELOW["engine"]   # what methods, tools and the old trainers may use
+TOP = BELOW["engine"]  # what methods, tools and the old trainers may use
 ROOMS = {*BELOW, "BCT_methods", "tools", "benchmarks", "train_old_arc", "train_old_softmax", "tests"}
 
 

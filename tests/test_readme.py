@@ -102,7 +102,7 @@ def test_the_flow(tree):
 def test_the_other_spelling_of_the_methods_folder(monkeypatch):
     """`cd BCT_Methods/MixBCT/ && python train.py …`, as commands in circulation have it."""
     folder, name = REPO / "BCT_Methods" / "MixBCT", f"configs/{NEW}.py"
-    assert folder.samefile(REPO / "BCT_methods" / "MixBCT")     # a link, or a disk that ignores case
+    assert folder.samefile(REPO / "BCT_methods" / "MixBCT")  # a link, or a disk that ignores case
     monkeypatch.chdir(folder)
     assert load_config(name) == load_config(REPO / "BCT_methods" / "MixBCT" / name)
     command = [sys.executable, "train.py", "--help"]

@@ -26,13 +26,13 @@ def plain_parts(payload):
     """The bytes of a record as the format's description says, word by word."""
     out, part, flags = b"", b"", 0
     for at in range(0, len(payload) // 4 * 4, 4):
-        word = payload[at:at + 4]
+        word = payload[at : at + 4]
         if word == WORD:
             out += struct.pack("<II", MAGIC, (2 if flags else 1) << 29 | len(part)) + part
             part, flags = b"", 1
         else:
             part += word
-    part += payload[len(payload) // 4 * 4:]
+    part += payload[len(payload) // 4 * 4 :]
     out += struct.pack("<II", MAGIC, (3 if flags else 0) << 29 | len(part)) + part
     return out + b"\0" * (-len(out) % 4)
 
@@ -222,8 +222,13 @@ def test_a_record_without_a_whole_header_is_named(tmp_path):
 
 def test_headers_and_labels_are_read_alone(tmp_path):
     magic_id = MAGIC << 32 | 1  # puts the magic word into the header, which is then cut into parts
-    headers = [IRHeader(0, 3.0, 9, 0), IRHeader(0, [4.0, 8.0], 9, 0), IRHeader(0, 5.0, magic_id, 0),
-               IRHeader(0, [6.0], magic_id, 0), IRHeader(0, 7.0, 9, 0)]
+    headers = [
+        IRHeader(0, 3.0, 9, 0),
+        IRHeader(0, [4.0, 8.0], 9, 0),
+        IRHeader(0, 5.0, magic_id, 0),
+        IRHeader(0, [6.0], magic_id, 0),
+        IRHeader(0, 7.0, 9, 0),
+    ]
     path = write(tmp_path / "a.rec", {key: pack(header, b"image") for key, header in zip((0, 4, 3, 2, 1), headers)})
     with RecordReader(path) as reader:
         for key in range(5):
@@ -253,8 +258,10 @@ def test_writing_publishes_only_when_whole(tmp_path):
 
 
 def test_a_key_written_twice_publishes_nothing(tmp_path):
-    with pytest.raises(RecordError, match=r"a\.rec: key 1 was written more than once"), \
-            RecordWriter(tmp_path / "a.rec") as writer:
+    with (
+        pytest.raises(RecordError, match=r"a\.rec: key 1 was written more than once"),
+        RecordWriter(tmp_path / "a.rec") as writer,
+    ):
         for key in (0, 1, 2, 1):
             writer.write(key, b"")
     assert os.listdir(tmp_path) == []

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies
 
-from dataset import RecordDataset
-from dataset import decode_bgr
-from dataset import image_layout
+from dataset import RecordDataset, decode_bgr, image_layout
 from recordio import MAGIC, RecordError, RecordReader, RecordWriter, pack
 from tests.plain_recordio import Wrong, hold_against_plain, plain_image, plain_index, plain_layout, plain_record
 
@@ -38,7 +36,10 @@ FLAG = strategies.integers(0, 3) | strategies.sampled_from([7, 2**29, 2**30 - 6,
 TAIL = strategies.sampled_from([b"", WORD, b"\xff\xd8\xff", b"\x89PNG", b"abc" + WORD, b"abcd" + WORD + WORD])
 IMAGE = strategies.builds(
     lambda flag, label, labels, image: struct.pack("<IfQQ", flag, label, MAGIC << 32, 2) + labels + image,
-    FLAG, LABEL, strategies.lists(LABEL, max_size=4).map(lambda labels: struct.pack(f"<{len(labels)}f", *labels)), TAIL
+    FLAG,
+    LABEL,
+    strategies.lists(LABEL, max_size=4).map(lambda labels: struct.pack(f"<{len(labels)}f", *labels)),
+    TAIL,
 )
 CUT_IMAGE = strategies.builds(lambda payload, end: payload[:end], IMAGE, strategies.integers(0, 40))
 PAYLOAD = IMAGE | CUT_IMAGE | strategies.binary(max_size=30) | TAIL
@@ -48,8 +49,8 @@ def in_parts(payload):
     """As a writer lays it out."""
     parts = [payload]
     for at in range(len(payload) // 4 * 4 - 4, -1, -4):
-        if payload[at:at + 4] == WORD:
-            parts[:1] = [parts[0][:at], parts[0][at + 4:]]
+        if payload[at : at + 4] == WORD:
+            parts[:1] = [parts[0][:at], parts[0][at + 4 :]]
     flags = [0] if len(parts) == 1 else [1] + [2] * (len(parts) - 2) + [3]
     return b"".join(map(frame, parts, flags))
 
@@ -71,7 +72,7 @@ def edited(data, edits):
     data = bytearray(data)
     for place, count, new in edits:
         at = place % (len(data) + 1)
-        data[at:at + count] = new
+        data[at : at + count] = new
     return bytes(data)
 
 
@@ -94,11 +95,12 @@ def record_sets(draw, piece=PIECE):
     end = draw(strategies.sampled_from(["\n", "\n", "\r\n"]))
     idx = "".join(f"{key}\t{offsets.get(key, starts[key % len(starts)])}{end}" for key in keys).encode()
     rec = edited(b"".join(pieces), draw(strategies.lists(EDIT, max_size=2)))
-    rec = rec[:draw(strategies.sampled_from([None, None, -1, -4, -9]))]
+    rec = rec[: draw(strategies.sampled_from([None, None, -1, -4, -9]))]
     return rec, edited(idx, draw(strategies.just([]) | strategies.lists(EDIT, max_size=1)))
 
 
 # --- every answer is the plain one -----------------------------------------------------------------------------------
+
 
 @QUICK
 @given(record_sets())
@@ -131,6 +133,7 @@ def test_a_record_in_the_middle_of_another_is_read_as_it_stands(tmp_path):
 
 # --- the training set on top -----------------------------------------------------------------------------------------
 
+
 def jpeg(seed):
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return cv2.imencode(".jpg", cv2.resize(coarse, (112, 112)), [cv2.IMWRITE_JPEG_QUALITY, 30])[1].tobytes()
@@ -140,8 +143,11 @@ WHOLE = [jpeg(0), jpeg(1)]
 NOT_WHOLE = [WHOLE[0][:-9], cv2.imencode(".png", np.zeros((9, 9)))[1].tobytes(), b""]
 FACE = strategies.sampled_from(3 * WHOLE + NOT_WHOLE)
 CLASS = strategies.sampled_from([0.0, 1.0, 2.0, 0.0, 1.0, 2.0, -1.0, 4.0, 1.5, math.nan])
-FACE_RECORD = strategies.builds(lambda label, face: in_parts(pack((0, label, 1, 0), face)),
-                                CLASS | strategies.lists(CLASS, min_size=1, max_size=2), FACE)
+FACE_RECORD = strategies.builds(
+    lambda label, face: in_parts(pack((0, label, 1, 0), face)),
+    CLASS | strategies.lists(CLASS, min_size=1, max_size=2),
+    FACE,
+)
 
 
 def plain_items(rec, idx):
@@ -195,6 +201,7 @@ def test_a_training_set_is_refused_or_right(tmp_path_factory, files):
 
 
 # --- nothing is reserved that is not there ---------------------------------------------------------------------------
+
 
 def within_bounds(tmp_path, rec, idx, factor=20):
     """The index in memory bounded by a block of it, or by its size; the records in what they take in the file."""

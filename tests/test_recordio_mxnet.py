@@ -14,7 +14,9 @@ import recordio
 # MXNet 1.9.1 asks NumPy for `bool`, a name that NumPy 1.24 took away.
 IMPORT = "import numpy\nif 'bool' not in vars(numpy):\n    numpy.bool = bool\nfrom mxnet import recordio\n"
 
-PROGRAM = IMPORT + """
+PROGRAM = (
+    IMPORT
+    + """
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 
@@ -37,6 +39,7 @@ for record in packed:
 json.dump({"read": read, "packed": [record.hex() for record in packed], "unpacked": unpacked},
           open(folder / "answer.json", "w"))
 """
+)
 
 HEADERS = [
     [0, 0, 0, 0],

@@ -7,11 +7,21 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = [
-    path for path in sorted(REPO.rglob("*.py"))
+    path
+    for path in sorted(REPO.rglob("*.py"))
     if path.relative_to(REPO).parts[0] != "tests" and not any(p.startswith(".") for p in path.relative_to(REPO).parts)
 ]
-UNPICKLERS = {"pickle.load", "pickle.loads", "pickle.Unpickler", "shelve.open", "marshal.load", "marshal.loads",
-              "joblib.load", "pandas.read_pickle", "pd.read_pickle"}
+UNPICKLERS = {
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "shelve.open",
+    "marshal.load",
+    "marshal.loads",
+    "joblib.load",
+    "pandas.read_pickle",
+    "pd.read_pickle",
+}
 
 
 def complaints(source):
@@ -24,8 +34,12 @@ def complaints(source):
         if not isinstance(node, ast.Call):
             continue
         name, given = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
-        if name in UNPICKLERS or name == "torch.load" and given.get("weights_only") != "True" \
-                or given.get("allow_pickle", "False") != "False":
+        if (
+            name in UNPICKLERS
+            or name == "torch.load"
+            and given.get("weights_only") != "True"
+            or given.get("allow_pickle", "False") != "False"
+        ):
             yield node.lineno, ast.unparse(node)
 
 
@@ -35,11 +49,19 @@ def test_no_file_is_unpickled():
     assert {name: calls for name, calls in found.items() if calls} == {"bin_files.py": ["class _Unpickler"]}
 
 
-@pytest.mark.parametrize("line", [
-    "pickle.load(file)", "x = pickle.Unpickler(file)", "torch.load(path)", "torch.load(path, weights_only=False)",
-    "np.load(path, allow_pickle=True)", "from pickle import load", "with shelve.open(path) as y: pass",
-    "class Mine(pickle._Unpickler): pass",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pickle.load(file)",
+        "x = pickle.Unpickler(file)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "from pickle import load",
+        "with shelve.open(path) as y: pass",
+        "class Mine(pickle._Unpickler): pass",
+    ],
+)
 def test_what_would_be_found(line):
     assert len(list(complaints(line))) == 1
     assert not list(complaints("torch.load(path, weights_only=True); np.load(path); pickle.dumps(x)"))

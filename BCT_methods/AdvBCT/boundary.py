@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.distributed import barrier, is_main, sum_over_ranks
 from core.files import atomic_write
 from old_model.by_class import squared_distances_to_means, unit_class_means
-from core.distributed import barrier, is_main, sum_over_ranks
 from old_model.feature_set import FeatureError
 
-WHISKER = 1.5       # outliers lie this many interquartile ranges outside the quartiles
-ENOUGH = 4          # distances from which on there are quartiles to speak of
+WHISKER = 1.5  # outliers lie this many interquartile ranges outside the quartiles
+ENOUGH = 4  # distances from which on there are quartiles to speak of
 
 
 def class_boundaries(features, labels, num_classes):
@@ -56,7 +56,7 @@ def class_boundaries(features, labels, num_classes):
 def _radii(distance, labels, size):
     """`(radius [C], count [C])`: largest distance of a class that is no outlier, and how many are none."""
     order = np.lexsort((distance, labels))
-    ordered = np.append(distance[order], 0.0)       # one more, for what an empty last class would look up
+    ordered = np.append(distance[order], 0.0)  # one more, for what an empty last class would look up
     first = np.cumsum(size) - size
     low, high = ordered[first + size // 4], ordered[first + 3 * size // 4]
     reach = np.where(size >= ENOUGH, WHISKER * (high - low), np.inf)

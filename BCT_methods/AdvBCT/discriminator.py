@@ -12,7 +12,7 @@ from torch import nn
 from core.distributed import gather_with_grad, global_mean, rank
 
 HIDDEN = 100
-NEW, OLD = 0, 1     # the adversary's two labels
+NEW, OLD = 0, 1  # the adversary's two labels
 
 
 class _ReverseGradient(torch.autograd.Function):
@@ -53,7 +53,7 @@ class Discriminator(nn.Module):
         """Features [B, D] -> log-probabilities [B, 2] of being NEW and OLD; B is the same on every rank."""
         hidden, first = self.hidden(features), rank() * len(features)
         if self.training:
-            hidden = self.norm(gather_with_grad(hidden))[first:first + len(features)]
+            hidden = self.norm(gather_with_grad(hidden))[first : first + len(features)]
         else:
             hidden = self.norm(hidden)
         return self.out(F.relu(hidden)).log_softmax(1)

@@ -1,13 +1,13 @@
 """AdvBCT: boundary-aware backward-compatible representation via adversarial learning (arXiv:2305.02610).
 
-    cd BCT_methods/AdvBCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_AdvBCT_softmax_to_arc_f128.py
+cd BCT_methods/AdvBCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_AdvBCT_softmax_to_arc_f128.py
 """
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.AdvBCT.boundary import ElasticBoundary, default_path, load_boundaries, point_to_set_loss
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength
@@ -36,7 +36,7 @@ class AdvBCT(Trainer):
         outside = point_to_set_loss(new, batch.labels, *self.classes, self.extra["boundary"], cfg.threshold)
         alpha = reversal_strength(self.step / self.total_steps)
         adversarial = adversarial_loss(self.extra["discriminator"], new, batch.old, alpha, cfg.normalize_input)
-        fade = (cfg.num_epoch - self.epoch + 1) / cfg.num_epoch     # epochs from 0: 36/35 ... 2/35, as published
+        fade = (cfg.num_epoch - self.epoch + 1) / cfg.num_epoch  # epochs from 0: 36/35 ... 2/35, as published
         return {
             "cls": self.classifier(new, batch.labels),
             "p2s": cfg.p2s_weight * outside,

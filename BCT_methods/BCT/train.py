@@ -1,13 +1,13 @@
 """BCT: the new features must also be right for the old classifier (CVPR 2020, arXiv:2003.11942).
 
-    cd BCT_methods/BCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_BCT_softmax_to_arc_f128.py
+cd BCT_methods/BCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_BCT_softmax_to_arc_f128.py
 """
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes

@@ -1,13 +1,13 @@
 """L2: the new feature of each image is drawn to its old one; with a threshold, only to its neighbourhood.
 
-    cd BCT_methods/L2/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_L2_softmax_to_arc_f128.py
+cd BCT_methods/L2/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_L2_softmax_to_arc_f128.py
 """
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.L2.loss import feature_l2_loss
 from core.config import require

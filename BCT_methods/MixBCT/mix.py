@@ -33,7 +33,7 @@ def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=No
     # The draw stays on the CPU: the same rows whatever the device, and no wait for it.
     candidates = credible.nonzero().flatten()
     order = torch.randperm(len(candidates), generator=generator)
-    drawn = candidates[order[:int(len(embeddings) * mix_ratio)]]
+    drawn = candidates[order[: int(len(embeddings) * mix_ratio)]]
 
     drawn = to_device(drawn, embeddings.device)
     old = F.normalize(old_features.detach()[drawn].float(), dim=1)

@@ -18,7 +18,7 @@ from torch import nn
 
 from core.distributed import gather, rank, rows_of_rank, sum_over_ranks, world_size
 
-HALF_BLOCK = 4096   # classes whose half precision products are added up in one number; the blocks are added in float32
+HALF_BLOCK = 4096  # classes whose half precision products are added up in one number; the blocks are added in float32
 
 
 class NeighborhoodConsensusLoss(nn.Module):
@@ -69,7 +69,7 @@ class NeighborhoodConsensusLoss(nn.Module):
         new = F.normalize(new_embeddings.to(dtype))
         self.enqueue(gather(old), old_logits, gather(labels))
 
-        positive = (labels[:, None] == self.queue_labels) & (self.queue_labels >= 0)                   # [B, Q]
+        positive = (labels[:, None] == self.queue_labels) & (self.queue_labels >= 0)  # [B, Q]
         count = positive.sum(1, keepdim=True)
         weight = (old @ self.queue_embeddings.T + 1) / 2 * positive / count.clamp(min=1)
         scores = [new @ self.queue_embeddings.T]
@@ -153,9 +153,9 @@ class _SumToOwnRows(torch.autograd.Function):
             own = partial.new_empty(rows, partial.shape[1])
             dist.reduce_scatter_tensor(own, partial)
             return own
-        total = partial.clone()     # gloo has no reduce-scatter before torch 2.7
+        total = partial.clone()  # gloo has no reduce-scatter before torch 2.7
         dist.all_reduce(total)
-        return total[rank() * rows:(rank() + 1) * rows].clone()
+        return total[rank() * rows : (rank() + 1) * rows].clone()
 
     @staticmethod
     def backward(ctx, grad):

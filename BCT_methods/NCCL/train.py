@@ -1,7 +1,7 @@
 """NCCL: neighborhood consensus contrastive learning for backward-compatible representation (arXiv:2108.03372).
 
-    cd BCT_methods/NCCL/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_NCCL_softmax_to_arc_f128.py
+cd BCT_methods/NCCL/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_NCCL_softmax_to_arc_f128.py
 """
 
 import pathlib
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
 from core.config import require

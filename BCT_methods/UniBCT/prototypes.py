@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-CHUNK_VALUES = 1 << 25      # values of old and of new features in memory at once, each: 128 MB in float32
-BATCH_VALUES = 1 << 23      # values of a batch of classes, its similarities and its features together
-ALIKE = 0.8                 # classes of a batch have at least this share of the images of its largest
+CHUNK_VALUES = 1 << 25  # values of old and of new features in memory at once, each: 128 MB in float32
+BATCH_VALUES = 1 << 23  # values of a batch of classes, its similarities and its features together
+ALIKE = 0.8  # classes of a batch have at least this share of the images of its largest
 
 
 def refine_prototypes(
@@ -66,12 +66,15 @@ def refine_prototypes(
 
     prototypes = torch.empty(stop - start, width, dtype=dtype)
     for first, last in _chunks(bounds, CHUNK_VALUES // max(width, new_features.shape[1])):
-        rows = np.sort(order[bounds[first]:bounds[last]])   # ascending: friendlier to the disk
+        rows = np.sort(order[bounds[first] : bounds[last]])  # ascending: friendlier to the disk
         by_class = torch.from_numpy(np.argsort(labels[rows], kind="stable")).to(device)
         prototypes[first:last] = _refine_chunk(
             _take(old_features, rows, device, dtype, "old"),
             F.normalize(_take(new_features, rows, device, dtype, "new"), dim=1),
-            by_class, counts[first:last], damping, temperature,
+            by_class,
+            counts[first:last],
+            damping,
+            temperature,
         ).cpu()
     if normalize:
         prototypes = F.normalize(prototypes, dim=1)
@@ -92,7 +95,7 @@ def _take(features, rows, device, dtype, name):
         part = torch.from_numpy(features[rows]).to(device, dtype)
     if not torch.isfinite(part.sum()):
         wrong = (~torch.isfinite(part).all(dim=1)).nonzero().flatten()
-        if len(wrong):      # else the sum alone overflowed
+        if len(wrong):  # else the sum alone overflowed
             raise ValueError(f"row {rows[int(wrong[0])]} of the {name} features is not finite")
     return part
 
@@ -129,7 +132,7 @@ def _refine_chunk(old, new, by_class, counts, damping, temperature):
     for picked in _batches(counts, old.shape[1]):
         place = torch.arange(int(counts[picked].max()), device=device)
         picked = torch.from_numpy(picked).to(device)
-        valid = place < sizes[picked, None]                                 # [b, n]; smaller classes are padded
+        valid = place < sizes[picked, None]  # [b, n]; smaller classes are padded
         index = by_class[offsets[picked, None] + torch.where(valid, place, 0)]
         weights = image_weights(new[index], valid, damping, temperature)
         prototypes[picked] = (weights.unsqueeze(1) @ old[index]).squeeze(1)
@@ -146,8 +149,8 @@ def image_weights(new, valid, damping, temperature):
     # A lone image has none but itself to look at; it keeps its feature.
     blocked = ~valid.unsqueeze(1) | (itself & (size > 1)[:, None, None])
     similarity = (new / temperature) @ new.mT
-    transition = similarity.masked_fill_(blocked, float("-inf")).softmax(dim=2)     # E: rows sum to 1
+    transition = similarity.masked_fill_(blocked, float("-inf")).softmax(dim=2)  # E: rows sum to 1
     # No image moves on to the padding, whose right-hand side is 0: so is its weight.
     system = itself.to(new.dtype) - damping * transition.mT
     walks = torch.linalg.solve(system, valid.to(new.dtype))
-    return walks * ((1 - damping) / size.to(new.dtype)).unsqueeze(1)    # by int64 it would be float32
+    return walks * ((1 - damping) / size.to(new.dtype)).unsqueeze(1)  # by int64 it would be float32

@@ -14,9 +14,9 @@ from engine.extract import extract_features
 from engine.monitor import log
 from old_model.feature_set import FeatureError, again, save_array
 
-SHORT = 2.0             # old features of a smaller median norm make raw class means that hardly pull
-CLASSES_SAMPLED = 64    # spread over all of them, for that median
-ROWS_SAMPLED = 64       # at most so many of each
+SHORT = 2.0  # old features of a smaller median norm make raw class means that hardly pull
+CLASSES_SAMPLED = 64  # spread over all of them, for that median
+ROWS_SAMPLED = 64  # at most so many of each
 
 
 def check_config(cfg):
@@ -31,7 +31,9 @@ def check_config(cfg):
         if epoch >= cfg.num_epoch:
             log.warning(
                 "%s: epoch %d (compat_start_epoch, refine_epochs) is never reached with num_epoch = %d",
-                cfg.config_file, epoch, cfg.num_epoch,
+                cfg.config_file,
+                epoch,
+                cfg.num_epoch,
             )
 
 
@@ -59,11 +61,15 @@ class Refinement(torch.nn.Module):
     def refine(self, backbone, train_set, epoch):
         """Embed the training set as rank 0's backbone sees it, and refine the class means by that."""
         cfg, start = self.cfg, time.perf_counter()
-        distributed.broadcast_buffers(backbone)     # model.pt will have rank 0's
+        distributed.broadcast_buffers(backbone)  # model.pt will have rank 0's
         path = pathlib.Path(cfg.output) / f"new_feature_epoch_{epoch}.npy"
         extract_features(
-            backbone, train_set, path,
-            embedding_size=cfg.embedding_size, batch_size=cfg.batch_size, num_workers=cfg.num_workers,
+            backbone,
+            train_set,
+            path,
+            embedding_size=cfg.embedding_size,
+            batch_size=cfg.batch_size,
+            num_workers=cfg.num_workers,
         )
         embedded = time.perf_counter()
         self._set(np.load(path, mmap_mode="r"), cfg.damping, epoch)
@@ -72,12 +78,15 @@ class Refinement(torch.nn.Module):
             path.unlink()
         log.info(
             "epoch %d: %d prototypes refined, in %.0f s after %.0f s for the new features",
-            epoch, cfg.num_classes, time.perf_counter() - embedded, embedded - start,
+            epoch,
+            cfg.num_classes,
+            time.perf_counter() - embedded,
+            embedded - start,
         )
 
     def take_class_means(self, epoch):
         """The plain means of the old features, for epochs before the first refinement."""
-        self._set(self.old.features, 0.0, epoch)     # without damping the new features play no part
+        self._set(self.old.features, 0.0, epoch)  # without damping the new features play no part
         log.info("epoch %d: the prototypes are plain class means until the first of refine_epochs", epoch)
 
     def _tell_of_short_features(self):
@@ -94,7 +103,11 @@ class Refinement(torch.nn.Module):
             log.warning(
                 "%s: the old features have norm %.2f (median), so the prototype term's effective scale, scale × norm "
                 "of the class means, is %.2f; coordinates of unit variance make it √%d: for its pull set scale = %.1f",
-                old.path, norm, scale, cfg.embedding_size, usual / norm,
+                old.path,
+                norm,
+                scale,
+                cfg.embedding_size,
+                usual / norm,
             )
 
     def _set(self, new_features, damping, epoch):
@@ -103,8 +116,14 @@ class Refinement(torch.nn.Module):
         start, stop = distributed.rows_of_rank(cfg.num_classes, distributed.rank(), distributed.world_size())
         try:
             share = refine_prototypes(
-                self.old.features, new_features, self.old.labels, damping, cfg.temperature, cfg.normalize_prototypes,
-                classes=(start, stop), device=self.device,
+                self.old.features,
+                new_features,
+                self.old.labels,
+                damping,
+                cfg.temperature,
+                cfg.normalize_prototypes,
+                classes=(start, stop),
+                device=self.device,
             )
         except ValueError as error:
             raise FeatureError(f"{self.old.path}: {error}; {again(self.old.path)}") from error
@@ -114,7 +133,10 @@ class Refinement(torch.nn.Module):
         scales = cfg.scale * self.prototypes.norm(dim=1)
         log.info(
             "epoch %d: effective scale of the prototype term, scale × norm of a prototype: median %.2f (%.2f to %.2f)",
-            epoch, scales.median(), scales.min(), scales.max(),
+            epoch,
+            scales.median(),
+            scales.min(),
+            scales.max(),
         )
         if distributed.is_main():
             save_array(pathlib.Path(cfg.output) / f"prototypes_epoch_{epoch}.npy", self.prototypes.cpu().numpy())

@@ -1,17 +1,17 @@
 """UniBCT: BCT whose prototypes are refined by the structure of the new features (IJCAI 2022, arXiv:2203.01583).
 
-    cd BCT_methods/UniBCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
+cd BCT_methods/UniBCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
 """
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.UniBCT.refinement import Refinement, check_config
-from engine.build import unwrap
 from core.distributed import global_mean
+from engine.build import unwrap
 from engine.trainer import Trainer
 from losses import old_prototype_loss
 
@@ -19,7 +19,7 @@ from losses import old_prototype_loss
 class UniBCT(Trainer):
     """Classify by the new class centres and, from `compat_start_epoch` on, by refined means of the old features."""
 
-    old_features = "labels"     # of a batch; the refinement reads all rows itself
+    old_features = "labels"  # of a batch; the refinement reads all rows itself
 
     def setup(self):
         check_config(self.cfg)

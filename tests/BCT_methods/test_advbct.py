@@ -19,8 +19,8 @@ from BCT_methods.AdvBCT.boundary import (
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
 from BCT_methods.AdvBCT.train import AdvBCT
 from core import distributed
-from engine.checkpoint import complete_sets
 from core.config import load_config
+from engine.checkpoint import complete_sets
 from old_model import by_class
 from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, launch, write_config, write_old_features
@@ -57,7 +57,9 @@ def boundaries_slowly(features, labels, num_classes):
 @settings(deadline=None, max_examples=40)
 @given(
     labels=st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=60),
-    seed=st.integers(0, 1000), outliers=st.booleans(), dtype=st.sampled_from([np.float32, np.float16]),
+    seed=st.integers(0, 1000),
+    outliers=st.booleans(),
+    dtype=st.sampled_from([np.float32, np.float16]),
 )
 def test_boundaries_against_loops(labels, seed, outliers, dtype):
     random = np.random.default_rng(seed)
@@ -85,7 +87,7 @@ def test_an_outlier_is_dropped_from_the_radius_but_not_from_the_centre():
     features, labels = one_far_row()
     centers, radius, count = class_boundaries(features, labels, CLASSES)
     assert count.tolist() == [1, 9, 0, 2, 0]
-    np.testing.assert_allclose(centers[1], features[:10].mean(0), atol=1e-6)   # with the far row, not of length 1
+    np.testing.assert_allclose(centers[1], features[:10].mean(0), atol=1e-6)  # with the far row, not of length 1
     assert radius[1] == pytest.approx(np.linalg.norm(features[:9] - centers[1], axis=1).max(), abs=1e-6)
     assert np.linalg.norm(features[9] - centers[1]) > 1.7 > radius[1]
 
@@ -263,7 +265,7 @@ def test_reversed_gradient_and_its_strength():
     out.pow(2).sum().backward()
     assert x.grad.tolist() == [-0.5, 1.0]
     assert reversal_strength(0) == 0
-    assert reversal_strength(0.1) == pytest.approx(2 / (1 + math.e ** -1) - 1)
+    assert reversal_strength(0.1) == pytest.approx(2 / (1 + math.e**-1) - 1)
     assert reversal_strength(1) == pytest.approx(1, abs=1e-4)
 
 
@@ -288,7 +290,7 @@ def losses_on_rank():
     adv = adversarial_loss(model, new, old[mine], 0.6)
     own = [torch.autograd.grad(loss, new, retain_graph=True)[0] for loss in (p2s, adv)]
     shared = torch.autograd.grad(p2s + adv, [*boundary.parameters(), *model.parameters()])
-    shared = [distributed.all_reduce_(grad.clone()) for grad in shared]     # as the trainer does
+    shared = [distributed.all_reduce_(grad.clone()) for grad in shared]  # as the trainer does
     return torch.stack([p2s, adv]).detach(), own, shared, dict(model.state_dict())
 
 
@@ -329,7 +331,7 @@ def test_terms_are_weighted_and_fade(folder):
         new = trainer.backbone(batch.images).detach().requires_grad_()
         trainer.backbone = lambda images: new
         named = trainer.losses(batch)
-        grad, = torch.autograd.grad(named["adv"], new)
+        (grad,) = torch.autograd.grad(named["adv"], new)
         return named, grad, new
 
     first, grad, new = terms(epoch=0, step=0)
@@ -354,12 +356,12 @@ def test_one_norm_clips_backbone_adversary_and_boundary(folder, largest):
     keys = {"clip_grad_norm": largest, "momentum": 0.0, "weight_decay": 0.0, "lr": 0.1, "adv_weight": 40.0}
     trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", **keys)))
     trainer.loader.set_epoch(0)
-    trainer.step = trainer.total_steps // 2     # the reversal is on
+    trainer.step = trainer.total_steps // 2  # the reversal is on
     sum(trainer.losses(next(iter(trainer.loader))).values()).backward()
     backbone = [parameter for parameter in trainer.backbone.parameters() if parameter.requires_grad]
     together = [*backbone, *trainer.extra.parameters()]
     alone, norm = (math.sqrt(sum((p.grad.double() ** 2).sum().item() for p in part)) for part in (backbone, together))
-    assert norm > 1.01 * alone and alone > 0.5      # the backbone's alone is another number
+    assert norm > 1.01 * alone and alone > 0.5  # the backbone's alone is another number
     factor = largest / norm if largest else 1.0
     expected = [parameter.detach() - 0.1 * factor * parameter.grad for parameter in together]
     centres = trainer.classifier.weight.detach() - 0.1 * trainer.classifier.weight.grad

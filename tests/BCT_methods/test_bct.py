@@ -8,10 +8,10 @@ import losses
 from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes
 from BCT_methods.BCT.train import BCT
-from dataset import RecordDataset
 from core.config import ConfigError, load_config
-from old_model.feature_set import FeatureError
+from dataset import RecordDataset
 from engine.loader import ExtractLoader
+from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 
 CONFIGS = REPO / "BCT_methods" / "BCT" / "configs"

@@ -29,10 +29,19 @@ def start(method, folder, **keys):
     plain = type("Plain", (kind,), {"build_backbone": lambda self: without_batch_norm()})
     cfg = load_config(REPO / "BCT_methods" / method / "configs" / "base.py", [f"--{k}={v}" for k, v in keys.items()])
     usual = {
-        "rec": "synthetic", "rec_val": "", "num_classes": 3, "num_image": 12, "batch_size": 4, "num_workers": 0,
-        "embedding_size": WIDTH, "output": str(folder / "out"), "queue_size": keys.get("queue_size", 8),
-        "old_embedding": str(folder / "old_feature.npy"), "old_embedding_label": str(folder / "old_label.npy"),
-        "old_prototype": str(folder / "old_avg_feature.npy"), "credible_old_feature": str(folder / "credible.npy"),
+        "rec": "synthetic",
+        "rec_val": "",
+        "num_classes": 3,
+        "num_image": 12,
+        "batch_size": 4,
+        "num_workers": 0,
+        "embedding_size": WIDTH,
+        "output": str(folder / "out"),
+        "queue_size": keys.get("queue_size", 8),
+        "old_embedding": str(folder / "old_feature.npy"),
+        "old_embedding_label": str(folder / "old_label.npy"),
+        "old_prototype": str(folder / "old_avg_feature.npy"),
+        "credible_old_feature": str(folder / "credible.npy"),
     }
     cfg.update({key: value for key, value in usual.items() if key in cfg})
     return plain(cfg)
@@ -63,8 +72,12 @@ def test_labels_of_another_record_file_end_the_run_of_every_method_with_old_feat
 def test_a_method_whose_base_config_declares_no_old_features_is_told_what_to_write(folder):
     kind = type("New", (importlib.import_module("BCT_methods.BCT.train").BCT,), {"old_features": "rows"})
     with pytest.raises(ConfigError, match="New uses old features, but.*declares no old_embedding; begin it with"):
-        kind(load_config(REPO / "BCT_methods/BCT/configs/base.py", [f"--output={folder / 'out'}", "--rec=synthetic",
-                                                                     "--num_classes=3", "--num_image=150"]))
+        kind(
+            load_config(
+                REPO / "BCT_methods/BCT/configs/base.py",
+                [f"--output={folder / 'out'}", "--rec=synthetic", "--num_classes=3", "--num_image=150"],
+            )
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,23 +99,26 @@ def test_credible_rows_must_not_be_older_either(method, folder):
         start(method, folder, old_model_path=folder / "model.pt")
 
 
-@pytest.mark.parametrize("method, key, value, text", [
-    ("AdvBCT", "threshold", 0.0, "above 0 and at most 2"),
-    ("AdvBCT", "threshold", 2.1, "above 0 and at most 2"),
-    ("AdvBCT", "p2s_weight", -1.0, "at least 0"),
-    ("AdvBCT", "adv_weight", -0.5, "at least 0"),
-    ("BCT", "scale", 0.0, "above 0"),
-    ("L2", "threshold", -0.1, "in .0, 2."),
-    ("MixBCT", "mix_ratio", -0.1, "in .0, 1."),
-    ("MixBCT", "mix_ratio", 1.1, "in .0, 1."),
-    ("NCCL", "queue_size", 0, "at least 1"),
-    ("NCCL", "temperature", 0.0, "above 0"),
-    ("NCCL", "alpha", -1.0, "at least 0"),
-    ("NCCL", "beta", -1.0, "at least 0"),
-    ("UniBCT", "damping", 1.0, "at least 0 and below 1"),
-    ("UniBCT", "temperature", -0.1, "above 0"),
-    ("UniBCT", "scale", -1.0, "above 0"),
-])
+@pytest.mark.parametrize(
+    "method, key, value, text",
+    [
+        ("AdvBCT", "threshold", 0.0, "above 0 and at most 2"),
+        ("AdvBCT", "threshold", 2.1, "above 0 and at most 2"),
+        ("AdvBCT", "p2s_weight", -1.0, "at least 0"),
+        ("AdvBCT", "adv_weight", -0.5, "at least 0"),
+        ("BCT", "scale", 0.0, "above 0"),
+        ("L2", "threshold", -0.1, "in .0, 2."),
+        ("MixBCT", "mix_ratio", -0.1, "in .0, 1."),
+        ("MixBCT", "mix_ratio", 1.1, "in .0, 1."),
+        ("NCCL", "queue_size", 0, "at least 1"),
+        ("NCCL", "temperature", 0.0, "above 0"),
+        ("NCCL", "alpha", -1.0, "at least 0"),
+        ("NCCL", "beta", -1.0, "at least 0"),
+        ("UniBCT", "damping", 1.0, "at least 0 and below 1"),
+        ("UniBCT", "temperature", -0.1, "above 0"),
+        ("UniBCT", "scale", -1.0, "above 0"),
+    ],
+)
 def test_values_out_of_range_are_named_with_file_and_key(method, key, value, text, folder):
     with pytest.raises(ConfigError, match=f"BCT_methods/{method}/configs/base.py: {key} = {value}; it must be {text}"):
         start(method, folder, **{key: value})
@@ -113,10 +129,19 @@ def test_values_out_of_range_are_named_with_file_and_key(method, key, value, tex
 def test_train_script_on_two_ranks(method, folder, make_record_set):
     make_record_set(folder / "set.rec", LABELS.tolist())
     keys = {
-        "rec": folder / "set.rec", "output": folder / "out", "embedding_size": WIDTH, "network": "tiny", "num_epoch": 3,
-        "batch_size": 4, "num_workers": 0, "old_embedding": folder / "old_feature.npy",
-        "old_embedding_label": folder / "old_label.npy", "old_prototype": folder / "old_avg_feature.npy",
-        "credible_old_feature": folder / "credible.npy", "compat_start_epoch": 0, "refine_epochs": [1],
+        "rec": folder / "set.rec",
+        "output": folder / "out",
+        "embedding_size": WIDTH,
+        "network": "tiny",
+        "num_epoch": 3,
+        "batch_size": 4,
+        "num_workers": 0,
+        "old_embedding": folder / "old_feature.npy",
+        "old_embedding_label": folder / "old_label.npy",
+        "old_prototype": folder / "old_avg_feature.npy",
+        "credible_old_feature": folder / "credible.npy",
+        "compat_start_epoch": 0,
+        "refine_epochs": [1],
         "decay_epoch": [],
     }
     known = load_config(REPO / "BCT_methods" / method / "configs" / "base.py")

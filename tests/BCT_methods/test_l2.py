@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from BCT_methods.L2.loss import feature_l2_loss
 from BCT_methods.L2.train import L2
-from dataset import RecordDataset
 from core.config import ConfigError, load_config
+from dataset import RecordDataset
+from engine.loader import ExtractLoader
 from old_model.feature_set import FeatureError
 from old_model.old_features import OldFeatures
-from engine.loader import ExtractLoader
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 
 
@@ -61,14 +61,14 @@ def test_coinciding_features_cost_nothing_and_break_no_gradient():
     loss.backward()
     assert loss.item() < 1e-6 and torch.isfinite(new.grad).all()
     old = old.clone()
-    old[3:] = batch(3, seed=4)[0].float()    # beside others, too
+    old[3:] = batch(3, seed=4)[0].float()  # beside others, too
     new.grad = None
     feature_l2_loss(new, old).backward()
     assert torch.isfinite(new.grad).all() and new.grad[3:].abs().sum(dim=1).min() > 0
 
 
 def test_within_the_threshold_there_is_no_pull_and_beyond_it_all_of_it():
-    angles = torch.tensor([0.1, 0.19, 0.21, 1.0], dtype=torch.float64)       # chords 0.1, 0.19, 0.21 and 0.96, nearly
+    angles = torch.tensor([0.1, 0.19, 0.21, 1.0], dtype=torch.float64)  # chords 0.1, 0.19, 0.21 and 0.96, nearly
     new = torch.stack([angles.cos(), angles.sin()], dim=1).requires_grad_()
     old = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(4, 2)
     feature_l2_loss(new, old, threshold=0.2).backward()
@@ -81,7 +81,7 @@ def test_within_the_threshold_there_is_no_pull_and_beyond_it_all_of_it():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     new, old = batch(8, 64)
-    loss = feature_l2_loss(new.to(dtype), 1000 * old.float())       # squares of 1000 overflow float16
+    loss = feature_l2_loss(new.to(dtype), 1000 * old.float())  # squares of 1000 overflow float16
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(slowly(new, old, 0.0), abs=0.02)
 
@@ -126,8 +126,10 @@ def test_a_run_draws_new_features_to_old_ones_as_far_as_the_threshold_says(folde
 
 def test_values_and_files_that_do_not_fit(folder):
     for keys, message in [
-        ({"loss_weight": [1, 10, 1]}, "two numbers"), ({"loss_weight": [1, -1]}, "each at least 0"),
-        ({"loss_weight": ["1", 10]}, "two numbers"), ({"threshold": 3.0}, r"must be in \[0, 2\]"),
+        ({"loss_weight": [1, 10, 1]}, "two numbers"),
+        ({"loss_weight": [1, -1]}, "each at least 0"),
+        ({"loss_weight": ["1", 10]}, "two numbers"),
+        ({"threshold": 3.0}, r"must be in \[0, 2\]"),
     ]:
         with pytest.raises(ConfigError, match=message):
             L2(load_config(write_config(folder, "L2", "run", **keys)))

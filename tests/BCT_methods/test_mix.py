@@ -21,7 +21,7 @@ def mix_slowly(embeddings, old_features, credible, mix_ratio, generator):
     """One row after the other, as the paper says it."""
     candidates = [row for row in range(len(embeddings)) if credible[row]]
     order = torch.randperm(len(candidates), generator=generator).tolist()
-    drawn = [candidates[place] for place in order][:int(len(embeddings) * mix_ratio)]
+    drawn = [candidates[place] for place in order][: int(len(embeddings) * mix_ratio)]
     rows = []
     for row in range(len(embeddings)):
         rows.append(old_features[row] / old_features[row].norm() if row in drawn else embeddings[row])

@@ -10,9 +10,9 @@ from BCT_methods.UniBCT import prototypes as unibct
 from BCT_methods.UniBCT.prototypes import image_weights, refine_prototypes
 from BCT_methods.UniBCT.train import UniBCT
 from core.config import ConfigError, load_config
-from old_model.feature_set import FeatureError
 from engine.trainer import unwrap
 from losses import old_prototype_loss
+from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 
@@ -114,17 +114,17 @@ def test_an_outlier_of_a_class_loses_weight():
     new = np.ones((10, 16)) + 0.3 * rng.normal(size=(10, 16))
     new[7] = rng.normal(size=16)
     labels = np.zeros(10, int)
-    weights = refine_prototypes(np.eye(10), new, labels).numpy()[0]     # old features that show who contributed
+    weights = refine_prototypes(np.eye(10), new, labels).numpy()[0]  # old features that show who contributed
     assert weights.sum() == pytest.approx(1)
     assert weights.min() >= 0 and weights.argmin() == 7
-    assert weights[7] < 0.25 / 10       # less than a quarter of its share in the plain mean
+    assert weights[7] < 0.25 / 10  # less than a quarter of its share in the plain mean
 
     old = np.ones((10, 16)) + 0.3 * rng.normal(size=(10, 16))
     old[7] = -5
     without = class_means(np.delete(old, 7, axis=0), labels[1:])[0]
     both = refine_prototypes(old, new, labels).numpy()[0], class_means(old, labels)[0]
     refined, plain = (1 - mean @ without / np.linalg.norm(mean) / np.linalg.norm(without) for mean in both)
-    assert refined < plain / 4      # how far the outlier turns the prototype, 1 - cosine
+    assert refined < plain / 4  # how far the outlier turns the prototype, 1 - cosine
 
 
 def test_weights_are_those_of_the_formula_and_padding_has_none():
@@ -220,7 +220,7 @@ def test_the_same_on_the_gpu():
 
 # --- whole runs -------------------------------------------------------------------------------------------------
 
-LABELS = [0, 1, 2, 3] * 6 + [4]     # class 4 has but one image
+LABELS = [0, 1, 2, 3] * 6 + [4]  # class 4 has but one image
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_a_refinement_before_the_term_begins_is_kept_for_it(folder, normalize):
     expected = slowly(np.load(folder / "old_feature.npy"), run.notes[0][0], np.array(LABELS), normalize=normalize)
     assert apart(run.notes[2][1], expected).max() < 1e-5
     norms = 2 * np.linalg.norm(expected, axis=1)
-    told, = (line for line in (folder / "run/training.log").open() if "effective scale" in line)
+    (told,) = (line for line in (folder / "run/training.log").open() if "effective scale" in line)
     assert told.endswith(f"median {np.median(norms):.2f} ({norms.min():.2f} to {norms.max():.2f})\n")
 
 
@@ -363,9 +363,9 @@ def test_the_effective_scale_is_said_where_old_features_are_short(folder):
         return [line for line in (folder / name / "training.log").open() if "effective scale" in line]
 
     for name, scale in (("raw", 1.0), ("scaled", 3.0)):
-        line, = told(name, scale=scale)
+        (line,) = told(name, scale=scale)
         assert "have norm 1.50 (median)" in line and f"is {scale * norm:.2f};" in line
-        assert line.endswith("set scale = 1.9\n")       # √8 / 1.5
+        assert line.endswith("set scale = 1.9\n")  # √8 / 1.5
     assert not told("unit", normalize_prototypes=True)
     np.save(folder / "old_feature.npy", features)
     assert not told("long")

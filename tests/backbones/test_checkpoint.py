@@ -49,23 +49,38 @@ def check_loads(content, path, state):
             assert torch.equal(found[key], value), key
 
 
-@pytest.mark.parametrize("prefix", [
-    *PREFIXES, "module._orig_mod.", "_orig_mod.module.", "model.backbone.", "backbone.module.", "net.model.",
-    "module.module.", "model.module._orig_mod.backbone.net.",
-])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *PREFIXES,
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.backbone.",
+        "backbone.module.",
+        "net.model.",
+        "module.module.",
+        "model.module._orig_mod.backbone.net.",
+    ],
+)
 def test_prefixes(prefix, path, state):
     check_loads({prefix + key: value for key, value in state.items()}, path, state)
 
 
-@pytest.mark.parametrize("names", [
-    *[(name,) for name in CONTAINERS], ("model", "state_dict"), ("state_dict", "model", "backbone"), ("model",) * 3,
-])
+@pytest.mark.parametrize(
+    "names",
+    [*[(name,) for name in CONTAINERS], ("model", "state_dict"), ("state_dict", "model", "backbone"), ("model",) * 3],
+)
 def test_containers(names, path, state):
     content = collections.OrderedDict((f"module.{key}", value) for key, value in state.items())
     for name in reversed(names):
         optimizer = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
-        content = {"epoch": 3, "state_dict_softmax_fc": {"weight": torch.zeros(5, 24)}, name: content,
-                   "optimizer": optimizer, "arch": "tiny"}
+        content = {
+            "epoch": 3,
+            "state_dict_softmax_fc": {"weight": torch.zeros(5, 24)},
+            name: content,
+            "optimizer": optimizer,
+            "arch": "tiny",
+        }
     check_loads(content, path, state)
 
 
@@ -75,10 +90,21 @@ def test_the_rows_of_published_runs_are_there():
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.backbone."])
-@pytest.mark.parametrize("key", [
-    *[f"{head.strip('*')}.weight" for head in HEADS], "BCT_FC.weight", "discriminator.net.0.bias", "eboundary.boundary",
-    "cls_fc.weight", "cls_fc.bias", "head.weight", "head.norm.weight", "old_cls_fc.weight", "cls_head.fc.bias",
-])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *[f"{head.strip('*')}.weight" for head in HEADS],
+        "BCT_FC.weight",
+        "discriminator.net.0.bias",
+        "eboundary.boundary",
+        "cls_fc.weight",
+        "cls_fc.bias",
+        "head.weight",
+        "head.norm.weight",
+        "old_cls_fc.weight",
+        "cls_head.fc.bias",
+    ],
+)
 def test_heads(key, prefix, path, state):
     content = {prefix + name: value for name, value in state.items()}
     check_loads({f"{prefix}{key}": torch.zeros(5, 24), **content}, path, state)
@@ -164,13 +190,21 @@ def refusal(path):
     return text
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 174664\n", "Git LFS pointer.*: git lfs pull"),
-    (b"<!DOCTYPE html><html><head><title>Google Drive</title>", "a web page, not a model; the download asked"),
-    (b"\n  <HTML>", "a web page"), (b"\xef\xbb\xbf<?xml version='1.0'?>", "a web page"),
-    (b"", "not readable; truncated"), (b"\x08\x07\x12\x07pytorch", "not readable; truncated"),
-    (b"PK\x03\x04", "not readable; truncated, or not a state dict of torch.save: copy or download it again"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 174664\n",
+            "Git LFS pointer.*: git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html><head><title>Google Drive</title>", "a web page, not a model; the download asked"),
+        (b"\n  <HTML>", "a web page"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>", "a web page"),
+        (b"", "not readable; truncated"),
+        (b"\x08\x07\x12\x07pytorch", "not readable; truncated"),
+        (b"PK\x03\x04", "not readable; truncated, or not a state dict of torch.save: copy or download it again"),
+    ],
+)
 def test_files_of_another_kind(content, said, path):
     path.write_bytes(content)
     assert re.search(said, refusal(path))
@@ -207,7 +241,7 @@ def test_python_objects_beside_the_weights(path, state):
 def test_truncated_file(share, zipped, path, state):
     buffer = io.BytesIO()
     torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
-    path.write_bytes(buffer.getvalue()[:int(share * len(buffer.getvalue()))])
+    path.write_bytes(buffer.getvalue()[: int(share * len(buffer.getvalue()))])
     assert "not readable; truncated" in refusal(path)
 
 
@@ -227,11 +261,18 @@ def itself():
     return content
 
 
-@pytest.mark.parametrize("content, held", [
-    ({"epoch": 3, "state_dict": {}}, "a dict with keys epoch, state_dict and"), (torch.zeros(3), "a Tensor and"),
-    ({}, "a dict and"), ({"model": {"a": 1, "b": 2, "c": 3, "d": 4}}, "a dict with keys a, b, c and 1 more and"),
-    (itself(), "a dict with keys epoch, model and"), ([torch.zeros(3)], "a list and"), ({1: torch.zeros(3)}, "keys 1"),
-])
+@pytest.mark.parametrize(
+    "content, held",
+    [
+        ({"epoch": 3, "state_dict": {}}, "a dict with keys epoch, state_dict and"),
+        (torch.zeros(3), "a Tensor and"),
+        ({}, "a dict and"),
+        ({"model": {"a": 1, "b": 2, "c": 3, "d": 4}}, "a dict with keys a, b, c and 1 more and"),
+        (itself(), "a dict with keys epoch, model and"),
+        ([torch.zeros(3)], "a list and"),
+        ({1: torch.zeros(3)}, "keys 1"),
+    ],
+)
 def test_a_file_of_something_else(content, held, path):
     torch.save(content, path)
     text = refusal(path)

@@ -68,7 +68,7 @@ def test_r18_equals_the_plain_restatement(training):
     torch.manual_seed(0)
     model = randomise_norms(backbones.get_model("r18", 16)).train(training)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    images = torch.randn(4 if training else 2, 3, 112, 112)    # two images would normalise to ±1 whatever they are
+    images = torch.randn(4 if training else 2, 3, 112, 112)  # two images would normalise to ±1 whatever they are
     with torch.no_grad():
         expected = plain_iresnet(state, images, (2, 2, 2, 2), training)
         torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=2e-3 if training else 1e-3)
@@ -130,7 +130,7 @@ def test_half_precision_ends_at_the_flatten(name, monkeypatch):
 
 def test_checkpointing_changes_neither_gradients_nor_statistics():
     torch.manual_seed(0)
-    depths = (1, 2, 10, 1)      # layer 3 makes one whole segment and a part of one
+    depths = (1, 2, 10, 1)  # layer 3 makes one whole segment and a part of one
     plain = IResNet(depths, 4).train()
     saving = IResNet2060(4, depths=depths).train()
     saving.load_state_dict(plain.state_dict())

@@ -103,7 +103,7 @@ def test_networks_with_the_same_keys_differ_in_training_only():
         groups.setdefault(tuple(backbones._shapes(name, 16).items()), []).append(name)
     same = {other: first for first, *others in groups.values() for other in others}
     assert same == SAME_KEYS
-    for name, first in same.items():    # what follows width and depth, a VisionTransformer uses in training alone
+    for name, first in same.items():  # what follows width and depth, a VisionTransformer uses in training alone
         assert VIT_SIZES[name][:2] == VIT_SIZES[first][:2]
 
 

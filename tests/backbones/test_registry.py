@@ -9,7 +9,7 @@ import torch
 import backbones
 
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / "backbone_keys.json").read_text())
-SIZES = {"r18": 128, "r34": 256, "r18_softmax_10": 128}     # embedding sizes of the listing; the others have 512
+SIZES = {"r18": 128, "r34": 256, "r18_softmax_10": 128}  # embedding sizes of the listing; the others have 512
 
 
 def published_keys(network):
@@ -51,7 +51,8 @@ def test_r2060_has_the_blocks_of_r200_at_its_own_depths():
             block_rows.setdefault((layer, min(int(number), 1)), {})[suffix] = shape
     expected = [
         (f"layer{layer}.{number}.{suffix}", shape)
-        for layer, depth in zip((1, 2, 3, 4), (3, 128, 896, 3)) for number in range(depth)
+        for layer, depth in zip((1, 2, 3, 4), (3, 128, 896, 3))
+        for number in range(depth)
         for suffix, shape in block_rows[f"layer{layer}", min(number, 1)].items()
     ]
     outside = [row for row in published_keys("r200") if not row[0].startswith("layer")]
@@ -97,7 +98,7 @@ def test_softmax_head_gives_logits_in_training_and_the_embedding_in_evaluation()
 @pytest.mark.parametrize("name", ["r18", "mbf", "tiny", "tiny_x2"])
 def test_every_parameter_learns_but_the_fixed_scale(name):
     torch.manual_seed(0)
-    model = backbones.get_model(name, 8).eval()     # in training a bias in front of BatchNorm has gradient 0
+    model = backbones.get_model(name, 8).eval()  # in training a bias in front of BatchNorm has gradient 0
     model(torch.randn(1, 3, 112, 112)).sum().backward()
     for key, parameter in model.named_parameters():
         if key == "features.weight":
@@ -128,7 +129,7 @@ def test_evaluation_is_deterministic_and_float32(name):
     with torch.inference_mode():
         first, second = model(images), model(images)
         model.fp16 = False
-        plain = model(images)       # on the CPU fp16 changes nothing
+        plain = model(images)  # on the CPU fp16 changes nothing
     assert first.shape == (1, 32) and first.dtype == torch.float32 and torch.isfinite(first).all()
     assert torch.equal(first, second) and torch.equal(first, plain)
 

@@ -24,20 +24,24 @@ def run(command, monkeypatch):
     importlib.import_module(f"benchmarks.{script}").main()
 
 
-@pytest.mark.parametrize("command, ratios", [
-    ("bench_features --rows 2000 --width 8 --classes 50 --loop-rows 500", 4),
-    ("bench_ijb --scale 0.02 --rounds 1", 1),
-    ("bench_loader --images 32 --batch-size 16 --rounds 2", 1),
-    ("bench_methods --num-classes 40 --batch-size 4 --network tiny --embedding-size 16 --rounds 1", 7),
-    ("bench_partial_fc --classes 500 --batch 8 --embedding-size 32 --rounds 2 --sample-rate 0.5 --optimizer", 2),
-    ("bench_recordio --records 50 --rounds 2", 1),
-    (f"bench_train configs/demo/f128_tiny_softmax_class30.py {TINY} --rec synthetic --gradient_acc 2", 1),
-    (f"bench_train {METHOD.format('MixBCT')} {TINY} --draw 3 --fake-old --cold --clock processor", 1),
-    (f"bench_train {METHOD.format('UniBCT')} {TINY} --rec synthetic --fake-old", 1),
-], ids=lambda value: value.split()[0] if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "command, ratios",
+    [
+        ("bench_features --rows 2000 --width 8 --classes 50 --loop-rows 500", 4),
+        ("bench_ijb --scale 0.02 --rounds 1", 1),
+        ("bench_loader --images 32 --batch-size 16 --rounds 2", 1),
+        ("bench_methods --num-classes 40 --batch-size 4 --network tiny --embedding-size 16 --rounds 1", 7),
+        ("bench_partial_fc --classes 500 --batch 8 --embedding-size 32 --rounds 2 --sample-rate 0.5 --optimizer", 2),
+        ("bench_recordio --records 50 --rounds 2", 1),
+        (f"bench_train configs/demo/f128_tiny_softmax_class30.py {TINY} --rec synthetic --gradient_acc 2", 1),
+        (f"bench_train {METHOD.format('MixBCT')} {TINY} --draw 3 --fake-old --cold --clock processor", 1),
+        (f"bench_train {METHOD.format('UniBCT')} {TINY} --rec synthetic --fake-old", 1),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
 def test_it_prints_its_ratio(command, ratios, monkeypatch, capsys, tmp_path):
     if "recordio" in command:
-        vars(np).setdefault("bool", bool)   # see the script
+        vars(np).setdefault("bool", bool)  # see the script
         pytest.importorskip("mxnet", exc_type=Exception)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run(command, monkeypatch)
@@ -73,7 +77,7 @@ class Stub:
 
     def __iter__(self):
         while True:
-            self.clock.now += 1         # a batch is waited for
+            self.clock.now += 1  # a batch is waited for
             yield "batch"
 
     def accumulate(self, batch, last):
@@ -88,7 +92,7 @@ class Stub:
             for micro in range(2):
                 self.accumulate(next(batches), last=micro)
             self.update()
-            self.clock.now += 5         # what is not in a bare step
+            self.clock.now += 5  # what is not in a bare step
 
 
 def test_time_is_counted_to_what_took_it(monkeypatch):

@@ -17,7 +17,7 @@ def whole(rows=6, columns=3):
 
 def share(tensor):
     rows = len(tensor) // distributed.world_size()
-    return tensor[distributed.rank() * rows:(distributed.rank() + 1) * rows].clone()
+    return tensor[distributed.rank() * rows : (distributed.rank() + 1) * rows].clone()
 
 
 def gather_on_rank():
@@ -53,7 +53,7 @@ def sums_on_rank():
 def test_sum_and_mean_with_gradients(world_size):
     total = world_size * (world_size + 1) / 2
     for rank, (squared, mean, grad, ranks) in enumerate(run_ranks(sums_on_rank, world_size)):
-        assert squared.item() == 2 * total          # d(sum^2)/d(share), counted once
+        assert squared.item() == 2 * total  # d(sum^2)/d(share), counted once
         assert mean.item() == pytest.approx(total / world_size) and grad.item() == pytest.approx(1 / world_size)
         assert ranks == (rank, world_size, rank == 0)
 
@@ -106,7 +106,7 @@ def test_init_distributed_takes_ranks_from_the_group():
 def fail_on_rank(which):
     if distributed.rank() == which:
         raise ValueError("told to fail")
-    distributed.barrier()       # the others wait for it: must not hang the test
+    distributed.barrier()  # the others wait for it: must not hang the test
 
 
 def test_a_failing_rank_ends_the_run_with_its_traceback():
@@ -141,9 +141,10 @@ class Recorded:
         return self
 
 
-@pytest.mark.parametrize("device, calls", [
-    ("cpu", [("cpu", False)]), ("cuda", ["pin_memory", ("cuda", True)]), ("cuda:3", ["pin_memory", ("cuda:3", True)]),
-])
+@pytest.mark.parametrize(
+    "device, calls",
+    [("cpu", [("cpu", False)]), ("cuda", ["pin_memory", ("cuda", True)]), ("cuda:3", ["pin_memory", ("cuda:3", True)])],
+)
 def test_copies_to_the_gpu_are_pinned_and_not_waited_for(device, calls):
     for form in (device, torch.device(device)):
         tensor = Recorded()

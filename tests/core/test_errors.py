@@ -10,15 +10,23 @@ from core.errors import UserError, report_errors
 from recordio import RecordError
 
 
-@pytest.mark.parametrize("error, line", [
-    (UserError("a.py: key = 1; set it to 2"), "UserError: a.py: key = 1; set it to 2"),
-    (RecordError("a.rec: cut"), "RecordError: a.rec: cut"),
-    (FileNotFoundError("a.rec: no such file"), "FileNotFoundError: a.rec: no such file"),
-    (OSError(errno.ENOSPC, "No space left on device", "log"), "OSError: [Errno 28] No space left on device: 'log'"),
-    (PermissionError(errno.EACCES, "Permission denied", "out"), "PermissionError: [Errno 13] Permission denied: 'out'"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
-     "OutOfMemoryError: CUDA out of memory. Set a smaller batch_size, with gradient_acc raised"),
-])
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("a.py: key = 1; set it to 2"), "UserError: a.py: key = 1; set it to 2"),
+        (RecordError("a.rec: cut"), "RecordError: a.rec: cut"),
+        (FileNotFoundError("a.rec: no such file"), "FileNotFoundError: a.rec: no such file"),
+        (OSError(errno.ENOSPC, "No space left on device", "log"), "OSError: [Errno 28] No space left on device: 'log'"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "out"),
+            "PermissionError: [Errno 13] Permission denied: 'out'",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
+            "OutOfMemoryError: CUDA out of memory. Set a smaller batch_size, with gradient_acc raised",
+        ),
+    ],
+)
 @pytest.mark.parametrize("rank", [None, "3"])
 def test_what_a_user_can_mend_ends_with_one_line(error, line, rank, capsys, monkeypatch):
     class Ended(BaseException):
@@ -47,8 +55,10 @@ def test_a_bug_goes_through(error, monkeypatch):
 
 def test_a_bug_on_a_rank_ends_it_at_once_with_its_traceback():
     """Without a wait at Python's exit for what other ranks, or threads, are still at."""
-    script = "import os, threading, time\nfrom core.errors import report_errors\n" \
+    script = (
+        "import os, threading, time\nfrom core.errors import report_errors\n"
         "threading.Thread(target=time.sleep, args=(600,)).start()\nwith report_errors():\n    os.no_such_thing"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, "RANK": "3"}, capture_output=True, text=True, timeout=60
     )

@@ -48,11 +48,12 @@ def refused(path, data, why=""):
 
 # --- what the picklers write -----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_reads_every_pickle_protocol(path, protocol):
     assert read(path, pickle.dumps((IMAGES, SAME), protocol)) == (IMAGES, SAME)
     assert read(path, pickletools.optimize(pickle.dumps((IMAGES, SAME), protocol)) + b"rest") == (IMAGES, SAME)
-    many = [str(number).encode() * 100 for number in range(2400)]    # more than a pickler's batch, or a byte's memo
+    many = [str(number).encode() * 100 for number in range(2400)]  # more than a pickler's batch, or a byte's memo
     assert read(path, pickle.dumps((many, SAME * 600), protocol)) == (many, SAME * 600)
 
 
@@ -65,26 +66,38 @@ def test_reads_what_python_2_wrote(path, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("images, same", [
-    (tuple(IMAGES), tuple(SAME)),
-    ([bytearray(image) for image in IMAGES], [np.bool_(value) for value in SAME]),
-    ([np.frombuffer(image, np.uint8) for image in IMAGES], np.array(SAME)),
-    ([np.frombuffer(image, np.uint8)[:, None].copy() for image in IMAGES], np.array(SAME, np.int64)),     # as by OpenCV
-    (np.array(IMAGES), [1, 0]),
-    (np.array(IMAGES, object), [np.int32(1), np.uint8(0)]),
-    (list(np.array(IMAGES)), SAME),
-], ids=["tuples", "bytearrays", "uint8", "opencv", "bytes array", "objects", "bytes scalars"])
+@pytest.mark.parametrize(
+    "images, same",
+    [
+        (tuple(IMAGES), tuple(SAME)),
+        ([bytearray(image) for image in IMAGES], [np.bool_(value) for value in SAME]),
+        ([np.frombuffer(image, np.uint8) for image in IMAGES], np.array(SAME)),
+        (
+            [np.frombuffer(image, np.uint8)[:, None].copy() for image in IMAGES],
+            np.array(SAME, np.int64),
+        ),  # as by OpenCV
+        (np.array(IMAGES), [1, 0]),
+        (np.array(IMAGES, object), [np.int32(1), np.uint8(0)]),
+        (list(np.array(IMAGES)), SAME),
+    ],
+    ids=["tuples", "bytearrays", "uint8", "opencv", "bytes array", "objects", "bytes scalars"],
+)
 def test_reads_plain_data_in_other_containers(path, images, same, protocol):
     assert read(path, pickle.dumps((images, same), protocol)) == (IMAGES, SAME)
     assert read(path, pickle.dumps([images, same], protocol)) == (IMAGES, SAME)
-    if protocol < 4:    # before framed strings of a stated length
+    if protocol < 4:  # before framed strings of a stated length
         numpy_2 = pickle.dumps((images, same), protocol).replace(b"numpy.core.", b"numpy._core.")
         assert read(path, numpy_2) == (IMAGES, SAME)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(strategies.lists(strategies.tuples(strategies.binary(min_size=1), strategies.binary(min_size=1),
-                                          strategies.booleans()), min_size=1, max_size=6))
+@given(
+    strategies.lists(
+        strategies.tuples(strategies.binary(min_size=1), strategies.binary(min_size=1), strategies.booleans()),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_any_set_is_read_back(tmp_path_factory, pairs):
     images, same = [image for pair in pairs for image in pair[:2]], [pair[2] for pair in pairs]
     path = tmp_path_factory.getbasetemp() / "any.bin"
@@ -96,24 +109,28 @@ def test_any_set_is_read_back(tmp_path_factory, pairs):
 
 # --- what is no set --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("content, why", [
-    (([b"x"], [True]), "2·N images and N booleans, N > 0, not 1 and 1"),
-    (([b"x", b"y", b"z"], [True]), "not 3 and 1"),
-    (([], []), "not 0 and 0"),
-    (([b"x", "y"], [True]), "image 1 is not bytes"),
-    (([b"x", [b"y"]], [True]), "image 1 is not bytes"),
-    (([b"x", np.zeros(3, np.int64)], [True]), "image 1 is not bytes"),
-    (([b"x", b"y"], [b"\1"]), "pair 0 has no boolean"),
-    (([b"x", b"y"], [-1]), "pair 0 has no boolean"),
-    (([b"x", b"y"], np.array([2])), "pair 0 has no boolean"),
-    (([b"x", b"y"], [None]), "pair 0 has no boolean"),
-    (([b"x", b"y"], [1.0]), "has no place"),
-    (([b"x", b"y"], np.array([1.0])), "NumPy array of f8"),
-    ((b"x", b"y", True), "no pair of lists"),
-    ((b"xy", [True]), "no pair of lists"),
-    ({"images": [b"x", b"y"], "same": [True]}, "has no place"),
-    (True, "no pair of lists"),
-])
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (([b"x"], [True]), "2·N images and N booleans, N > 0, not 1 and 1"),
+        (([b"x", b"y", b"z"], [True]), "not 3 and 1"),
+        (([], []), "not 0 and 0"),
+        (([b"x", "y"], [True]), "image 1 is not bytes"),
+        (([b"x", [b"y"]], [True]), "image 1 is not bytes"),
+        (([b"x", np.zeros(3, np.int64)], [True]), "image 1 is not bytes"),
+        (([b"x", b"y"], [b"\1"]), "pair 0 has no boolean"),
+        (([b"x", b"y"], [-1]), "pair 0 has no boolean"),
+        (([b"x", b"y"], np.array([2])), "pair 0 has no boolean"),
+        (([b"x", b"y"], [None]), "pair 0 has no boolean"),
+        (([b"x", b"y"], [1.0]), "has no place"),
+        (([b"x", b"y"], np.array([1.0])), "NumPy array of f8"),
+        ((b"x", b"y", True), "no pair of lists"),
+        ((b"xy", [True]), "no pair of lists"),
+        ({"images": [b"x", b"y"], "same": [True]}, "has no place"),
+        (True, "no pair of lists"),
+    ],
+)
 def test_wrong_content_is_an_error(path, content, why):
     for protocol in PROTOCOLS:
         refused(path, pickle.dumps(content, protocol), why)
@@ -138,7 +155,7 @@ def test_only_what_the_picklers_ask_for_is_called(path):
     for name in (b"decode", b"lookup", b"encode.__class__"):
         refused(path, whole.replace(b"c_codecs\nencode\n", b"c_codecs\n" + name + b"\n"), rf"_codecs\.{name.decode()}")
     for start in (b"cbuiltins\nbytearray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
-        refused(path, b"\x80\x02" + start + b"J\xff\xff\xff\x7f\x85R.")     # bytearray(2**31 - 1)
+        refused(path, b"\x80\x02" + start + b"J\xff\xff\xff\x7f\x85R.")  # bytearray(2**31 - 1)
         refused(path, b"\x80\x02" + start + b"U\1xU\1y\x86b.", "state")
 
 
@@ -158,8 +175,10 @@ def test_what_is_no_file_is_named(path, tmp_path):
 
 # --- what only an attacker writes ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("opcode", [each for each in pickletools.opcodes if ord(each.code) not in ALLOWED],
-                         ids=lambda each: each.name)
+
+@pytest.mark.parametrize(
+    "opcode", [each for each in pickletools.opcodes if ord(each.code) not in ALLOWED], ids=lambda each: each.name
+)
 def test_every_other_opcode_is_refused(path, opcode):
     """Persistent ids, extensions, classes, out-of-band buffers, dictionaries, sets, ..."""
     for argument in (b"", b"\0" * 8, b"\xff" * 8, b"os\nsystem\n"):
@@ -180,14 +199,24 @@ def test_tuples_that_hold_the_one_before_twice_are_not_walked_through(path):
     """2**60 values, to whoever compares, hashes or prints them."""
     doubled = b"".join(b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86" for level in range(60))
     deep = b"\x80\x02\x88" + doubled
-    for data in (deep + b".", b"\x80\x02](U\1xU\1ye](" + deep[2:] + b"e\x86.", deep + b"R.", deep + b"b.",
-                 b"\x80\x02c_codecs\nencode\n" + deep[2:] + b"R.", deep + b"\x93."):
+    for data in (
+        deep + b".",
+        b"\x80\x02](U\1xU\1ye](" + deep[2:] + b"e\x86.",
+        deep + b"R.",
+        deep + b"b.",
+        b"\x80\x02c_codecs\nencode\n" + deep[2:] + b"R.",
+        deep + b"\x93.",
+    ):
         refused(path, data)
 
 
 def test_values_inside_themselves_are_refused(path):
-    for data in (b"\x80\x02]q\0h\0a.", b"\x80\x02]q\0h\0a]\x88a\x86.", b"\x80\x02]q\0](h\0h\0e\x86.",
-                 b"\x80\x02]q\0" + b"(h\0h\0e" * 100 + b"."):
+    for data in (
+        b"\x80\x02]q\0h\0a.",
+        b"\x80\x02]q\0h\0a]\x88a\x86.",
+        b"\x80\x02]q\0](h\0h\0e\x86.",
+        b"\x80\x02]q\0" + b"(h\0h\0e" * 100 + b".",
+    ):
         refused(path, data)
 
 
@@ -208,6 +237,7 @@ def test_text_encoded_again_and_again_takes_no_more_than_the_file(path):
 
 # --- anything --------------------------------------------------------------------------------------------------------
 
+
 def harmless(path, data):
     try:
         images, same = read(path, data)
@@ -219,8 +249,20 @@ def harmless(path, data):
 
 OPCODE = strategies.sampled_from([bytes([code]) for code in ALLOWED])
 ARGUMENT = strategies.sampled_from(
-    [b"", b"\0", b"\1", b"\1a", b"0\n", b"00\n", b"'a'\n", b"\1\0\0\0a", b"_codecs\nencode\n", b"numpy\ndtype\n",
-     b"numpy.core.multiarray\n_reconstruct\n", b"numpy.core.multiarray\nscalar\n"]
+    [
+        b"",
+        b"\0",
+        b"\1",
+        b"\1a",
+        b"0\n",
+        b"00\n",
+        b"'a'\n",
+        b"\1\0\0\0a",
+        b"_codecs\nencode\n",
+        b"numpy\ndtype\n",
+        b"numpy.core.multiarray\n_reconstruct\n",
+        b"numpy.core.multiarray\nscalar\n",
+    ]
 )
 PROGRAM = strategies.lists(strategies.tuples(OPCODE, ARGUMENT).map(b"".join), max_size=30).map(b"".join)
 WAYS = [pickle.dumps((IMAGES, SAME), protocol) for protocol in PROTOCOLS]
@@ -235,12 +277,19 @@ def test_whatever_the_bytes(tmp_path_factory, data):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(strategies.sampled_from(WAYS), strategies.lists(
-    strategies.tuples(strategies.integers(0, 4000), strategies.integers(0, 6), strategies.binary(max_size=3) | PROGRAM),
-    min_size=1, max_size=3))
+@given(
+    strategies.sampled_from(WAYS),
+    strategies.lists(
+        strategies.tuples(
+            strategies.integers(0, 4000), strategies.integers(0, 6), strategies.binary(max_size=3) | PROGRAM
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
 def test_whatever_is_changed_in_a_set(tmp_path_factory, data, edits):
     changed = bytearray(data)
     for place, count, new in edits:
         at = place % len(changed)
-        changed[at:at + count] = new
+        changed[at : at + count] = new
     harmless(tmp_path_factory.getbasetemp() / "changed.bin", bytes(changed))

@@ -10,14 +10,14 @@ import time
 import pytest
 import torch
 
+from core.distributed import rank, world_size
 from engine import checkpoint
 from engine.checkpoint import DAMAGED, CheckpointError, claim, complete_sets, load_newest, save_set, start_afresh
-from core.distributed import rank, world_size
 from engine.monitor import log
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
-BATCH, TOTAL = 8, 99        # images a step, steps of a whole run
+BATCH, TOTAL = 8, 99  # images a step, steps of a whole run
 GO_BACK = "going back to the set before it, and this one is now"
 
 
@@ -44,7 +44,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
-@pytest.mark.parametrize("values", [10, 10**6])     # fewer than Python's buffer takes, and more: torch fails otherwise
+@pytest.mark.parametrize("values", [10, 10**6])  # fewer than Python's buffer takes, and more: torch fails otherwise
 def test_a_file_system_that_takes_no_more_is_named(tmp_path, values):
     path, limits = tmp_path / "model.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -122,10 +122,11 @@ def names(output):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_set_is_its_ranks_files_and_the_last_two_are_kept(tmp_path, ranks):
-    run_ranks(save_on_ranks, ranks, tmp_path, [9, 10, 1000])    # names sort as numbers
+    run_ranks(save_on_ranks, ranks, tmp_path, [9, 10, 1000])  # names sort as numbers
     assert names(tmp_path) == sorted(
         f"checkpoints/{images:012}/{name}"
-        for images in (80, 8000) for name in ["DONE", *(f"rank_{number}_of_{ranks}.pt" for number in range(ranks))]
+        for images in (80, 8000)
+        for name in ["DONE", *(f"rank_{number}_of_{ranks}.pt" for number in range(ranks))]
     )
     assert steps_in(tmp_path) == [10, 1000]
     assert checkpoint.read_done(complete_sets(tmp_path)[1]) == (1000, TOTAL, ranks)
@@ -214,7 +215,7 @@ def test_a_damaged_file_of_any_rank_makes_all_go_back(tmp_path, ranks):
     path.write_bytes(path.read_bytes()[:-30])
     damages = {25: f"{last}: no such file", 20: "wrong checksum of its part", 15: "not a readable checkpoint"}
     for number, (step, told) in enumerate(run_ranks(newest, ranks, tmp_path)):
-        assert step == 10 and len(told) == (3 if number == 0 else 0)    # rank 0 has the log
+        assert step == 10 and len(told) == (3 if number == 0 else 0)  # rank 0 has the log
         for line, (its_step, why) in zip(told, damages.items()):
             folder = folders[its_step]
             assert line.startswith(str(folder)) and why in line
@@ -248,7 +249,7 @@ def test_where_all_are_damaged_nothing_is_renamed_and_nothing_starts_over(tmp_pa
     for step in (5, 10):
         spoil(write_set(tmp_path, step, 2) / "rank_1_of_2.pt")
     before = names(tmp_path)
-    for attempt in range(2):    # the launcher's restart, too
+    for _ in range(2):  # the launcher's restart, too
         for said, told in run_ranks(newest, 2, tmp_path):
             assert "every checkpoint is damaged (" in said and "000000000080/rank_1_of_2.pt: damaged" in said
             assert not told
@@ -257,18 +258,27 @@ def test_where_all_are_damaged_nothing_is_renamed_and_nothing_starts_over(tmp_pa
 
 def newest_on_a_disk_that_is_away(output, error):
     if rank() == world_size() - 1:
+
         def fails(*_, **__):
             raise error
+
         torch.load = fails
     return newest(output)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("error", [
-    OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
-    torch.OutOfMemoryError("HIP says no"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+        torch.OutOfMemoryError("HIP says no"),
+    ],
+)
 def test_what_the_system_refuses_is_no_damage(tmp_path, ranks, error):
     for step in (5, 10):
         write_set(tmp_path, step, ranks)

@@ -48,7 +48,7 @@ def embed_one_by_one(model, dataset):
 
 def test_extracts_what_the_model_gives_row_by_row(tmp_path):
     model, dataset = Pooled().train(), training_set()
-    model.dropout.eval()    # a part that its owner has set otherwise
+    model.dropout.eval()  # a part that its owner has set otherwise
     feature, label = tmp_path / "new" / "a_feature.npy", tmp_path / "new" / "a_label.npy"
     state = {key: value.clone() for key, value in model.state_dict().items()}
     extract_features(model, dataset, feature, label, embedding_size=WIDTH, batch_size=4, num_workers=0)
@@ -65,7 +65,7 @@ def _extract_on_a_rank(feature, label, images, wrap):
     model = Pooled()
     if wrap:
         model = torch.nn.parallel.DistributedDataParallel(model)
-        model.forward = None    # the wrapper must not run: ranks have different numbers of batches
+        model.forward = None  # the wrapper must not run: ranks have different numbers of batches
     extract_features(model, training_set(images), feature, label, embedding_size=WIDTH, batch_size=2, num_workers=0)
     return os.path.exists(feature) and os.path.exists(label)
 

@@ -6,8 +6,8 @@ import pytest
 from tests.kills import Kill, attempt, check_sets, draw_kills, kill_and_resume, make_task, whole_run
 
 SEED = 5
-KILLS = 5           # of each run below, in a line of the code; and one from outside
-AT_LEAST = 4        # of these six: a run may come to its end before
+KILLS = 5  # of each run below, in a line of the code; and one from outside
+AT_LEAST = 4  # of these six: a run may come to its end before
 
 # Between them: accumulated gradients, sampled centres, dropout, a process that decodes, verification, and checkpoints
 # that are not also written at the end of every epoch.
@@ -27,7 +27,7 @@ def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(method, ranks, keys, tmp
     task = make_task(tmp_path, method, ranks, seed=SEED, **keys)
     random = np.random.default_rng([SEED, ranks, *map(ord, method)])
     kills = draw_kills(random, task, *whole_run(task), KILLS, outside=1)
-    print("kills drawn:", "; ".join(map(str, kills)))       # shown where the test fails
+    print("kills drawn:", "; ".join(map(str, kills)))  # shown where the test fails
     assert kill_and_resume(task, kills) >= AT_LEAST
 
 
@@ -36,16 +36,16 @@ def test_kills_in_the_worst_places(tmp_path):
     task = make_task(tmp_path, "MixBCT", 2)
     whole_run(task)
     kills = [
-        Kill("before update", 1, (0, 1)),               # nothing is there yet
-        Kill("before replace rank", 1, (1,)),           # the first set, half of it
-        Kill("before replace DONE", 3, (0,)),           # all of the third set but its marker
-        Kill("after replace DONE", 1, (0,)),            # a set is complete, and two older ones are there
-        Kill("after unlink DONE", 1, (0,)),             # an old set has lost its marker and nothing else
-        Kill("after unlink rank", 1, (0,)),             # and its marker and a file
-        Kill("before update", 1, (0,)),                 # has resumed, and done nothing
-        Kill("before replace softmax", 1, (1,)),        # the last model.pt is there, the class centres are older
-        Kill("before replace rank", 1, (0,)),           # the last set, half of it
-        Kill("after replace DONE", 1, (0, 1)),          # all is written, what is older not deleted
+        Kill("before update", 1, (0, 1)),  # nothing is there yet
+        Kill("before replace rank", 1, (1,)),  # the first set, half of it
+        Kill("before replace DONE", 3, (0,)),  # all of the third set but its marker
+        Kill("after replace DONE", 1, (0,)),  # a set is complete, and two older ones are there
+        Kill("after unlink DONE", 1, (0,)),  # an old set has lost its marker and nothing else
+        Kill("after unlink rank", 1, (0,)),  # and its marker and a file
+        Kill("before update", 1, (0,)),  # has resumed, and done nothing
+        Kill("before replace softmax", 1, (1,)),  # the last model.pt is there, the class centres are older
+        Kill("before replace rank", 1, (0,)),  # the last set, half of it
+        Kill("after replace DONE", 1, (0, 1)),  # all is written, what is older not deleted
     ]
     assert kill_and_resume(task, kills) == len(kills)
 

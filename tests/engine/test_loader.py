@@ -117,7 +117,7 @@ def test_extraction_keeps_order_and_never_mirrors(larger, workers, start, stop):
     loader = ExtractLoader(larger, 8, "cpu", workers, start, stop)
     batches = [batch[:3] for batch in loader]
     rows = list(range(start, 61 if stop is None else stop))
-    assert [len(index) for _, _, index in batches] == [len(rows[i:i + 8]) for i in range(0, len(rows), 8)]
+    assert [len(index) for _, _, index in batches] == [len(rows[i : i + 8]) for i in range(0, len(rows), 8)]
     assert len(loader) == len(batches)
     for images, labels, index in batches:
         for image, label, row in zip(images, labels.tolist(), index.tolist()):

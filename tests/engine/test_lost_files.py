@@ -11,7 +11,7 @@ from old_model.feature_set import FeatureError
 from recordio import RecordError
 from tests.BCT_methods.whole_runs import sets_of, train, write_config, write_old_features
 
-KEYS = {"batch_size": 6, "num_epoch": 1, "checkpoint_steps": 4}     # 10 steps
+KEYS = {"batch_size": 6, "num_epoch": 1, "checkpoint_steps": 4}  # 10 steps
 
 
 class LosesFile(L2):
@@ -39,9 +39,10 @@ def whole(folder):
     return train(L2, write_config(folder, "L2", "whole", **{**KEYS, "checkpoint_steps": 0}))
 
 
-@pytest.mark.parametrize("name, workers, error", [
-    ("set.rec", 0, RecordError), ("set.rec", 1, RecordError), ("old_feature.npy", 1, FeatureError),
-])
+@pytest.mark.parametrize(
+    "name, workers, error",
+    [("set.rec", 0, RecordError), ("set.rec", 1, RecordError), ("old_feature.npy", 1, FeatureError)],
+)
 def test_the_run_names_the_file_and_resumes_once_it_is_back(folder, whole, name, workers, error):
     path = write_config(folder, "L2", f"{name[:3]}_{workers}", **KEYS, num_workers=workers)
     content = (folder / name).read_bytes()

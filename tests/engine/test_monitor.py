@@ -97,9 +97,9 @@ def test_a_line_is_the_mean_since_the_last_and_goes_to_tensorboard(clock, lines)
 
 def test_speed_leaves_pauses_out_and_the_time_left_has_them_in(clock, lines):
     """A step takes 2 s, every 10 steps there is a verification of 30 s; one of them fails."""
-    monitor = Monitor(total_steps=7300, images_per_step=8, start_step=100)     # resumed
+    monitor = Monitor(total_steps=7300, images_per_step=8, start_step=100)  # resumed
     for step in range(100, 140):
-        clock.now += 2 + 500 * (step == 100)    # the first one compiles
+        clock.now += 2 + 500 * (step == 100)  # the first one compiles
         take(monitor, step)
         if step % 20 == 19:
             monitor.line(step + 1, 1, 0.1)
@@ -109,7 +109,7 @@ def test_speed_leaves_pauses_out_and_the_time_left_has_them_in(clock, lines):
                 raise KeyError
     first, second = (re.search(r"Speed (\S+) .*Required: (\S+) hours", line).groups() for line in lines)
     assert first[0] == f"{8 * 20 / 540:.2f}" and second[0] == "4.00"
-    assert second[1] == f"{(7300 - 140) * (20 * 2 + 2 * 30) / 20 / 3600:.1f}"     # since the first line
+    assert second[1] == f"{(7300 - 140) * (20 * 2 + 2 * 30) / 20 / 3600:.1f}"  # since the first line
 
 
 # --- a loss that is no number, steps that are skipped --------------------------------------------------------------
@@ -190,7 +190,7 @@ class Terminal(io.StringIO):
                 row, column = row + 1, 0
                 rows += [""] * (row + 1 - len(rows))
             else:
-                rows[row] = rows[row][:column].ljust(column) + piece + rows[row][column + len(piece):]
+                rows[row] = rows[row][:column].ljust(column) + piece + rows[row][column + len(piece) :]
                 column += len(piece)
         return [text.rstrip() for text in rows]
 
@@ -198,7 +198,7 @@ class Terminal(io.StringIO):
 def on_terminal(monkeypatch, tmp_path, watched=(True, True)):
     monkeypatch.setenv("COLUMNS", "100")
     out = Terminal(watched[0])
-    err = out if all(watched) else Terminal(watched[1])     # one screen shows both
+    err = out if all(watched) else Terminal(watched[1])  # one screen shows both
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     init_logging(tmp_path, main=True)

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from core.config import load_config
 from dataset import RecordDataset
 from engine import checkpoint, post_mortem
-from core.config import load_config
+from engine.loader import ShuffledRows
 from engine.monitor import NonFiniteLoss
 from engine.trainer import Trainer
-from engine.loader import ShuffledRows
 from tests.engine.test_trainer import Plain, close_log_files, config, rec  # noqa: F401
 from tests.ranks import run_ranks
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-BAD = 8     # steps done before the bad batch: the third of the epoch 1, whose first is 6
+BAD = 8  # steps done before the bad batch: the third of the epoch 1, whose first is 6
 
 
 class Broken(Plain):
@@ -68,14 +68,14 @@ def found_in(trainer):
     return checkpoint.load(f"{trainer.cfg.output}/nonfinite_step_{BAD}_rank_{trainer.rank}.pt")
 
 
-def test_the_message_names_step_terms_keys_and_file(tmp_path, rec):     # noqa: F811
+def test_the_message_names_step_terms_keys_and_file(tmp_path, rec):  # noqa: F811
     text, trainer = message(Broken, config(tmp_path, rec))
     form = (
         rf"step {BAD}: the loss is not finite: cls \d\.\d+, other nan \(before it \d\S+, \d\S+, \d\S+\)\. "
         rf"This rank's batch: keys (\d+, \d+, \d+, \d+) of {re.escape(str(rec))}; "
         rf"more in {re.escape(str(tmp_path))}/run/nonfinite_step_{BAD}_rank_0\.pt\. "
         r"The weights are finite: look at the terms and the images, or lower lr or raise warmup_epoch, "
-        r"then go on with --resume True"
+        r"then resume with --resume True"
     )
     match = re.fullmatch(form, text)
     assert match, text
@@ -84,7 +84,7 @@ def test_the_message_names_step_terms_keys_and_file(tmp_path, rec):     # noqa: 
 
 
 @pytest.mark.parametrize("gradient_acc", [1, 2])
-def test_the_file_holds_what_the_run_knew(tmp_path, rec, gradient_acc):     # noqa: F811
+def test_the_file_holds_what_the_run_knew(tmp_path, rec, gradient_acc):  # noqa: F811
     """Against the batch as the loader's plan and the record file have it."""
     path = config(tmp_path, rec, batch_size=4 // gradient_acc, gradient_acc=gradient_acc)
     _, trainer = message(Broken, path)
@@ -104,7 +104,7 @@ def test_the_file_holds_what_the_run_knew(tmp_path, rec, gradient_acc):     # no
     assert found["state"]["step"] == BAD and found["state"]["config"]["lr"] == trainer.cfg.lr
 
 
-def test_weights_that_an_earlier_step_broke_are_named(tmp_path, rec):   # noqa: F811
+def test_weights_that_an_earlier_step_broke_are_named(tmp_path, rec):  # noqa: F811
     text, trainer = message(BrokenWeights, config(tmp_path, rec, clip_grad_norm=0.0))
     assert "A step before it broke backbone.3.bias: lower lr or raise warmup_epoch, or set clip_grad_norm" in text
     assert found_in(trainer)["broken"] == ["backbone.3.bias"]
@@ -120,7 +120,7 @@ def test_the_batch_is_seen_again_as_the_docstring_says(tmp_path, rec):  # noqa: 
     assert trainer.classifier(names["embeddings"], found["labels"]).item() == pytest.approx(found["terms"]["cls"], 1e-5)
 
 
-def test_without_a_place_for_the_file_the_error_still_comes(tmp_path, rec, monkeypatch):    # noqa: F811
+def test_without_a_place_for_the_file_the_error_still_comes(tmp_path, rec, monkeypatch):  # noqa: F811
     def full(state, file, save=torch.save):
         if "terms" in state:
             raise OSError(28, os.strerror(28))
@@ -153,13 +153,13 @@ class ReadLate(Plain):
 
 def test_read_late_the_weights_have_taken_the_step(tmp_path, rec):  # noqa: F811
     text, trainer = message(ReadLate, config(tmp_path, rec))
-    assert text.endswith(". Lower lr or raise warmup_epoch, then go on with --resume True")
+    assert text.endswith(". Lower lr or raise warmup_epoch, then resume with --resume True")
     found = found_in(trainer)
     assert found["step"] == BAD and found["state"]["step"] == BAD + 1
     assert set(found["broken"]) >= {"backbone.3.weight", "classifier.weight"}
 
 
-def test_finite_weights_under_a_loss_scaler_point_to_float16(tmp_path, rec, monkeypatch):   # noqa: F811
+def test_finite_weights_under_a_loss_scaler_point_to_float16(tmp_path, rec, monkeypatch):  # noqa: F811
     _, trainer = message(Broken, config(tmp_path, rec))
     monkeypatch.setattr(trainer.scaler, "is_enabled", lambda: True)
     for update_done in (0, 1):
@@ -173,7 +173,7 @@ def stop_on_all(path):
     return text, found_in(trainer)["rows"], trainer.step
 
 
-def test_every_rank_stops_at_the_step_and_writes_its_own(tmp_path, rec):    # noqa: F811
+def test_every_rank_stops_at_the_step_and_writes_its_own(tmp_path, rec):  # noqa: F811
     results = run_ranks(stop_on_all, 2, config(tmp_path, rec, batch_size=2), env=NO_GPU)
     plan = [ShuffledRows(25, 2, 666, rank, 2) for rank in (0, 1)]
     for rank, (text, rows, step) in enumerate(results):
@@ -184,7 +184,7 @@ def test_every_rank_stops_at_the_step_and_writes_its_own(tmp_path, rec):    # no
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("keys", [{"fp16": False}, {"amp_dtype": "bfloat16"}, {"amp_dtype": "float16"}])
-def test_on_cuda_the_step_is_named_that_was_bad(tmp_path, rec, keys):      # noqa: F811
+def test_on_cuda_the_step_is_named_that_was_bad(tmp_path, rec, keys):  # noqa: F811
     text, trainer = message(Tiny, config(tmp_path, rec, **keys))
     found = found_in(trainer)
     assert found["step"] == BAD and found["state"]["step"] == BAD + 1

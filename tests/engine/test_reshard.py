@@ -8,14 +8,14 @@ import torch
 from BCT_methods.AdvBCT.train import AdvBCT
 from BCT_methods.MixBCT.train import MixBCT
 from BCT_methods.NCCL.train import NCCL
-from engine.checkpoint import complete_sets, load, reshard
 from core.config import load_config
 from core.distributed import rows_of_rank
+from engine.checkpoint import complete_sets, load, reshard
 from tests.BCT_methods.whole_runs import sets_of, train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 
 METHODS = {"MixBCT": MixBCT, "NCCL": NCCL, "AdvBCT": AdvBCT}
-CLASSES, GLOBAL_BATCH, STOPPED, STEPS = 7, 12, 4, 8      # 7 classes: the shards of 2, 3 and 4 ranks are of unequal size
+CLASSES, GLOBAL_BATCH, STOPPED, STEPS = 7, 12, 4, 8  # 7 classes: the shards of 2, 3 and 4 ranks are of unequal size
 
 
 # --- the shards ----------------------------------------------------------------------------------------------------
@@ -26,16 +26,20 @@ def states_of(ranks, total=CLASSES):
     states = []
     for rank in range(ranks):
         classes = torch.arange(*rows_of_rank(total, rank, ranks), dtype=torch.float32)
-        states.append({
-            "classifier": {"weight": classes[:, None].expand(-1, 3).clone()},
-            "extra": {"queue.logits": classes.expand(2, -1).clone(), "queue.size": torch.tensor(5)},
-            "optimizer": {"state": {0: {"m": torch.ones(2)}, 1: {"m": 10 * classes, "step": torch.tensor(4.0)}}},
-            "class_sharded": [
-                (("classifier", "weight"), 0), (("extra", "queue.logits"), 1), (("optimizer", "state", 1, "m"), 0)
-            ],
-            "random": rank,
-            "sampling": rank,
-        })
+        states.append(
+            {
+                "classifier": {"weight": classes[:, None].expand(-1, 3).clone()},
+                "extra": {"queue.logits": classes.expand(2, -1).clone(), "queue.size": torch.tensor(5)},
+                "optimizer": {"state": {0: {"m": torch.ones(2)}, 1: {"m": 10 * classes, "step": torch.tensor(4.0)}}},
+                "class_sharded": [
+                    (("classifier", "weight"), 0),
+                    (("extra", "queue.logits"), 1),
+                    (("optimizer", "state", 1, "m"), 0),
+                ],
+                "random": rank,
+                "sampling": rank,
+            }
+        )
     return states
 
 
@@ -70,9 +74,14 @@ def folder(tmp_path_factory, make_record_set):
 
 
 def config_of(folder, method, ranks, name, **keys):
-    own = {"NCCL": {"queue_size": 20}, "MixBCT": {"mix_ratio": 1.0}}.get(method, {})   # all mixed: no draw per rank
+    own = {"NCCL": {"queue_size": 20}, "MixBCT": {"mix_ratio": 1.0}}.get(method, {})  # all mixed: no draw per rank
     return write_config(
-        folder, method, name, batch_size=GLOBAL_BATCH // ranks, decay_epoch=[2], clip_grad_norm=0.0,
+        folder,
+        method,
+        name,
+        batch_size=GLOBAL_BATCH // ranks,
+        decay_epoch=[2],
+        clip_grad_norm=0.0,
         **{"checkpoint_steps": STOPPED, **own, **keys},
     )
 
@@ -95,7 +104,9 @@ def resumed(method, path, *overrides):
 
     def keep(self):
         at_start.update(
-            step=self.step, lr=self.schedule.get_last_lr()[0], centres=self.classifier.weight.detach().clone(),
+            step=self.step,
+            lr=self.schedule.get_last_lr()[0],
+            centres=self.classifier.weight.detach().clone(),
             momentum=self.optimizer.state[self.classifier.weight]["momentum_buffer"].clone(),
             extra={key: value.clone() for key, value in self.extra.state_dict().items()},
             random=self.generator.get_state(),
@@ -108,10 +119,13 @@ def resumed(method, path, *overrides):
     return at_start, (backbone, trainer.classifier.weight.detach().clone(), dict(trainer.extra.state_dict()))
 
 
-@pytest.mark.parametrize("method, before, after, keys", [
-    *((method, *ranks, {}) for method in METHODS for ranks in ((2, 1), (1, 3), (2, 4))),
-    ("NCCL", 2, 3, {"alpha": 8.0, "beta": 0.0}),        # its queue has no logits
-])
+@pytest.mark.parametrize(
+    "method, before, after, keys",
+    [
+        *((method, *ranks, {}) for method in METHODS for ranks in ((2, 1), (1, 3), (2, 4))),
+        ("NCCL", 2, 3, {"alpha": 8.0, "beta": 0.0}),  # its queue has no logits
+    ],
+)
 def test_the_run_ends_as_it_would_have(folder, method, before, after, keys):
     name = f"{method}_{before}_{after}"
     path = config_of(folder, method, before, name, **keys)
@@ -152,18 +166,21 @@ def train_method(method, path):
     return train(METHODS[method], path)
 
 
-@pytest.mark.parametrize("stopped, step", [
-    (STOPPED, 2),       # the end of the first epoch, of 4 steps of 12 images, now of 2 steps of 24
-    (7, 4),             # rounded up to the end of the second: nothing is left but to save
-])
+@pytest.mark.parametrize(
+    "stopped, step",
+    [
+        (STOPPED, 2),  # the end of the first epoch, of 4 steps of 12 images, now of 2 steps of 24
+        (7, 4),  # rounded up to the end of the second: nothing is left but to save
+    ],
+)
 def test_another_global_batch_resumes_at_the_same_image_with_a_warning(folder, stopped, step):
     name = f"larger_{stopped}"
     path = config_of(folder, "MixBCT", 2, name, checkpoint_steps=stopped)
     run_ranks(stopped_run, 2, "MixBCT", path)
-    keys = ["--batch_size", "12"]       # two ranks of 6 become two of 12 images, which is refused, or one of 24
+    keys = ["--batch_size", "12"]  # two ranks of 6 become two of 12 images, which is refused, or one of 24
     with pytest.raises(RuntimeError, match="CheckpointError.*written with batch_size = 6 and gradient_acc = 1"):
         run_ranks(resumed, 2, "MixBCT", path, *keys)
-    (start, _), = run_ranks(resumed, 1, "MixBCT", path, "--batch_size", "24")
+    ((start, _),) = run_ranks(resumed, 1, "MixBCT", path, "--batch_size", "24")
     assert start["step"] == step
     log = (folder / name / "training.log").read_text()
     assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr stays" in log

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import CheckpointError, complete_sets, load
 from core.config import load_config
+from engine.checkpoint import CheckpointError, complete_sets, load
 from engine.schedule import learning_rate_factor
 from tests.BCT_methods.whole_runs import sets_of
 from tests.engine.test_trainer import Plain, WithBatchNorm, assert_same, close_log_files, config, rec, run  # noqa: F401
@@ -36,7 +36,7 @@ def stopped_after_five_steps(path, *overrides):
 
 
 @pytest.mark.parametrize("keys", [{}, {"gradient_acc": 2, "batch_size": 2}, {"optimizer": "adamw", "lr": 1e-3}])
-def test_stopped_within_an_epoch_and_resumed_ends_bit_for_bit(tmp_path, rec, keys):     # noqa: F811
+def test_stopped_within_an_epoch_and_resumed_ends_bit_for_bit(tmp_path, rec, keys):  # noqa: F811
     whole = run(config(tmp_path, rec, "whole", num_epoch=3, **keys))
     path = config(tmp_path, rec, "parts", num_epoch=3, **keys)
     stopped_after_five_steps(path)
@@ -52,7 +52,7 @@ def test_stopped_within_an_epoch_and_resumed_ends_bit_for_bit(tmp_path, rec, key
     assert torch.equal(final[0]["random"]["run"], final[1]["random"]["run"])
 
 
-def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
+def test_checkpoints_within_epochs(tmp_path, rec):  # noqa: F811
     """6 steps of 4 an epoch, of 25 images: at 4, 6 (the epoch's end), 8, 12; the last two stay."""
     written = []
 
@@ -64,13 +64,13 @@ def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
     Watched(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
     assert written == [(0, 4), (1, 6), (1, 8), (2, 12)]
     assert sets_of(tmp_path / "run") == [(8, 1), (12, 1)]
-    assert [int(folder.name) for folder in complete_sets(tmp_path / "run")] == [25 + 2 * 4, 2 * 25]     # images seen
+    assert [int(folder.name) for folder in complete_sets(tmp_path / "run")] == [25 + 2 * 4, 2 * 25]  # images seen
     written.clear()
     Watched(load_config(config(tmp_path, rec, "few", checkpoint_steps=4, save_all_states=False))).train()
     assert written == [(0, 4), (1, 8), (2, 12)]
 
 
-def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):      # noqa: F811
+def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     trainer = Plain(load_config(path, ["--lr", "0.01", "--weight_decay", "0.0", "--num_epoch", "4"]))
@@ -83,18 +83,18 @@ def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):
     assert "weight_decay was 0.0005, is 0.0" in log and "resume was" not in log and "margin_list" not in log[-900:]
 
 
-def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):      # noqa: F811
+def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     with pytest.raises(CheckpointError, match=r"of an unfinished run \(step 5 of 18\).*--resume True"):
         run(path)
     assert sets_of(tmp_path / "run") == [(5, 1)]
     run(path, "--resume", "True")
-    stopped_after_five_steps(path)      # a finished run may be begun again, and its checkpoints go
+    stopped_after_five_steps(path)  # a finished run may be begun again, and its checkpoints go
     assert sets_of(tmp_path / "run") == [(5, 1)]
 
 
-def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):      # noqa: F811
+def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):  # noqa: F811
     whole = run(config(tmp_path, rec, "whole", num_epoch=3))
     path = config(tmp_path, rec, "parts", num_epoch=3)
     stopped_after_five_steps(path)
@@ -102,14 +102,14 @@ def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):    
     assert_same(whole[0], run(path)[0], 0)
 
 
-def test_a_changed_global_batch_is_refused_on_the_same_ranks(tmp_path, rec):      # noqa: F811
+def test_a_changed_global_batch_is_refused_on_the_same_ranks(tmp_path, rec):  # noqa: F811
     stopped_after_five_steps(config(tmp_path, rec))
     with pytest.raises(CheckpointError, match="written with batch_size = 4 and gradient_acc = 1, this run has 2 and 1"):
         run(config(tmp_path, rec, batch_size=2, resume=True))
-    run(config(tmp_path, rec, batch_size=2, gradient_acc=2, resume=True))       # the same steps
+    run(config(tmp_path, rec, batch_size=2, gradient_acc=2, resume=True))  # the same steps
 
 
-def test_a_broken_weight_gets_into_no_checkpoint(tmp_path, rec):      # noqa: F811
+def test_a_broken_weight_gets_into_no_checkpoint(tmp_path, rec):  # noqa: F811
     class Broken(Plain):
         def update(self):
             super().update()
@@ -132,24 +132,24 @@ class BreaksWithoutALoss(Plain):
 
 
 @pytest.mark.parametrize("keys", [{"save_all_states": False}, {"val_targets": ["pairs"], "verbose": 12}])
-def test_a_broken_weight_gets_into_no_model_either(tmp_path, rec, keys):      # noqa: F811
+def test_a_broken_weight_gets_into_no_model_either(tmp_path, rec, keys):  # noqa: F811
     (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
     path = config(tmp_path, rec, clip_grad_norm=0.0, **keys)
     with pytest.raises(CheckpointError, match="step 12: NaN or infinity in backbone.0.weight; nothing saved"):
         BreaksWithoutALoss(load_config(path)).train()
-    model = torch.load(tmp_path / "run/model.pt", weights_only=True)        # of the first epoch
+    model = torch.load(tmp_path / "run/model.pt", weights_only=True)  # of the first epoch
     assert all(torch.isfinite(value).all() for value in model.values())
     assert not (tmp_path / "run/model_best.pt").exists()
 
 
-def test_a_run_that_has_ended_is_known_as_such_whatever_checkpoint_steps(tmp_path, rec):      # noqa: F811
+def test_a_run_that_has_ended_is_known_as_such_whatever_checkpoint_steps(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, checkpoint_steps=5, save_all_states=False)
     run(path)
     assert sets_of(tmp_path / "run") == [(10, 1), (12, 1)]
     run(path)
 
 
-def test_another_method_is_told_or_refused(tmp_path, rec):      # noqa: F811
+def test_another_method_is_told_or_refused(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     run(path, "--resume", "True")
@@ -159,7 +159,7 @@ def test_another_method_is_told_or_refused(tmp_path, rec):      # noqa: F811
         WithBatchNorm(load_config(path, ["--resume", "True"])).train()
 
 
-def test_momentum_takes_the_layout_of_its_parameter(tmp_path, rec):      # noqa: F811
+def test_momentum_takes_the_layout_of_its_parameter(tmp_path, rec):  # noqa: F811
     """As where channels_last was changed: fused optimisers refuse a momentum that lies otherwise than its weight."""
     path = config(tmp_path, rec, num_epoch=3)
     before = stopped_after_five_steps(path)
@@ -176,7 +176,7 @@ def png(value):
     return cv2.imencode(".png", np.full((112, 112, 3), value, np.uint8))[1].tobytes()
 
 
-def test_the_best_model_is_kept_and_known_after_a_resume(tmp_path, rec, monkeypatch):      # noqa: F811
+def test_the_best_model_is_kept_and_known_after_a_resume(tmp_path, rec, monkeypatch):  # noqa: F811
     """Verification says 0.5, 0.9, 0.7 | 0.8, 0.9, 0.95 after steps 2, 4, ...; the run is stopped after step 7."""
     (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
     said = iter([0.5, 0.9, 0.7, 0.8, 0.9, 0.95])

@@ -15,11 +15,11 @@ from tests.BCT_methods.whole_runs import sets_of
 from tests.conftest import draw_image
 from tests.engine.test_trainer import Plain, assert_same, close_log_files, config, rec, run  # noqa: F401
 
-WHOLE = {"num_epoch": 3, "checkpoint_steps": 4, "val_targets": ["pairs"], "verbose": 4}     # 6 steps an epoch
+WHOLE = {"num_epoch": 3, "checkpoint_steps": 4, "val_targets": ["pairs"], "verbose": 4}  # 6 steps an epoch
 
 
 @pytest.fixture
-def path(tmp_path, rec):    # noqa: F811
+def path(tmp_path, rec):  # noqa: F811
     random = np.random.default_rng(0)
     images = [cv2.imencode(".png", draw_image(random))[1].tobytes() for _ in range(6)]
     (tmp_path / "pairs.bin").write_bytes(pickle.dumps((images, [True, False, True])))
@@ -28,6 +28,7 @@ def path(tmp_path, rec):    # noqa: F811
 
 def signalled(where, after):
     """A Trainer that gets SIGTERM, twice, within its method `where`, when `after` steps are done."""
+
     def method(self, *args):
         result = getattr(Plain, where)(self, *args)
         if self.step == after:
@@ -38,14 +39,17 @@ def signalled(where, after):
     return type("Signalled", (Plain,), {where: method})
 
 
-@pytest.mark.parametrize("where, after, sets", [
-    ("verify", 8, [6, 8]),
-    ("begin_epoch", 0, [1]),
-    ("begin_epoch", 12, [12, 13]),
-    ("losses", 5, [4, 6]),              # stopped at the end of an epoch
-    ("save_checkpoint", 8, [8, 9]),
-    ("save_models", 12, [12, 13]),
-])
+@pytest.mark.parametrize(
+    "where, after, sets",
+    [
+        ("verify", 8, [6, 8]),
+        ("begin_epoch", 0, [1]),
+        ("begin_epoch", 12, [12, 13]),
+        ("losses", 5, [4, 6]),  # stopped at the end of an epoch
+        ("save_checkpoint", 8, [8, 9]),
+        ("save_models", 12, [12, 13]),
+    ],
+)
 def test_a_signal_stops_after_a_whole_step_with_a_checkpoint(where, after, sets, path, tmp_path):
     signalled(where, after)(load_config(path)).train()
     assert sets_of(tmp_path / "run") == [(step, 1) for step in sets]
@@ -63,7 +67,7 @@ def test_a_signal_at_the_last_step_finds_the_run_finished(where, path, tmp_path)
     log = (tmp_path / "run/training.log").read_text()
     assert "Global Step: 18 " in log and "stopped by" not in log
     assert sets_of(tmp_path / "run") == [(16, 1), (18, 1)]
-    run(path, "--resume", "True")       # has nothing left to do
+    run(path, "--resume", "True")  # has nothing left to do
     assert sets_of(tmp_path / "run") == [(16, 1), (18, 1)]
 
 

@@ -49,8 +49,14 @@ def start(folder, name, *launcher, **environment):
     """torchrun on two ranks: 10 steps an epoch, 3 epochs, a checkpoint every 3 steps."""
     path = write_config(folder, "MixBCT", name, batch_size=3, num_epoch=3, checkpoint_steps=3, frequent=1)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-        f"--master_port={31500 + os.getpid() % 2000}", *launcher, str(folder / "train.py"), str(path),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={31500 + os.getpid() % 2000}",
+        *launcher,
+        str(folder / "train.py"),
+        str(path),
     ]
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=at_work(**environment)
@@ -104,9 +110,7 @@ def test_a_sigterm_to_torchrun_stops_all_ranks_and_the_log_says_how_to_resume(fo
     found = re.search(r"stopped by SIGTERM at step 5; resume with: (torchrun .*)", printed)
     assert found, printed
     assert sets_of(folder / "stopped") == [(3, 2), (5, 2)]
-    done = subprocess.run(
-        shlex.split(found[1]), cwd=folder, capture_output=True, text=True, timeout=120, env=at_work()
-    )
+    done = subprocess.run(shlex.split(found[1]), cwd=folder, capture_output=True, text=True, timeout=120, env=at_work())
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed from {folder}/stopped/checkpoints/{5 * 6:012}/rank_0_of_2.pt" in done.stdout
     assert_same_end(whole, folder / "stopped")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.build import make_scaler, start_momentum
-from engine.checkpoint import CheckpointError
 from core.config import ConfigError, load_config
 from core.distributed import rank, world_size
+from engine.build import make_scaler, start_momentum
+from engine.checkpoint import CheckpointError
 from engine.trainer import Trainer, margin_loss, unwrap
 from losses import ArcFace, CombinedMarginLoss, CosFace
 from tests.ranks import run_ranks

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from engine.workers import FileSize, WorkerError
 from dataset import RecordDataset, SyntheticDataset
 from engine.loader import ExtractLoader, TrainLoader
+from engine.workers import FileSize, WorkerError
 from recordio import RecordError
 from tests.ranks import run_ranks
 
@@ -72,7 +72,7 @@ class CutWhileRead(RecordDataset):
 
 
 def test_a_file_cut_while_it_is_read_is_named(rec, quick):
-    for start in (0, 30):   # the first records lie in a page that is still there in part; for others a worker dies
+    for start in (0, 30):  # the first records lie in a page that is still there in part; for others a worker dies
         data = CutWhileRead(rec)
         with pytest.raises(RecordError, match=r"train\.rec: 100 bytes, but \d+ when"):
             list(ExtractLoader(data, 6, "cpu", 1, start))
@@ -103,17 +103,20 @@ def test_a_disk_that_is_gone(rec, monkeypatch):
         file.check()
 
 
-@pytest.mark.parametrize("number, message", [
-    (signal.SIGKILL, "killed by SIGKILL.*memory.*lower num_workers = 2"),
-    (signal.SIGBUS, r"SIGBUS, though .*train\.rec has the size.*/dev/shm.*lower num_workers = 2.*dmesg"),
-    (signal.SIGSEGV, "died of SIGSEGV.*num_workers = 0, instead of 2"),
-])
+@pytest.mark.parametrize(
+    "number, message",
+    [
+        (signal.SIGKILL, "killed by SIGKILL.*memory.*lower num_workers = 2"),
+        (signal.SIGBUS, r"SIGBUS, though .*train\.rec has the size.*/dev/shm.*lower num_workers = 2.*dmesg"),
+        (signal.SIGSEGV, "died of SIGSEGV.*num_workers = 0, instead of 2"),
+    ],
+)
 def test_a_lost_worker_is_explained_with_the_next_batch(rec, number, message):
     before = signal.getsignal(signal.SIGCHLD)
     loader, batches, workers = begun(RecordDataset(rec))
     os.kill(workers[1].pid, number)
     assert ended(workers[1].pid)
-    assert signal.getsignal(signal.SIGCHLD) is before   # nothing is raised here, in the midst of a step
+    assert signal.getsignal(signal.SIGCHLD) is before  # nothing is raised here, in the midst of a step
     with pytest.raises(WorkerError, match=message):
         list(batches)
     with pytest.raises(WorkerError, match=message):
@@ -146,7 +149,7 @@ def test_too_little_shared_memory(monkeypatch):
     data = SyntheticDataset(num_classes=2, num_image=900)
     with pytest.raises(WorkerError, match=r"num_workers = 4 need 129 MB .*No space left on device \(28\)\):.*/dev/shm"):
         TrainLoader(data, 400, "cpu", 4)
-    assert len(list(TrainLoader(data, 400, "cpu", 0))) == 2     # needs none
+    assert len(list(TrainLoader(data, 400, "cpu", 0))) == 2  # needs none
 
 
 # --- Whose SIGTERM counts ----------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def test_workers_end_when_the_training_process_tells_them(rec):
 
 def _leave_workers_behind(rec, killed):
     loader, _, workers = begun(RecordDataset(rec))
-    globals()["kept"] = loader      # alive when the process ends
+    globals()["kept"] = loader  # alive when the process ends
     np.save(rec.with_name("workers.npy"), [worker.pid for worker in workers])
     if killed:
         os.kill(os.getpid(), signal.SIGKILL)

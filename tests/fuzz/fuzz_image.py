@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of encoded images in dataset.py: whatever the bytes, a ValueError or what OpenCV decodes, 112 x 112.
+"""Coverage-guided fuzzing of dataset.py's decoding: a ValueError, or 112 x 112 as OpenCV decodes it.
 
     python -m venv fuzzenv && fuzzenv/bin/pip install atheris numpy opencv-python-headless
     fuzzenv/bin/python tests/fuzz/fuzz_image.py -max_total_time=900 -timeout=5 -close_fd_mask=2 CORPUS

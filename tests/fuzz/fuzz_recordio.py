@@ -45,8 +45,13 @@ def seeds():
     jpeg = recordio.pack((0, 3.0, 1, 0), b"\xff\xd8\xff jpeg")
     for payloads in (
         {0: recordio.pack((0, [3, 2], 0, 0), b""), 1: jpeg, 2: recordio.pack((0, [1.0, 5.0], 2, 0), b"png")},
-        {0: recordio.pack((0, [3, 5], 0, 0), b""), 1: jpeg, 2: jpeg, 3: recordio.pack((0, [1, 2], 0, 0), b""),
-         4: recordio.pack((0, [2, 3], 0, 0), b"")},
+        {
+            0: recordio.pack((0, [3, 5], 0, 0), b""),
+            1: jpeg,
+            2: jpeg,
+            3: recordio.pack((0, [1, 2], 0, 0), b""),
+            4: recordio.pack((0, [2, 3], 0, 0), b""),
+        },
         {7: jpeg[:8] + word + jpeg[8:] + word, 3: word * 3, 10**17: b"", 4: recordio.pack((0, [9.0], 0, 0), word)},
     ):
         with recordio.RecordWriter(FOLDER / "seed.rec") as writer:

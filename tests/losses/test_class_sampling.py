@@ -61,7 +61,7 @@ def test_with_every_class_present_it_equals_the_full_softmax():
 
 def test_a_shard_without_positives_still_takes_part():
     embeddings, weight, _ = problem(10)
-    labels = torch.zeros(12, dtype=torch.long)              # rank 1 owns none, and int(0.1 * 5) is 0
+    labels = torch.zeros(12, dtype=torch.long)  # rank 1 owns none, and int(0.1 * 5) is 0
     (loss, _, first, _, _), (other, _, second, _, _) = run_ranks(step_on_rank, 2, embeddings, weight, labels, 0.1)
     assert first.tolist() == [0] and len(second) == 1 and second[0] >= 5
     assert loss == other and loss > 0
@@ -81,7 +81,7 @@ def test_negatives_are_drawn_evenly_and_anew():
         counts[sampled_rows(classifier, torch.tensor([3]))] += 1
     assert counts[3] == 400
     others = torch.cat([counts[:3], counts[4:]])
-    expected = 400 * 9 / 19                                 # 189 +- 10; five standard deviations
+    expected = 400 * 9 / 19  # 189 +- 10; five standard deviations
     assert (others - expected).abs().max() < 50
 
 
@@ -89,7 +89,7 @@ def test_sampling_is_seeded_and_can_be_restored():
     _, weight, labels = problem(50)
     first, same = (make(ArcFace(), weight, sample_rate=0.4, seed=1) for _ in range(2))
     other = make(ArcFace(), weight, sample_rate=0.4, seed=2)
-    torch.manual_seed(5)                                    # the global generator plays no part
+    torch.manual_seed(5)  # the global generator plays no part
     rows = [sampled_rows(first, labels).tolist() for _ in range(3)]
     state = first.sampling_state()
     later = [sampled_rows(first, labels).tolist() for _ in range(3)]
@@ -128,7 +128,7 @@ OPTIMIZERS = {
     "sgd": (torch.optim.SGD, SlowSGD, dict(lr=0.3, momentum=0.9, weight_decay=0.01)),
     "adamw": (torch.optim.AdamW, SlowAdamW, dict(lr=0.05, weight_decay=0.1)),
 }
-TABLES = {"momentum_buffer": "buffer", "exp_avg": "first", "exp_avg_sq": "second"}     # as the slow ones call them
+TABLES = {"momentum_buffer": "buffer", "exp_avg": "first", "exp_avg_sq": "second"}  # as the slow ones call them
 
 
 def start(name, sample_rate):
@@ -174,7 +174,7 @@ def train_on_rank(name, accumulate, save_at):
         optimizer.zero_grad()
         expected.step(dict(zip(rows.tolist(), values)))
         untouched = [row for row in range(classifier.num_local) if row not in rows]
-        assert untouched                            # a step that touches every row would prove nothing
+        assert untouched  # a step that touches every row would prove nothing
         after = tables(classifier, optimizer)
         for key, value in before.items():
             assert torch.equal(after[key][untouched], value[untouched]), key

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from engine.checkpoint import complete_sets
 from core.config import load_config
+from engine.checkpoint import complete_sets
 from losses import ArcFace, Classifier, PartialFC, Softmax
 from losses.classifier import replicated_parameters, sharded_tensors
 from tests.BCT_methods.whole_runs import sets_of
-from tests.engine.test_trainer import Plain, assert_same, close_log_files, config, rec     # noqa: F401
+from tests.engine.test_trainer import Plain, assert_same, close_log_files, config, rec  # noqa: F401
 from tests.ranks import run_ranks
 
 
@@ -22,7 +22,7 @@ class Turned(Classifier):
         self.turn = torch.nn.Linear(8, 8)
         self.centres = partial_fc
         self.worth = torch.nn.Parameter(torch.ones(partial_fc.num_local))
-        self.register_buffer("table", torch.arange(5.0)[partial_fc.class_start:][:partial_fc.num_local].repeat(2, 1))
+        self.register_buffer("table", torch.arange(5.0)[partial_fc.class_start :][: partial_fc.num_local].repeat(2, 1))
 
     def forward(self, embeddings, labels):
         return self.centres(self.turn(embeddings), labels) + 0 * self.worth.sum()
@@ -30,7 +30,7 @@ class Turned(Classifier):
 
 class HasTurned(Plain):
     def build_classifier(self):
-        torch.manual_seed(self.cfg.seed + self.rank)    # the trainer hands rank 0's map to all
+        torch.manual_seed(self.cfg.seed + self.rank)  # the trainer hands rank 0's map to all
         return Turned(super().build_classifier())
 
 
@@ -59,12 +59,12 @@ def whole(path, *overrides):
     return backbone, dict(trainer.classifier.state_dict())
 
 
-def test_a_classifier_of_a_methods_own_trains_and_resumes_on_any_ranks(tmp_path, rec):      # noqa: F811
+def test_a_classifier_of_a_methods_own_trains_and_resumes_on_any_ranks(tmp_path, rec):  # noqa: F811
     one = whole(config(tmp_path, rec, "one", batch_size=12))
     torch.manual_seed(load_config("configs/base.py").seed)
     start = Turned(PartialFC(ArcFace(), 8, 5)).turn.weight
     two = run_ranks(whole, 2, config(tmp_path, rec, "many", batch_size=6))
-    (complete_sets(tmp_path / "many")[-1] / "DONE").unlink()        # as if killed in the second epoch
+    (complete_sets(tmp_path / "many")[-1] / "DONE").unlink()  # as if killed in the second epoch
     assert sets_of(tmp_path / "many") == [(2, 2)]
     three = run_ranks(whole, 3, config(tmp_path, rec, "many", batch_size=4, resume=True))
     assert sets_of(tmp_path / "many") == [(2, 2), (4, 3)]
@@ -75,7 +75,7 @@ def test_a_classifier_of_a_methods_own_trains_and_resumes_on_any_ranks(tmp_path,
         for name, dim in (("centres.weight", 0), ("worth", 0), ("table", 1)):
             joined = torch.cat([classifier[name] for _, classifier in results], dim)
             torch.testing.assert_close(joined, one[1][name], rtol=0, atol=1e-5)
-    assert 1e-4 < (one[1]["turn.weight"] - start).abs().max() < 0.1      # it has trained, from where it began
+    assert 1e-4 < (one[1]["turn.weight"] - start).abs().max() < 0.1  # it has trained, from where it began
 
 
 def test_plain_softmax_has_nothing_to_train_to_shard_or_to_restore():

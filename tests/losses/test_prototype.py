@@ -54,7 +54,7 @@ def test_gradient_is_that_of_the_formula_and_reaches_the_embeddings_alone():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     embeddings, labels, prototypes = batch(8, 4, 64)
-    embeddings = 300 * embeddings       # whose squares overflow float16
+    embeddings = 300 * embeddings  # whose squares overflow float16
     loss = old_prototype_loss(embeddings.to(dtype), labels, prototypes.float(), 16.0)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(slowly(embeddings, labels, prototypes, 16.0), abs=0.1)

@@ -42,7 +42,7 @@ class SlowAdamW:
         for row, gradient in gradients.items():
             self.weight[row] *= 1 - self.lr * self.decay
             self.first[row] = self.betas[0] * self.first[row] + (1 - self.betas[0]) * gradient
-            self.second[row] = self.betas[1] * self.second[row] + (1 - self.betas[1]) * gradient ** 2
+            self.second[row] = self.betas[1] * self.second[row] + (1 - self.betas[1]) * gradient**2
             self.largest[row] = torch.maximum(self.largest[row], self.second[row])
             second = self.largest[row] if self.amsgrad else self.second[row]
             second = second / (1 - self.betas[1] ** self.count)
@@ -83,7 +83,8 @@ def start(make, options):
 
 def tables(optimizer, weight):
     return {
-        key: value.clone() for key, value in optimizer.state.get(weight, {}).items()
+        key: value.clone()
+        for key, value in optimizer.state.get(weight, {}).items()
         if torch.is_tensor(value) and value.dim() == 2
     }
 
@@ -94,7 +95,7 @@ def test_rows_and_state_equal_a_row_by_row_optimiser(name, implementation):
     make, slow, options = OPTIMIZERS[name]
     weight, other, optimizer = start(make, {**options, **implementation})
     expected = slow(weight.detach().clone(), **options)
-    expected_other = slow(other.detach().clone()[None], **options)      # as one row, touched by every step
+    expected_other = slow(other.detach().clone()[None], **options)  # as one row, touched by every step
     for step in range(STEPS):
         rows, values = drawn(step)
         before, state = weight.detach().clone(), tables(optimizer, weight)
@@ -175,7 +176,7 @@ def test_saved_and_restored_it_goes_on_bit_for_bit(name, implementation, tmp_pat
 def test_gradient_scaler_scales_back_and_skips(implementation, unscale_first):
     weight, _, optimizer = start(torch.optim.SGD, dict(lr=0.1, momentum=0.9, **implementation))
     plain, _, plain_optimizer = start(torch.optim.SGD, dict(lr=0.1, momentum=0.9))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(4):
         rows, values = drawn(step)
         if step == 2:
@@ -194,19 +195,19 @@ def test_gradient_scaler_scales_back_and_skips(implementation, unscale_first):
         if step == 2:
             assert torch.equal(weight, before)
         torch.testing.assert_close(weight.detach(), plain.detach(), rtol=1e-9, atol=1e-9)
-    assert scaler.get_scale() == 2.0 ** 9
+    assert scaler.get_scale() == 2.0**9
 
 
 def test_learning_rate_schedules_apply():
     weight, _, optimizer = start(torch.optim.SGD, dict(lr=1.0))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     for step in range(3):
         rows, values = drawn(step)
         before = weight.detach().clone()
         weight.grad = sparse(rows, values)
         optimizer.step()
         schedule.step()
-        torch.testing.assert_close(before[rows] - weight.detach()[rows], 0.5 ** step * values)
+        torch.testing.assert_close(before[rows] - weight.detach()[rows], 0.5**step * values)
 
 
 def test_a_dense_gradient_steps_every_row():

@@ -26,7 +26,8 @@ def unit_rows(features):
 @settings(deadline=None, max_examples=40)
 @given(
     labels=st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=40),
-    seed=st.integers(0, 999), dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    seed=st.integers(0, 999),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
 )
 def test_means_squares_and_distances_against_loops(labels, seed, dtype):
     random = np.random.default_rng(seed)

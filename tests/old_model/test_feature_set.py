@@ -18,14 +18,17 @@ from old_model.feature_set import (
 )
 
 
-@pytest.mark.parametrize("name, scenario, record", [
-    ("f128_r18_softmax_class30", "OPclass", "train_part_30_class.rec"),
-    ("f128_r18_softmax_class70", "OPclass", "train_part_70_class.rec"),
-    ("f128_r18_softmax_class100", "EXclass", "train.rec"),
-    ("f512_r18_arc_data30", "OPdata", "train_part_30_data.rec"),
-    ("f512_r18_arc_data70", "OPdata", "train_part_70_data.rec"),
-    ("f512_r18_arc_data100", "EXdata", "train.rec"),
-])
+@pytest.mark.parametrize(
+    "name, scenario, record",
+    [
+        ("f128_r18_softmax_class30", "OPclass", "train_part_30_class.rec"),
+        ("f128_r18_softmax_class70", "OPclass", "train_part_70_class.rec"),
+        ("f128_r18_softmax_class100", "EXclass", "train.rec"),
+        ("f512_r18_arc_data30", "OPdata", "train_part_30_data.rec"),
+        ("f512_r18_arc_data70", "OPdata", "train_part_70_data.rec"),
+        ("f512_r18_arc_data100", "EXdata", "train.rec"),
+    ],
+)
 def test_names_lead_to_files(tmp_path, name, scenario, record):
     files = FeatureSet(name, tmp_path)
     assert files.record == record
@@ -104,7 +107,7 @@ def test_a_file_must_not_be_older_than_its_model(place):
     for path in (files.feature, files.credible(0.9)):
         check_not_older(path, str(model))
     os.utime(model, (101, 101))
-    check_not_older(files.feature, model)   # as old is not older
+    check_not_older(files.feature, model)  # as old is not older
     os.utime(model, (102, 102))
     for none in ("", None):
         check_not_older(files.feature, none)

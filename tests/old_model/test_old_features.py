@@ -38,7 +38,7 @@ def test_rows_come_as_they_are_stored(stored):
     assert rows.dtype == np.float32 and len(old) == 11
     assert rows.tobytes() == np.arange(11.0 * WIDTH, dtype=np.float32).reshape(11, WIDTH)[index].tobytes()
     assert isinstance(old.features, np.memmap) and isinstance(old.labels, np.memmap)
-    rows[:] = 0     # a copy: the file stays
+    rows[:] = 0  # a copy: the file stays
     assert np.load(stored.feature)[7, 0] == 7 * WIDTH
 
 
@@ -55,7 +55,7 @@ def test_files_older_than_their_model(stored, which):
     }
     path = {"feature": stored.feature, "credible": stored.credible(0.9)}[which]
     later = path.stat().st_mtime_ns + 10**9
-    if which == "credible":     # its features are newer than both
+    if which == "credible":  # its features are newer than both
         os.utime(stored.feature, ns=(later + 2, later + 2))
     os.utime(path, ns=(later, later))
     readers[which]()
@@ -227,9 +227,9 @@ def many(tmp_path):
 def test_a_batch_carries_the_old_rows_of_its_images(many, workers):
     old, stored, credible = many
     loader = TrainLoader(training_set(96), 8, "cpu", workers, seed=3, old=OldRows(old))
-    for epoch, start, steps in ((0, 0, 12), (1, 0, 5), (3, 7, 5)):    # one is left early
+    for epoch, start, steps in ((0, 0, 12), (1, 0, 5), (3, 7, 5)):  # one is left early
         loader.set_epoch(epoch, start)
-        batches = [batch for _, batch in zip(range(steps), loader)]     # kept: a place is filled again meanwhile
+        batches = [batch for _, batch in zip(range(steps), loader)]  # kept: a place is filled again meanwhile
         assert len(batches) == steps
         for batch in batches:
             assert torch.equal(batch.old, stored[batch.index])
@@ -251,7 +251,7 @@ def test_a_method_that_uses_no_rows_has_none_read(many, monkeypatch):
 @pytest.mark.parametrize("rows", [True, False])
 def test_a_batch_with_another_class_than_the_stored_one_ends_the_run(tmp_path, workers, rows):
     labels = training_set(5000).labels().copy()
-    labels[3] = 0   # between two of the rows that are compared when the files are opened
+    labels[3] = 0  # between two of the rows that are compared when the files are opened
     np.save(tmp_path / "a_feature.npy", np.ones((5000, WIDTH), np.float32))
     np.save(tmp_path / "a_label.npy", labels)
     old = OldFeatures(training_set(5000), tmp_path / "a_feature.npy")

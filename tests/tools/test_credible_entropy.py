@@ -52,7 +52,8 @@ def entropy_slowly(features, labels):
 @settings(deadline=None, max_examples=30)
 @given(
     more=st.lists(st.integers(0, 5), min_size=4, max_size=40),
-    noise=st.sampled_from([0.3, 1.0, 3.0]), seed=st.integers(0, 99),
+    noise=st.sampled_from([0.3, 1.0, 3.0]),
+    seed=st.integers(0, 99),
 )
 def test_entropy_against_loops(more, noise, seed):
     labels = np.array([*range(6), *more])

@@ -84,8 +84,13 @@ def test_halves_round_to_the_even_neighbour():
 def test_vector_labels_and_records_in_parts_are_relabelled(tmp_path):
     magic_id = MAGIC << 32 | MAGIC  # the header itself holds the magic word, and is cut there
     word = MAGIC.to_bytes(4, "little")
-    sources = [IRHeader(0, 0.0, 1, 0), IRHeader(0, [1.0, 0.25], 2, 0), IRHeader(0, 2.0, magic_id, 0),
-               IRHeader(0, [3.0, 0.25], magic_id, 9), IRHeader(0, 4.0, 5, 0)]
+    sources = [
+        IRHeader(0, 0.0, 1, 0),
+        IRHeader(0, [1.0, 0.25], 2, 0),
+        IRHeader(0, 2.0, magic_id, 0),
+        IRHeader(0, [3.0, 0.25], magic_id, 9),
+        IRHeader(0, 4.0, 5, 0),
+    ]
     with RecordWriter(tmp_path / "train.rec") as writer:
         writer.write(0, pack(IRHeader(0, [6, 5], 0, 0), b""))
         for key, header in enumerate(sources, start=1):

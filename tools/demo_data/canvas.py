@@ -5,7 +5,7 @@ import math
 import cv2
 import numpy as np
 
-SUBPIXEL = 4    # OpenCV takes coordinates in 1/16 pixel
+SUBPIXEL = 4  # OpenCV takes coordinates in 1/16 pixel
 
 
 def mix(a, b, share):
@@ -37,7 +37,7 @@ def ellipse(x, y, a, b, turn=0.0, n=24):
 class Canvas:
     """Pixels under a 2×3 map from mm, with a coarse grey layer for soft shadows (128 = neutral)."""
 
-    SOFT = 4    # pixels of the picture to one of the shadow layer
+    SOFT = 4  # pixels of the picture to one of the shadow layer
 
     def __init__(self, matrix, width, height):
         self.matrix, self.scale = matrix, math.hypot(matrix[0, 0], matrix[1, 0])
@@ -84,8 +84,10 @@ class Canvas:
         paint = np.empty_like(self.pixels)
         paint[:] = bgr(colour)
         weight = cv2.merge([weight] * 3)
-        self.pixels = cv2.add(cv2.multiply(paint, weight, scale=1 / 255),
-                              cv2.multiply(self.pixels, cv2.bitwise_not(weight), scale=1 / 255))
+        self.pixels = cv2.add(
+            cv2.multiply(paint, weight, scale=1 / 255),
+            cv2.multiply(self.pixels, cv2.bitwise_not(weight), scale=1 / 255),
+        )
 
 
 def bgr(colour):

@@ -8,9 +8,9 @@ import numpy as np
 from tools.demo_data import geometry
 from tools.demo_data.face import Portrait
 
-SIZE = 112          # pixels across an aligned face
-SUPERSAMPLE = 2     # drawn larger by this and averaged down
-MM = 0.56           # pixels a millimetre in an aligned frontal face; the conditions' pixels are of that size
+SIZE = 112  # pixels across an aligned face
+SUPERSAMPLE = 2  # drawn larger by this and averaged down
+MM = 0.56  # pixels a millimetre in an aligned frontal face; the conditions' pixels are of that size
 
 
 def aligned(traits, conditions):
@@ -31,7 +31,7 @@ def loose(rng, traits, conditions):
     The landmarks are those that the detector reports: the exact ones with the conditions' jitter.
     """
     portrait = Portrait(traits, conditions)
-    scale = MM * math.exp(rng.uniform(math.log(0.75), math.log(1.9)))       # pixels a mm
+    scale = MM * math.exp(rng.uniform(math.log(0.75), math.log(1.9)))  # pixels a mm
     margin, dx, dy, stretch = rng.uniform(1.0, 1.35), *rng.uniform(-0.08, 0.08, 2), rng.uniform(0.92, 1.12)
     width, height = round(190 * margin * scale), round(235 * margin * scale * stretch)
     cos, sin = scale * math.cos(conditions.roll), scale * math.sin(conditions.roll)

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 import cv2
 import numpy as np
@@ -57,17 +57,20 @@ def parse_arguments(argv=None):
 
 def _at_least(low):
     """A type for argparse: numbers of the kind of `low`, not smaller."""
+
     def number(text):
         value = type(low)(text)
         if not low <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
         return value
+
     return number
 
 
 @contextlib.contextmanager
 def _workers(processes):
     """A map in order, `over(function, tasks)`, with a progress bar on a terminal, in one process or several."""
+
     def bar(results, tasks):
         return tqdm(results, total=len(tasks), unit=" people", disable=None)
 
@@ -170,8 +173,10 @@ def main(argv=None):
         return
     started = time.perf_counter()
     if draw(args):
-        print(f"{args.root}: {args.identities} people × {args.images} images to train on, "
-              f"{args.eval_identities} others to evaluate on, drawn in {time.perf_counter() - started:.0f} s")
+        print(
+            f"{args.root}: {args.identities} people × {args.images} images to train on, "
+            f"{args.eval_identities} others to evaluate on, drawn in {time.perf_counter() - started:.0f} s"
+        )
     else:
         print(f"{args.root}: drawn already with these options, kept")
 

@@ -13,8 +13,8 @@ from tools.demo_data.records import EVALUATION, person
 # What a template holds: media, each a number of images. One image is a still, more are frames of one video.
 GALLERY = ([1, 1], [1, 1, 1], [1, 2], [1, 1, 2])
 PROBE = ([1], [1], [1], [1, 1], [2], [1, 3])
-VIDEO_HARM = 1.5        # a video's frames suffer more from the camera than stills
-GALLERY_HARM = 0.7      # enrolment is kinder
+VIDEO_HARM = 1.5  # a video's frames suffer more from the camera than stills
+GALLERY_HARM = 0.7  # enrolment is kinder
 CSV_HEADER = "TEMPLATE_ID,SUBJECT_ID,FILENAME"
 
 
@@ -86,9 +86,10 @@ def _write_meta(directory, rows, pairs, rng):
         (directory / name).write_text("\n".join(lines) + "\n", encoding="ascii")
 
     write("ijbc_face_tid_mid.txt", [f"{name} {template} {medium}" for name, template, medium, *_ in rows])
-    write("ijbc_name_5pts_score.txt", [
-        " ".join([row[0], *(f"{v:.3f}" for v in row[5].ravel()), f"{row[6]:.6f}"]) for row in rows
-    ])
+    write(
+        "ijbc_name_5pts_score.txt",
+        [" ".join([row[0], *(f"{v:.3f}" for v in row[5].ravel()), f"{row[6]:.6f}"]) for row in rows],
+    )
     csv = {"G1": "ijbc_1N_gallery_G1.csv", "G2": "ijbc_1N_gallery_G2.csv", "probe": "ijbc_1N_probe_mixed.csv"}
     for role, name in csv.items():
         write(name, [CSV_HEADER, *(f"{row[1]},{row[3]},{row[0]}" for row in rows if row[4] == role)])

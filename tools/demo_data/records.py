@@ -11,8 +11,8 @@ from tools.demo_data import capture
 from tools.demo_data.conditions import draw_conditions
 from tools.demo_data.identity import draw_identity, traits
 
-TRAINING, EVALUATION, VERIFICATION = range(3)   # three sets of people; nobody is in two
-VERIFICATION_IMAGES = 6                         # images of a person in the .bin set
+TRAINING, EVALUATION, VERIFICATION = range(3)  # three sets of people; nobody is in two
+VERIFICATION_IMAGES = 6  # images of a person in the .bin set
 
 
 def person(seed, group, number):

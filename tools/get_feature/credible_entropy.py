@@ -27,18 +27,18 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 import torch
 from tqdm import tqdm
 
 from core import distributed
-from old_model.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
 from core.errors import report_errors
+from old_model.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.extraction import extract, make_parser, parse
 
-BLOCK = 1 << 24         # distances computed at once: 64 MB in float32, and a few copies
+BLOCK = 1 << 24  # distances computed at once: 64 MB in float32, and a few copies
 
 
 def low_entropy_rows(features, labels, device="cpu"):
@@ -63,7 +63,7 @@ def assignment_entropy(features, labels, means, variance, device="cpu"):
     device = torch.device(device)
     means = torch.from_numpy(means).to(device, torch.float32)
     squares = means.square().sum(1)
-    variance = max(float(variance), 1e-6)   # of distances between 0 and 2, float32's rounding of them included
+    variance = max(float(variance), 1e-6)  # of distances between 0 and 2, float32's rounding of them included
     step = max(1, BLOCK // len(means))
     entropy = np.empty(len(features), dtype=np.float32)
     with tqdm(total=len(features), unit="row", desc="entropy", disable=None) as progress:
@@ -81,10 +81,10 @@ def _entropy(rows, means, squares, variance):
     distance = torch.addmm(squares, rows, means.T, alpha=-2).add_(rows.square().sum(1, keepdim=True))
     distance = distance.clamp_(min=0).sqrt_()
     nearest = distance.amin(1, keepdim=True)
-    scores = distance.sub_(nearest).div_(-variance)                 # ln p up to a constant, at most 0
+    scores = distance.sub_(nearest).div_(-variance)  # ln p up to a constant, at most 0
     odds = scores.exp()
     total = odds.sum(1)
-    return total.log() - odds.mul_(scores).sum(1) / total           # -sum p (score - ln total)
+    return total.log() - odds.mul_(scores).sum(1) / total  # -sum p (score - ln total)
 
 
 def main(argv=None):

@@ -14,11 +14,11 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from core import distributed
-from old_model.by_class import squared_distances_to_means, unit_class_means
 from core.errors import report_errors
+from old_model.by_class import squared_distances_to_means, unit_class_means
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.extraction import extract, make_parser, parse
 
@@ -34,8 +34,8 @@ def credible_rows(features, labels, ratio):
     ratio = exact_ratio(ratio)
     _, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
     distances = scaled_distances(features, position, len(counts))
-    kept = -(-counts * ratio.numerator // ratio.denominator)    # the ceiling, in integers
-    order = np.lexsort((distances, position))   # by class, then distance; stable, so then by row
+    kept = -(-counts * ratio.numerator // ratio.denominator)  # the ceiling, in integers
+    order = np.lexsort((distances, position))  # by class, then distance; stable, so then by row
     first = np.cumsum(counts) - counts
     rank = np.arange(len(order)) - np.repeat(first, counts)
     credible = np.empty(len(order), dtype=bool)

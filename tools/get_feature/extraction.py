@@ -101,8 +101,13 @@ def extract(cfg, files, force=False):
             f"but embedding_size is {cfg.embedding_size} in {cfg.config_file}"
         )
     extract_features(
-        model, open_train_set(rec), files.feature, files.label,
-        embedding_size=cfg.embedding_size, batch_size=cfg.batch_size, num_workers=cfg.num_workers,
+        model,
+        open_train_set(rec),
+        files.feature,
+        files.label,
+        embedding_size=cfg.embedding_size,
+        batch_size=cfg.batch_size,
+        num_workers=cfg.num_workers,
     )
     say(f"wrote {files.feature}")
 

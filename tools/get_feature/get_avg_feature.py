@@ -12,12 +12,12 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-from dataset import open_train_set
 from core import distributed
-from old_model.by_class import add_by_class, chunks, count_classes
 from core.errors import report_errors
+from dataset import open_train_set
+from old_model.by_class import add_by_class, chunks, count_classes
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.extraction import extract, make_parser, parse, record_path
 
@@ -33,7 +33,7 @@ def class_means(features, labels, num_classes=None):
     sums = np.zeros((len(counts), features.shape[1]))
     for _, rows, classes in chunks(features, labels):
         add_by_class(sums, rows, classes)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)     # the count cancels: the direction is all that is kept
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)  # the count cancels: the direction is all that is kept
     if not norms.all():
         raise FeatureError(f"class {np.argmin(norms)}: its features sum to zero and have no direction; train the model")
     sums /= norms

@@ -16,7 +16,7 @@ file are left as they are. Any key of the config can be overridden: --batch_size
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from core import distributed
 from core.errors import report_errors

@@ -28,7 +28,7 @@ def read_int_table(path, columns, layout, threads=2, chunk_bytes=CHUNK_BYTES):
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             bounds = _line_chunks(buffer, chunk_bytes)
             with ThreadPoolExecutor(threads) as pool:
-                parts = list(pool.map(lambda span: _parse_strict(buffer[span[0]:span[1]], columns), bounds))
+                parts = list(pool.map(lambda span: _parse_strict(buffer[span[0] : span[1]], columns), bounds))
             line = 0
             for position, (start, stop) in enumerate(bounds):
                 if parts[position] is None:  # not in the plain form: go through it line by line

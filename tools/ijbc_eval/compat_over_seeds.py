@@ -16,9 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 from core.errors import report_errors
 from tools.ijbc_eval.files import EvalError, publish
 
-HEADER = [
-    "model", "self 1:1", "self 1:N", "cross 1:1", "cross 1:N", "compatible", "update gain 1:1", "update gain 1:N",
-]
+HEADER = ["model", "self 1:1", "self 1:N", "cross 1:1", "cross 1:N", "compatible", "update gain 1:1", "update gain 1:N"]
 KEYS = ("tpr", "tpir")  # 1:1, 1:N
 
 
@@ -80,12 +78,16 @@ def markdown(reports):
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     over = f"; mean (lowest to highest) of {len(reports)} seeds" if len(reports) > 1 else ""
-    return "\n".join([
-        f"{data['subset']}, in %: 1:1 TPR at FPR {data['fpr']:g}, 1:N TPIR at FPIR {data['fpir']:g}{over}. Compatible: "
-        "M(new, old) > M(old, old) in both,",
-        "in so many seeds. Update gain: (M(new, old) − M(old, old)) / (M(independent, independent) − M(old, old)).",
-        "", *lines, "",
-    ])
+    return "\n".join(
+        [
+            f"{data['subset']}, in %: 1:1 TPR at FPR {data['fpr']:g}, 1:N TPIR at FPIR {data['fpir']:g}{over}. Compatible: "
+            "M(new, old) > M(old, old) in both,",
+            "in so many seeds. Update gain: (M(new, old) − M(old, old)) / (M(independent, independent) − M(old, old)).",
+            "",
+            *lines,
+            "",
+        ]
+    )
 
 
 def main(argv=None):

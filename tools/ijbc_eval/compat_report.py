@@ -41,16 +41,26 @@ def parse_arguments(argv=None):
     add("--old", required=True, metavar="MODEL", help="the model that the gallery was made with")
     add("--old_net", metavar="NET", help="its backbone, e.g. r18 (default: told from its keys)")
     add("--new", action="append", required=True, metavar="NAME=MODEL[:NET]", help="a new model; may be given often")
-    add("--independent", metavar="[NAME=]MODEL[:NET]",
-        help="a new model trained without regard to the old one: the ceiling")
-    add("--new_net", metavar="NET",
-        help="backbone of the new and independent models that name none (default: told from their keys)")
+    add(
+        "--independent",
+        metavar="[NAME=]MODEL[:NET]",
+        help="a new model trained without regard to the old one: the ceiling",
+    )
+    add(
+        "--new_net",
+        metavar="NET",
+        help="backbone of the new and independent models that name none (default: told from their keys)",
+    )
     add_data_arguments(parser)
     add("--fpr", type=float, default=1e-4, help="FPR at which 1:1 TPR is compared (default 1e-4)")
     add("--fpir", type=float, default=1e-2, help="FPIR at which 1:N TPIR is compared (default 1e-2)")
     add("--seed", type=whole_number(0), default=0, help="of the order in which the gallery is backfilled (default 0)")
-    add("--order", type=pathlib.Path, metavar="FILE",
-        help="backfill in this order: every gallery template id, one a line")
+    add(
+        "--order",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="backfill in this order: every gallery template id, one a line",
+    )
     add("--out", type=pathlib.Path, default=pathlib.Path("compat_report"), help="directory of the report")
     arguments = parser.parse_args(argv)
     for name in ("fpr", "fpir"):
@@ -89,7 +99,9 @@ def measure(evaluation, gallery_model, probe_model, reading):
     roc = verification.Roc(evaluation.verify(gallery_model, probe_model), evaluation.pairs.label)
     searches = evaluation.identify(gallery_model, probe_model)
     figures = {
-        "tpr": roc.tpr_at(reading.fpr, protocol), "auc": roc.auc, **identification_figures(searches, reading),
+        "tpr": roc.tpr_at(reading.fpr, protocol),
+        "auc": roc.auc,
+        **identification_figures(searches, reading),
         "tpr_at": {f"{point:g}": roc.tpr_at(point, protocol) for point in verification.FPRS},
         "tpir_at": {f"{point:g}": mean_tpir(searches, point, protocol) for point in identification.FPIRS},
     }
@@ -112,7 +124,7 @@ def backfill(evaluation, old, new, order, reading):
     probes, gallery = evaluation.templates(new), evaluation.templates(old).copy()
     curve = {"percent": list(STEPS), "tpir": [], "top1": []}
     for percent in STEPS:
-        done = order[:round(len(order) * percent / 100)]
+        done = order[: round(len(order) * percent / 100)]
         gallery[done] = probes[done]
         figures = identification_figures(evaluation.identify_in(gallery, probes), reading)
         for key in ("tpir", "top1"):
@@ -164,11 +176,18 @@ def compare(evaluation, old, news, independent, reading, order):
         cross = measure(evaluation, old[1], model, reading)
         holds = {key: cross[key] > base[key] for key in ("tpr", "tpir")}
         gain = {key: update_gain(cross[key], base[key], ceiling and ceiling[key]) for key in ("tpr", "tpir")}
-        measured["new"].append({
-            "name": name, "file": model.file, "self": measure(evaluation, model, model, reading), "cross": cross,
-            "criterion": holds, "compatible": all(holds.values()), "update_gain": gain,
-            "backfill": backfill(evaluation, old[1], model, order, reading),
-        })
+        measured["new"].append(
+            {
+                "name": name,
+                "file": model.file,
+                "self": measure(evaluation, model, model, reading),
+                "cross": cross,
+                "criterion": holds,
+                "compatible": all(holds.values()),
+                "update_gain": gain,
+                "backfill": backfill(evaluation, old[1], model, order, reading),
+            }
+        )
     return measured
 
 
@@ -182,11 +201,17 @@ def describe(arguments, evaluation):
     probes, galleries = evaluation.probes, evaluation.galleries
     absent = [~np.isin(probes.subject, gallery.subject) for gallery in galleries.values()]
     return {
-        "subset": arguments.subset, "fpr": arguments.fpr, "fpir": arguments.fpir,
-        "protocol": arguments.protocol, "input_scale": arguments.input_scale,
-        "images": len(evaluation.faces.names), "templates": len(evaluation.faces.template_ids),
-        "genuine_pairs": int(evaluation.pairs.label.sum()), "impostor_pairs": int((~evaluation.pairs.label).sum()),
-        "probe_templates": len(probes.template), "non_mated_probes": int(min(map(np.count_nonzero, absent))),
+        "subset": arguments.subset,
+        "fpr": arguments.fpr,
+        "fpir": arguments.fpir,
+        "protocol": arguments.protocol,
+        "input_scale": arguments.input_scale,
+        "images": len(evaluation.faces.names),
+        "templates": len(evaluation.faces.template_ids),
+        "genuine_pairs": int(evaluation.pairs.label.sum()),
+        "impostor_pairs": int((~evaluation.pairs.label).sum()),
+        "probe_templates": len(probes.template),
+        "non_mated_probes": int(min(map(np.count_nonzero, absent))),
         "probes_in_no_gallery": int(np.count_nonzero(np.logical_and.reduce(absent))),
         "gallery_templates": {name: len(gallery.template) for name, gallery in galleries.items()},
         "backfill_order": str(arguments.order) if arguments.order else f"seed {arguments.seed}",

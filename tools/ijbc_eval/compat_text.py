@@ -24,9 +24,15 @@ def summary_rows(report):
     """`(header, rows of text)`: the old model, each new one in cross- and self-test, the independent one."""
     data = report["data"]
     header = [
-        "model", "test", f"1:1 TPR % at FPR {data['fpr']:g}", "AUC", "1:N top-1 %",
-        *(["mixed top-1 %"] if data["protocol"] == "published" else []), f"TPIR % at FPIR {data['fpir']:g}",
-        "M(new,old) > M(old,old)", "update gain 1:1 / 1:N",
+        "model",
+        "test",
+        f"1:1 TPR % at FPR {data['fpr']:g}",
+        "AUC",
+        "1:N top-1 %",
+        *(["mixed top-1 %"] if data["protocol"] == "published" else []),
+        f"TPIR % at FPIR {data['fpir']:g}",
+        "M(new,old) > M(old,old)",
+        "update gain 1:1 / 1:N",
     ]
     rows = [_row(report["old"]["name"], "old self-test", report["old"]["self"])]
     for model in report["new"]:
@@ -57,7 +63,8 @@ def verdicts(report):
         else:
             short = [
                 f"{place} is {_percent(model['cross'][key])} % against {_percent(base[key])} %"
-                for key, place in places.items() if not model["criterion"][key]
+                for key, place in places.items()
+                if not model["criterion"][key]
             ]
             lines.append(f"{model['name']}: NOT compatible: in the cross-test {' and '.join(short)} of the old model.")
         worse = [place for key, place in places.items() if not _above(model["self"][key], base[key])]
@@ -89,27 +96,38 @@ def markdown(report):
     data = report["data"]
     galleries = ", ".join(f"{count} ({name})" for name, count in data["gallery_templates"].items())
     lines = [
-        f"# Compatibility with {report['old']['name']}, {data['subset']}", "",
-        *(f"- {line}" for line in [*verdicts(report), *caveats(report)]), "",
-        _table(header, rows), "",
+        f"# Compatibility with {report['old']['name']}, {data['subset']}",
+        "",
+        *(f"- {line}" for line in [*verdicts(report), *caveats(report)]),
+        "",
+        _table(header, rows),
+        "",
         "A cross-test searches the old model's gallery with the new model's queries; a self-test has one for both. "
         "The criterion must hold in 1:1 and in 1:N (in brackets, each). Update gain: (M(new,old) − M(old,old)) / "
         "(M(independent,independent) − M(old,old)); it needs an independently trained model that beats the old one. "
-        + _MEANS[data["protocol"]], "",
-        "![Self- and cross-test of each model](models.png)", "",
-        "## Backfill", "",
+        + _MEANS[data["protocol"]],
+        "",
+        "![Self- and cross-test of each model](models.png)",
+        "",
+        "## Backfill",
+        "",
         f"TPIR in % at FPIR {data['fpir']:g}, queries by the new model, while a growing share of the gallery is "
-        f"re-embedded by it (order: {data['backfill_order']}). 0 % is the cross-test, 100 % the new self-test.", "",
+        f"re-embedded by it (order: {data['backfill_order']}). 0 % is the cross-test, 100 % the new self-test.",
+        "",
         _table(
             ["re-embedded %", *map(str, report["new"][0]["backfill"]["percent"])],
             [[model["name"], *map(_percent, model["backfill"]["tpir"])] for model in report["new"]],
-        ), "",
-        "![TPIR over the share of the gallery that is re-embedded](backfill.png)", "",
-        "## Data", "",
+        ),
+        "",
+        "![TPIR over the share of the gallery that is re-embedded](backfill.png)",
+        "",
+        "## Data",
+        "",
         f"{data['subset']}: {data['images']} images, {data['templates']} templates, {data['genuine_pairs']} genuine "
         f"and {data['impostor_pairs']} impostor pairs, {data['probe_templates']} probe templates (for each "
         f"gallery at least {data['non_mated_probes']} of them are of people not in it), galleries of {galleries} "
-        "templates.", "",
+        "templates.",
+        "",
     ]
     return "\n".join(lines)
 

@@ -83,7 +83,10 @@ def aligned_batches(image_dir, faces, batch_size, workers):
     """Iterate over AlignedBatches in order, prepared ahead by `workers` processes (0: in this one)."""
     dataset = AlignedBatches(image_dir, faces.names, faces.landmarks, batch_size)
     return torch.utils.data.DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=_start_worker,
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
     )
 
@@ -91,8 +94,18 @@ def aligned_batches(image_dir, faces, batch_size, workers):
 class EmbeddingStore:
     """Embeddings of models on one subset, kept in `cache_dir/embeddings` by the contents of model file and images."""
 
-    def __init__(self, protocol, faces, cache_dir, batch_size=128, workers=2, skip_bad=False, fresh=False, device=None,
-                 input_scale=INPUT_SCALE):
+    def __init__(
+        self,
+        protocol,
+        faces,
+        cache_dir,
+        batch_size=128,
+        workers=2,
+        skip_bad=False,
+        fresh=False,
+        device=None,
+        input_scale=INPUT_SCALE,
+    ):
         self.protocol, self.faces, self.cache_dir = protocol, faces, pathlib.Path(cache_dir)
         self.batch_size, self.workers = batch_size, workers
         self.skip_bad, self.fresh, self.device = skip_bad, fresh, device
@@ -231,7 +244,7 @@ class EmbeddingStore:
         bar = tqdm(total=len(paths), desc="fingerprint of the images", unit="img", disable=None, file=sys.stderr)
         with bar, ThreadPoolExecutor(4) as pool:
             for start in range(0, len(paths), 1024):
-                part = paths[start:start + 1024]
+                part = paths[start : start + 1024]
                 for path, content in zip(part, pool.map(_hash_file, part)):
                     digest.update(f"{path.name} {content}\n".encode())
                 bar.update(len(part))

@@ -24,8 +24,18 @@ class Evaluation:
     1:N gallery or the first template of a pair; the *probe* side asks. The same model on both sides is a self-test.
     """
 
-    def __init__(self, data_dir, subset="IJBC", cache_dir=DEFAULT_CACHE, batch_size=128, workers=2, skip_bad=False,
-                 fresh=False, device=None, input_scale=INPUT_SCALE):
+    def __init__(
+        self,
+        data_dir,
+        subset="IJBC",
+        cache_dir=DEFAULT_CACHE,
+        batch_size=128,
+        workers=2,
+        skip_bad=False,
+        fresh=False,
+        device=None,
+        input_scale=INPUT_SCALE,
+    ):
         self.protocol = Protocol(data_dir, subset, cache_dir, fresh)
         self._store_options = cache_dir, batch_size, workers, skip_bad, fresh, device, input_scale
         self._templates = {}

@@ -34,16 +34,38 @@ def parse_arguments(argv=None):
     add("-old_net", "--old_network", "--network_old", help="backbone of the old model, e.g. r18 (default likewise)")
     add_data_arguments(parser)
     add("-N", "--is_one_2_N", action="store_true", help="1:N identification instead of 1:1 verification")
-    add("-B", "--is_bunch", action="store_true",
-        help="all eight settings N{0,1}D{0,1}F{0,1}: normalise embeddings, times detection score, plus flipped image")
-    add("-R", "--save_result", type=pathlib.Path,
-        help="result file (default IJB_result/{model_name}_{subset}_{11|1N}.npz); plots go beside it")
-    add("-E", "--save_embeddings", action="store_true",
-        help="add embs and embs_f to the result (cross-test: also embs_old, embs_f_old)")
-    add("-L", "--save_label", action="store_true",
-        help="add the template (1:N: and subject) ids that each score belongs to; label itself is always there")
-    add("-P", "--plot_only", nargs="+", type=pathlib.Path, metavar="NPZ",
-        help="plot and tabulate saved results; no model")
+    add(
+        "-B",
+        "--is_bunch",
+        action="store_true",
+        help="all eight settings N{0,1}D{0,1}F{0,1}: normalise embeddings, times detection score, plus flipped image",
+    )
+    add(
+        "-R",
+        "--save_result",
+        type=pathlib.Path,
+        help="result file (default IJB_result/{model_name}_{subset}_{11|1N}.npz); plots go beside it",
+    )
+    add(
+        "-E",
+        "--save_embeddings",
+        action="store_true",
+        help="add embs and embs_f to the result (cross-test: also embs_old, embs_f_old)",
+    )
+    add(
+        "-L",
+        "--save_label",
+        action="store_true",
+        help="add the template (1:N: and subject) ids that each score belongs to; label itself is always there",
+    )
+    add(
+        "-P",
+        "--plot_only",
+        nargs="+",
+        type=pathlib.Path,
+        metavar="NPZ",
+        help="plot and tabulate saved results; no model",
+    )
     arguments = parser.parse_args(argv)
     if not arguments.plot_only and not arguments.model_file:
         parser.error("give -m MODEL, or -P with saved results")
@@ -62,10 +84,12 @@ def evaluate(arguments):
     subset, protocol = arguments.subset, arguments.protocol
     if arguments.is_one_2_N:
         galleries = list(evaluation.galleries)
-        runs, mixed = zip(*(
-            (evaluation.identify(old, new, setting), evaluation.identify_mixed(old, new, setting))
-            for setting in settings
-        ))
+        runs, mixed = zip(
+            *(
+                (evaluation.identify(old, new, setting), evaluation.identify_mixed(old, new, setting))
+                for setting in settings
+            )
+        )
         result = results.identification_result(names, runs, mixed, subset, galleries, protocol)
     else:
         label = evaluation.pairs.label

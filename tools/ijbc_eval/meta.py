@@ -1,9 +1,9 @@
 """The protocol files of IJB-B and IJB-C: faces, pairs, galleries and probes, checked line by line and cached.
 
-    {subset}_name_5pts_score.txt       name x1 y1 … x5 y5 score      a cropped image, its landmarks, its detection score
-    {subset}_face_tid_mid.txt          name template medium          which template and medium the image belongs to
-    {subset}_template_pair_label.txt   template template label       1:1; label 1 = same person
-    {subset}_1N_gallery_*.csv, {subset}_1N_probe_mixed.csv           TEMPLATE_ID,SUBJECT_ID,…  a row an image
+{subset}_name_5pts_score.txt       name x1 y1 … x5 y5 score      a cropped image, its landmarks, its detection score
+{subset}_face_tid_mid.txt          name template medium          which template and medium the image belongs to
+{subset}_template_pair_label.txt   template template label       1:1; label 1 = same person
+{subset}_1N_gallery_*.csv, {subset}_1N_probe_mixed.csv           TEMPLATE_ID,SUBJECT_ID,…  a row an image
 """
 
 import dataclasses
@@ -142,8 +142,13 @@ def read_faces(landmark_file, face_file):
     # Media are numbered within a template: the same number in two templates is two media.
     medium = np.unique(template * len(medium_ids) + medium, return_inverse=True)[1]
     return Faces(
-        names, landmarks.astype(np.float32), points["values"][:, 10].astype(np.float32), image.astype(np.int32),
-        template.astype(np.int32), medium.astype(np.int32), template_ids,
+        names,
+        landmarks.astype(np.float32),
+        points["values"][:, 10].astype(np.float32),
+        image.astype(np.int32),
+        template.astype(np.int32),
+        medium.astype(np.int32),
+        template_ids,
     )
 
 

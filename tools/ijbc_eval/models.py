@@ -157,9 +157,9 @@ class OnnxModel:
         step = self.batch or len(images)
         parts = []
         for start in range(0, len(images), step):
-            part = images[start:start + step]
+            part = images[start : start + step]
             filled = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
-            parts.append(self.session.run([self.output], {self.input.name: filled})[0][:len(part)])
+            parts.append(self.session.run([self.output], {self.input.name: filled})[0][: len(part)])
         return np.concatenate(parts).astype(np.float32)
 
 

@@ -22,8 +22,9 @@ def plot_verification(results, prefix):
         for name, scores in zip(result["names"], result["scores"]):
             curves.append((str(name), Roc(scores, result["label"])))
     fprs = np.logspace(max(-6, np.floor(np.log10(finest))), 0, _POINTS)
-    lines = [(f"{name}  (AUC {roc.auc:.4f})", np.array([roc.tpr_at(fpr, protocol) for fpr in fprs]))
-             for name, roc in curves]
+    lines = [
+        (f"{name}  (AUC {roc.auc:.4f})", np.array([roc.tpr_at(fpr, protocol) for fpr in fprs])) for name, roc in curves
+    ]
     title = f"{_subsets(results)} 1:1 verification{_reading(protocol)}"
     roc = _draw(f"{prefix}_roc.png", fprs, lines, title, "false positive rate", "true positive rate")
     misses = [(name, np.where(tprs < 1, 1 - tprs, np.nan)) for name, tprs in lines]  # no place for 0 on a log axis
@@ -42,8 +43,16 @@ def plot_identification(results, prefix):
             searches = [Search(*parts) for parts in zip(result["label"], ranks, scores)]
             lines.append((str(name), np.array([mean_tpir(searches, fpir, protocol) for fpir in fpirs])))
     title = f"{_subsets(results)} 1:N identification, mean of the galleries{_reading(protocol)}"
-    return [_draw(f"{prefix}_tpir.png", fpirs, lines, title, "false positive identification rate (FPIR)",
-                  "true positive identification rate (TPIR)")]
+    return [
+        _draw(
+            f"{prefix}_tpir.png",
+            fpirs,
+            lines,
+            title,
+            "false positive identification rate (FPIR)",
+            "true positive identification rate (TPIR)",
+        )
+    ]
 
 
 def _subsets(results):
@@ -120,8 +129,10 @@ def plot_backfill(report, path):
         axes.plot(model["backfill"]["percent"], values, marker="o", markersize=4, label=model["name"])
     _reference_lines(axes, report, "tpir")
     axes.set(
-        title=f"{report['data']['subset']} 1:N while the gallery is re-embedded", xlim=(0, 100),
-        xlabel="gallery re-embedded by the new model, %", ylabel=f"TPIR at FPIR {report['data']['fpir']:g}, %",
+        title=f"{report['data']['subset']} 1:N while the gallery is re-embedded",
+        xlim=(0, 100),
+        xlabel="gallery re-embedded by the new model, %",
+        ylabel=f"TPIR at FPIR {report['data']['fpir']:g}, %",
     )
     axes.set_xticks(range(0, 101, 10))
     axes.grid(True, alpha=0.35)

@@ -23,9 +23,15 @@ def verification_result(names, scores, label, subset, protocol="exact"):
     """The arrays of a 1:1 result: names [K], scores float32 [K, P], label bool [P]."""
     tprs, aucs = zip(*(verification.summary(one, label, protocol=protocol) for one in scores))
     return {
-        "task": "11", "subset": subset, "protocol": protocol,
-        "names": np.array(names), "scores": scores, "label": label,
-        "fprs": np.array(verification.FPRS), "tprs": np.array(tprs), "auc": np.array(aucs),
+        "task": "11",
+        "subset": subset,
+        "protocol": protocol,
+        "names": np.array(names),
+        "scores": scores,
+        "label": label,
+        "fprs": np.array(verification.FPRS),
+        "tprs": np.array(tprs),
+        "auc": np.array(aucs),
     }
 
 
@@ -33,13 +39,19 @@ def identification_result(names, runs, mixed_rank, subset, galleries, protocol="
     """The arrays of a 1:N result: names [K], runs K lists with a Search for each gallery, mixed_rank int [K, Q]."""
     tops, tpirs = zip(*(identification.summary(*run, protocol) for run in zip(runs, mixed_rank)))
     return {
-        "task": "1N", "subset": subset, "protocol": protocol,
-        "names": np.array(names), "galleries": np.array(galleries), "mixed_rank": np.array(mixed_rank),
+        "task": "1N",
+        "subset": subset,
+        "protocol": protocol,
+        "names": np.array(names),
+        "galleries": np.array(galleries),
+        "mixed_rank": np.array(mixed_rank),
         "scores": np.array([[one.score for one in run] for run in runs]),
         "rank": np.array([[one.rank for one in run] for run in runs]),
         "label": np.array([one.mated for one in runs[0]]),
-        "fpirs": np.array(identification.FPIRS), "tpirs": np.array(tpirs),
-        "tops": np.array(identification.TOP), "top_rates": np.array(tops),
+        "fpirs": np.array(identification.FPIRS),
+        "tpirs": np.array(tpirs),
+        "tops": np.array(identification.TOP),
+        "top_rates": np.array(tops),
     }
 
 

@@ -63,10 +63,10 @@ def _lengths(embs, embs_f, bad, chunk=16384):
     """Lengths of the embeddings (plus their mirrored ones), by chunks so that no sum is held whole."""
     lengths = np.empty(len(embs), np.float32)
     for start in range(0, len(embs), chunk):
-        rows = embs[start:start + chunk]
+        rows = embs[start : start + chunk]
         if embs_f is not None:
-            rows = rows + embs_f[start:start + chunk]
-        lengths[start:start + chunk] = np.linalg.norm(rows, axis=1)
+            rows = rows + embs_f[start : start + chunk]
+        lengths[start : start + chunk] = np.linalg.norm(rows, axis=1)
     lengths[lengths == 0] = 1  # a zero embedding has no direction; it stays zero
     if bad is not None:
         lengths[bad] = 1

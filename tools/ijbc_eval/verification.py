@@ -23,6 +23,7 @@ def pair_scores(first_features, second_features, first, second):
     scores = np.empty(len(first), np.float32)
     columns = len(second_features)
     if len(first_features) * columns > _DENSE_COST * len(first):
+
         def multiply(part):
             np.einsum("pd,pd->p", first_features[first[part]], second_features[second[part]], out=scores[part])
 
@@ -30,13 +31,14 @@ def pair_scores(first_features, second_features, first, second):
         return scores
     step = max(1, _BLOCK // columns)
     for start in range(0, len(first_features), step):
-        block = (first_features[start:start + step] @ second_features.T).ravel()
+        block = (first_features[start : start + step] @ second_features.T).ravel()
         _look_up(block, start * columns, columns, first, second, scores)
     return scores
 
 
 def _look_up(block, offset, columns, first, second, scores):
     """Fill in the scores of the pairs that `block` holds: entries `offset` and on of the flattened score matrix."""
+
     def work(part):
         place = first[part].astype(np.int64)  # NumPy 1 would multiply int32 rows by an int64 scalar in int32
         place *= columns

@@ -53,7 +53,7 @@ def data_split(labels, ratio):
 
 def relabelled(record, label):
     """A whole record (`RecordReader.read_raw`) with another class; None where its header is cut into parts."""
-    flag, = _WORD.unpack_from(record, 8)
+    (flag,) = _WORD.unpack_from(record, 8)
     place = 12 if flag == 0 else 32  # the header's own label, or the first of the labels that follow it
     if (_WORD.unpack_from(record, 4)[0] & (1 << 29) - 1) + 8 < place + 4:
         return None

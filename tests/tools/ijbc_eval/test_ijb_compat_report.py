@@ -19,12 +19,33 @@ def make_report(tmp_path_factory, shared_set, shared_models, shared_cache):
 
     def make(*options):
         out = tmp_path_factory.mktemp("report")
-        compat_report.main([
-            "--old", str(old), "--new", f"First={new}", "--new", f"Same={old}:tiny",     # networks told, and given
-            "--independent", f"Free={independent}", "--new_net", "tiny", "-d", str(shared_set.data_dir),
-            "--workers", "0", "--cache-dir", str(shared_cache), "--fpr", str(FPR), "--fpir", str(FPIR),
-            "--out", str(out), *options,
-        ])
+        compat_report.main(
+            [
+                "--old",
+                str(old),
+                "--new",
+                f"First={new}",
+                "--new",
+                f"Same={old}:tiny",  # networks told, and given
+                "--independent",
+                f"Free={independent}",
+                "--new_net",
+                "tiny",
+                "-d",
+                str(shared_set.data_dir),
+                "--workers",
+                "0",
+                "--cache-dir",
+                str(shared_cache),
+                "--fpr",
+                str(FPR),
+                "--fpir",
+                str(FPIR),
+                "--out",
+                str(out),
+                *options,
+            ]
+        )
         return out
 
     return make
@@ -48,8 +69,10 @@ def plain_figures(plain_class, made, gallery_features, probe_features):
         for gallery in made.galleries.values()
     ]
     return {
-        "tpr": plain_class.tpr_at(scores, label, FPR), "tpir": np.mean([tpirs[0] for _, tpirs in found]),
-        "top1": np.mean([tops[0] for tops, _ in found]), "top5": np.mean([tops[1] for tops, _ in found]),
+        "tpr": plain_class.tpr_at(scores, label, FPR),
+        "tpir": np.mean([tpirs[0] for _, tpirs in found]),
+        "top1": np.mean([tops[0] for tops, _ in found]),
+        "top5": np.mean([tops[1] for tops, _ in found]),
     }
 
 
@@ -125,7 +148,7 @@ def test_backfill_equals_a_gallery_mixed_by_hand(report, plain_class, shared_set
     curve = report["new"][0]["backfill"]
     assert curve["percent"] == list(range(0, 101, 10))
     for percent, tpir, top1 in zip(curve["percent"], curve["tpir"], curve["top1"]):
-        done = set(order[:round(len(order) * percent / 100)].tolist())
+        done = set(order[: round(len(order) * percent / 100)].tolist())
         mixed = {template: (new if template in done else old)[template] for template in old}
         expected = plain_figures(plain_class, shared_set, mixed, new)
         assert (tpir, top1) == pytest.approx((expected["tpir"], expected["top1"]))
@@ -139,9 +162,11 @@ def test_backfill_runs_from_cross_test_to_self_test(report):
 
 
 def test_backfill_order(tmp_path, shared_set, shared_cache):
-    evaluation = compat_report.open_evaluation(compat_report.parse_arguments([
-        "--old", "x.pt", "--new", "y.pt", "-d", str(shared_set.data_dir), "--cache-dir", str(shared_cache),
-    ]))
+    evaluation = compat_report.open_evaluation(
+        compat_report.parse_arguments(
+            ["--old", "x.pt", "--new", "y.pt", "-d", str(shared_set.data_dir), "--cache-dir", str(shared_cache)]
+        )
+    )
     ids = evaluation.faces.template_ids
     enrolled = sorted(template for gallery in shared_set.galleries.values() for template, _ in gallery)
     one, again, other = (compat_report.backfill_order(evaluation, seed) for seed in (0, 0, 1))
@@ -152,13 +177,19 @@ def test_backfill_order(tmp_path, shared_set, shared_cache):
     assert ids[compat_report.backfill_order(evaluation, 0, path)].tolist() == enrolled[::-1]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("MixBCT=work/a/model.pt:r50", ("MixBCT", "work/a/model.pt", "r50")),
-    ("work/a/model.pt", ("a", "work/a/model.pt", "r18")),
-    ("N=a.pt", ("N", "a.pt", "r18")), ("N=prefix,3", ("N", "prefix,3", "r18")), ("C:/a.pt", ("a", "C:/a.pt", "r18")),
-    ("N=runs/lr=0.1/a.pt:r50", ("N", "runs/lr=0.1/a.pt", "r50")),
-    ("runs/lr=0.1/a.pt", ("a", "runs/lr=0.1/a.pt", "r18")), ("=a.pt", ("a", "a.pt", "r18")),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MixBCT=work/a/model.pt:r50", ("MixBCT", "work/a/model.pt", "r50")),
+        ("work/a/model.pt", ("a", "work/a/model.pt", "r18")),
+        ("N=a.pt", ("N", "a.pt", "r18")),
+        ("N=prefix,3", ("N", "prefix,3", "r18")),
+        ("C:/a.pt", ("a", "C:/a.pt", "r18")),
+        ("N=runs/lr=0.1/a.pt:r50", ("N", "runs/lr=0.1/a.pt", "r50")),
+        ("runs/lr=0.1/a.pt", ("a", "runs/lr=0.1/a.pt", "r18")),
+        ("=a.pt", ("a", "a.pt", "r18")),
+    ],
+)
 def test_model_arguments(text, expected):
     name, model = compat_report.parse_model(text, "r18")
     assert (name, model.file, model.network) == expected

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from core.errors import UserError
-from tools.ijbc_eval import compat_report, ijbc_eval
+from tools.ijbc_eval import compat_report, ijbc_eval, options
 from tools.ijbc_eval.identification import FPIRS, TOP
 from tools.ijbc_eval.verification import FPRS
 

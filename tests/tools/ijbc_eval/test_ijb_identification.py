@@ -20,8 +20,12 @@ def test_equals_sorting_every_row(plain_class, seed, subjects, probes, chunk):
     gallery, probe = random_features(rng, subjects), random_features(rng, probes)
     found = search(gallery, subject, probe, asked, chunk)
     tops, tpirs = plain_class.search(
-        list(enumerate(subject.tolist())), list(enumerate(asked.tolist())), gallery.astype(np.float64),
-        probe.astype(np.float64), TOP, FPIRS,
+        list(enumerate(subject.tolist())),
+        list(enumerate(asked.tolist())),
+        gallery.astype(np.float64),
+        probe.astype(np.float64),
+        TOP,
+        FPIRS,
     )
     assert [found.top(k) for k in TOP] == pytest.approx(tops)
     assert [found.tpir_at(fpir) for fpir in FPIRS] == pytest.approx(tpirs)
@@ -104,8 +108,9 @@ def test_published_reads_like_the_scripts_in_circulation(plain_class, seed, firs
     mixed = search(gallery, subject, probe, asked).rank
     tops, tpirs = summary(found, mixed, "published")
     listed = [list(zip(subject[half].tolist(), subject[half].tolist())) for half in halves]
-    expected = plain_class.published(listed, list(enumerate(asked.tolist())), gallery.astype(np.float64),
-                                     probe.astype(np.float64), TOP, FPIRS)
+    expected = plain_class.published(
+        listed, list(enumerate(asked.tolist())), gallery.astype(np.float64), probe.astype(np.float64), TOP, FPIRS
+    )
     np.testing.assert_allclose(tops, [top for top, _ in expected])
     np.testing.assert_allclose(tpirs, [tpir for _, tpir in expected])
 

@@ -46,6 +46,7 @@ def readers(monkeypatch):
         def read(*arguments):
             counts[name] += 1
             return original(*arguments)
+
         return read
 
     for name in counts:

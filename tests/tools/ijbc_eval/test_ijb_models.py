@@ -15,12 +15,17 @@ from tools.ijbc_eval.models import ModelFile, load_model
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize(("file", "name", "kind"), [
-    ("work_dirs/f512_r18/model.pt", "f512_r18", "torch"), ("nets/r50.pth", "r50", "torch"),
-    ("nets/r50.safetensors", "r50", "torch"),
-    ("nets/w600k_r50.onnx", "w600k_r50", "onnx"),
-    ("models/r100-arcface/model,12", "r100-arcface", "mxnet"), ("nets/resnet.v2,0", "resnet.v2", "mxnet"),
-])
+@pytest.mark.parametrize(
+    ("file", "name", "kind"),
+    [
+        ("work_dirs/f512_r18/model.pt", "f512_r18", "torch"),
+        ("nets/r50.pth", "r50", "torch"),
+        ("nets/r50.safetensors", "r50", "torch"),
+        ("nets/w600k_r50.onnx", "w600k_r50", "onnx"),
+        ("models/r100-arcface/model,12", "r100-arcface", "mxnet"),
+        ("nets/resnet.v2,0", "resnet.v2", "mxnet"),
+    ],
+)
 def test_names_and_kinds(file, name, kind):
     assert (ModelFile(file).name, ModelFile(file).kind) == (name, kind)
 
@@ -52,7 +57,7 @@ def test_the_network_of_a_state_dict_is_told_from_its_keys(shared_models, tmp_pa
     np.testing.assert_array_equal(load_model(told)(images), load_model(named)(images))
     assert ModelFile("a.onnx").told_network is None
     with pytest.raises(EvalError, match=r"absent\.pt: no such file; check -m / -m_old"):
-        ModelFile(str(tmp_path / "absent.pt")).told_network
+        _ = ModelFile(str(tmp_path / "absent.pt")).told_network
 
 
 @pytest.mark.parametrize("scale", [127.5, 255.0])
@@ -144,7 +149,8 @@ def test_onnx_for_real(tmp_path):
     onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     helper = onnx.helper
     graph = helper.make_graph(
-        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)], "mean",
+        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)],
+        "mean",
         [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3, 112, 112])],
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3])],
     )
