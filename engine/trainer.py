@@ -50,9 +50,9 @@ class Trainer:
 
     What a method uses: `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] ->
     embeddings [B, D]), `classifier` (embeddings, labels -> loss; PartialFC), `generator` (seeded, on the CPU),
-    `device`, `rank`, `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of the method's own
-    into `extra`: their parameters train with the backbone's settings, their gradients are summed over the ranks and
-    clipped with the backbone's by one norm, and their parameters and buffers are in every checkpoint (not in model.pt).
+    `device`, `rank`, `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of
+    the method's own into `extra`: their parameters train with the backbone's settings, their gradients are summed over
+    the ranks and clipped with the backbone's by one norm, and they are in every checkpoint (not in model.pt).
     """
 
     old_features = None

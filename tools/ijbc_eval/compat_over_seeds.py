@@ -80,9 +80,9 @@ def markdown(reports):
     over = f"; mean (lowest to highest) of {len(reports)} seeds" if len(reports) > 1 else ""
     return "\n".join(
         [
-            f"{data['subset']}, in %: 1:1 TPR at FPR {data['fpr']:g}, 1:N TPIR at FPIR {data['fpir']:g}{over}. Compatible: "
-            "M(new, old) > M(old, old) in both,",
-            "in so many seeds. Update gain: (M(new, old) − M(old, old)) / (M(independent, independent) − M(old, old)).",
+            f"{data['subset']}, in %: 1:1 TPR at FPR {data['fpr']:g}, 1:N TPIR at FPIR {data['fpir']:g}{over}.",
+            "Compatible: M(new, old) > M(old, old) in both, in so many seeds.",
+            "Update gain: (M(new, old) − M(old, old)) / (M(independent, independent) − M(old, old)).",
             "",
             *lines,
             "",
