@@ -31,7 +31,7 @@ _HEAD = re.compile("|".join(map(fnmatch.translate, HEADS)), re.IGNORECASE)
 # Beginnings of files that are something else -> what, and what to do.
 _FOREIGN = {
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; fetch that: git lfs pull",
-    rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)": "a web page, not a model; open the download's address in a browser",
+    rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)": "a web page, not a model; download it in a browser",
 }
 
 
