@@ -197,7 +197,7 @@ def refusal(path):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 174664\n",
             "Git LFS pointer.*: git lfs pull",
         ),
-        (b"<!DOCTYPE html><html><head><title>Google Drive</title>", "a web page, not a model; the download asked"),
+        (b"<!DOCTYPE html><html><head><title>Google Drive</title>", "a web page, not a model; download it"),
         (b"\n  <HTML>", "a web page"),
         (b"\xef\xbb\xbf<?xml version='1.0'?>", "a web page"),
         (b"", "not readable; truncated"),
