@@ -63,9 +63,9 @@ def test_each_name_of_a_set_opens_it(tmp_path, make_record_set):
 
 def test_counts_that_the_config_states_must_be_the_files(path):
     assert len(open_train_set(path, num_classes=4, num_image=11)) == len(open_train_set(path, 0, 0)) == 11
-    with pytest.raises(RecordError, match=r"train\.rec: num_classes is 4 .* says 5; set num_classes = 4"):
+    with pytest.raises(RecordError, match=r"train\.rec: num_classes is 4 in the file, but 5 in .*; set num_classes = 4"):
         open_train_set(path, num_classes=5)
-    with pytest.raises(RecordError, match=r"train\.rec: num_image is 11 .* says 12"):
+    with pytest.raises(RecordError, match=r"train\.rec: num_image is 11 in the file, but 12"):
         open_train_set(path, num_image=12)
 
 
@@ -165,13 +165,13 @@ def write_header(path, counts):
 @pytest.mark.parametrize(
     "counts, why",
     [
-        ([13, 4], "has the keys 0 to 11"),
-        ([11, 4], "has the keys 0 to 11"),
-        ([11, 13], "has the keys 0 to 11"),
-        ([0, 4], "no counts"),
-        ([12, float("nan")], "no counts"),
-        ([12, float("inf")], "no counts"),
-        ([12.5, 4], "no counts"),
+        ([13, 4], "has keys 0 to 11"),
+        ([11, 4], "has keys 0 to 11"),
+        ([11, 13], "has keys 0 to 11"),
+        ([0, 4], "not counts"),
+        ([12, float("nan")], "not counts"),
+        ([12, float("inf")], "not counts"),
+        ([12.5, 4], "not counts"),
         ([12, 2**25], "float32"),
     ],
 )

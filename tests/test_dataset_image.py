@@ -136,7 +136,7 @@ def test_other_formats_and_bytes_are_refused_before_they_are_decoded(no_decoder)
         PNG[:-12],
         endless,
     ]:
-        with pytest.raises(ValueError, match=f"^its {len(data)} bytes do not decode as an image$"):
+        with pytest.raises(ValueError, match=f"^{len(data)} bytes that do not decode as an image$"):
             decoded(data)
 
 

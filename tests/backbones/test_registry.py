@@ -65,7 +65,7 @@ def test_r2060_has_the_blocks_of_r200_at_its_own_depths():
     "name, near", [("r51", "r50"), ("vit_b_dp005_mask_05", "vit_b_dp005_mask_005"), ("mbf_big", "mbf")]
 )
 def test_unknown_name_names_the_nearest(name, near):
-    with pytest.raises(ValueError, match=rf"unknown network '{name}': did you mean .*\b{near}\b.*\? known are r18"):
+    with pytest.raises(ValueError, match=rf"unknown network '{name}': did you mean .*\b{near}\b.*\? available are r18"):
         backbones.get_model(name)
 
 

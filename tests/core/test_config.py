@@ -45,7 +45,7 @@ def test_a_scenario_lies_between_the_bases_and_the_file(tmp_path):
     assert "old_prototype" not in cfg, "this method has no key for it"
     assert load_config(run, ["--embedding_size", "8"]).embedding_size == 8
     assert load_config(run, ["--scenario", "EXdata_arc_f512"]).embedding_size == 512
-    with pytest.raises(ConfigError, match=r"scenario = 'OPclas' is none of configs/scenarios/: .*OPclass_arc_f512"):
+    with pytest.raises(ConfigError, match=r"scenario = 'OPclas' is not in configs/scenarios/; .*OPclass_arc_f512"):
         load_config(run, ["--scenario", "OPclas"])
 
 
@@ -68,7 +68,7 @@ def test_a_sub_directory_of_the_root_applies_to_methods_too(tmp_path):
 
 def test_unknown_key_names_the_nearest(tmp_path):
     run = write(tmp_path, "config.batchsize = 3\n")
-    with pytest.raises(ConfigError, match=r"run\.py: unknown key 'batchsize'; the nearest known one is 'batch_size'"):
+    with pytest.raises(ConfigError, match=r"run\.py: unknown key 'batchsize'; did you mean 'batch_size'"):
         load_config(run)
     with pytest.raises(ConfigError, match="command line: unknown key 'learning_rte'"):
         load_config(write(tmp_path, ""), ["--learning_rte", "1"])

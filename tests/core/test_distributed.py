@@ -88,7 +88,7 @@ def test_init_distributed_without_a_launcher_is_a_single_process(monkeypatch):
 def test_tasks_of_slurm_without_ranks_are_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(SystemExit, match="Slurm started 8 tasks, but none knows its rank.* Have srun start torchrun"):
+    with pytest.raises(SystemExit, match="Slurm started 8 tasks without RANK.* Have srun start torchrun"):
         distributed.init_distributed()
 
 

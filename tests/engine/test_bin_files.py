@@ -123,12 +123,12 @@ def test_any_set_is_read_back(tmp_path_factory, pairs):
         (([b"x", b"y"], [-1]), "pair 0 has no boolean"),
         (([b"x", b"y"], np.array([2])), "pair 0 has no boolean"),
         (([b"x", b"y"], [None]), "pair 0 has no boolean"),
-        (([b"x", b"y"], [1.0]), "has no place"),
-        (([b"x", b"y"], np.array([1.0])), "NumPy array of f8"),
-        ((b"x", b"y", True), "no pair of lists"),
-        ((b"xy", [True]), "no pair of lists"),
-        ({"images": [b"x", b"y"], "same": [True]}, "has no place"),
-        (True, "no pair of lists"),
+        (([b"x", b"y"], [1.0]), "is not allowed"),
+        (([b"x", b"y"], np.array([1.0])), "NumPy array of dtype f8"),
+        ((b"x", b"y", True), "not a pair of lists"),
+        ((b"xy", [True]), "not a pair of lists"),
+        ({"images": [b"x", b"y"], "same": [True]}, "is not allowed"),
+        (True, "not a pair of lists"),
     ],
 )
 def test_wrong_content_is_an_error(path, content, why):
@@ -143,7 +143,7 @@ def test_no_code_runs(path, tmp_path, protocol):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
     for content in ([Evil()], ([Evil(), b"x"], [True]), ([b"x", b"y"], [Evil()])):
-        refused(path, pickle.dumps(content, protocol), r"it asks for 'posix\.mkdir', which has no place")
+        refused(path, pickle.dumps(content, protocol), r"posix\.mkdir', which is not allowed")
     assert not (tmp_path / "owned").exists()
 
 
@@ -151,7 +151,7 @@ def test_only_what_the_picklers_ask_for_is_called(path):
     whole = pickle.dumps((IMAGES, SAME), 2)
     for other in (b"utf-8", b"UTF-16", b"bz2_codec"):
         assert b"X\x06\0\0\0latin1" in whole
-        refused(path, whole.replace(b"X\x06\0\0\0latin1", b"X" + struct.pack("<I", len(other)) + other), "calls what")
+        refused(path, whole.replace(b"X\x06\0\0\0latin1", b"X" + struct.pack("<I", len(other)) + other), "call that is not")
     for name in (b"decode", b"lookup", b"encode.__class__"):
         refused(path, whole.replace(b"c_codecs\nencode\n", b"c_codecs\n" + name + b"\n"), rf"_codecs\.{name.decode()}")
     for start in (b"cbuiltins\nbytearray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
@@ -169,7 +169,7 @@ def test_cut_anywhere_it_is_refused(path):
 def test_what_is_no_file_is_named(path, tmp_path):
     os.mkfifo(path)  # to open it would wait for a writer
     for target in (path, tmp_path, tmp_path / "none.bin"):
-        with pytest.raises(VerificationError, match="no such verification set; .* take it out of val_targets"):
+        with pytest.raises(VerificationError, match="no such verification set; .* remove it from val_targets"):
             read_bin(target)
 
 
@@ -183,7 +183,7 @@ def test_every_other_opcode_is_refused(path, opcode):
     """Persistent ids, extensions, classes, out-of-band buffers, dictionaries, sets, ..."""
     for argument in (b"", b"\0" * 8, b"\xff" * 8, b"os\nsystem\n"):
         before = b"\x80\x05" + pickle.dumps(IMAGES)[2:-1]
-        refused(path, before + opcode.code.encode("latin-1") + argument + b".", "has no place")
+        refused(path, before + opcode.code.encode("latin-1") + argument + b".", "is not allowed")
 
 
 @pytest.mark.parametrize("opcode", [b"T", b"B", b"X", b"\x8d", b"\x8e", b"\x95", b"\x96", b"\x8a", b"r", b"j"])

@@ -107,7 +107,7 @@ def test_the_rest_that_fills_no_global_batch_is_dropped(larger):
     assert len(TrainLoader(larger, 10, "cpu", 0)) == 6 and len(TrainLoader(larger, 10, "cpu", 0, world_size=4)) == 1
     with pytest.raises(ValueError, match=r"train\.rec has 61 images, fewer than one global batch of 16 x 4 ranks"):
         TrainLoader(larger, 16, "cpu", 0, world_size=4)
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="batch_size = 0"):
         TrainLoader(larger, 0, "cpu", 0)
 
 

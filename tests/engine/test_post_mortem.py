@@ -106,7 +106,7 @@ def test_the_file_holds_what_the_run_knew(tmp_path, rec, gradient_acc):  # noqa:
 
 def test_weights_that_an_earlier_step_broke_are_named(tmp_path, rec):  # noqa: F811
     text, trainer = message(BrokenWeights, config(tmp_path, rec, clip_grad_norm=0.0))
-    assert "A step before it broke backbone.3.bias: lower lr or raise warmup_epoch, or set clip_grad_norm" in text
+    assert "An earlier step broke backbone.3.bias: lower lr or raise warmup_epoch, or set clip_grad_norm" in text
     assert found_in(trainer)["broken"] == ["backbone.3.bias"]
 
 
@@ -129,7 +129,7 @@ def test_without_a_place_for_the_file_the_error_still_comes(tmp_path, rec, monke
     monkeypatch.setattr("engine.checkpoint.torch.save", full)
     text, _ = message(Broken, config(tmp_path, rec))
     assert text.startswith(f"step {BAD}: the loss is not finite: cls ") and "This rank's batch: keys " in text
-    assert f"nonfinite_step_{BAD}_rank_0.pt could not be written: CheckpointError: " in text
+    assert f"nonfinite_step_{BAD}_rank_0.pt cannot be written: CheckpointError: " in text
     assert "No space left on device" in text and not list(tmp_path.glob("run/.*nonfinite*"))
 
 
@@ -165,7 +165,7 @@ def test_finite_weights_under_a_loss_scaler_point_to_float16(tmp_path, rec, monk
     for update_done in (0, 1):
         error = NonFiniteLoss(trainer.step - update_done, {"cls": float("inf")}, torch.arange(4))
         post_mortem.explain(trainer, error)
-        assert 'float16 ends at 65504: set amp_dtype = "bfloat16", or fp16 = False, then go on' in str(error)
+        assert 'float16 overflows at 65504: set amp_dtype = "bfloat16" or fp16 = False, then resume' in str(error)
 
 
 def stop_on_all(path):
@@ -189,4 +189,4 @@ def test_on_cuda_the_step_is_named_that_was_bad(tmp_path, rec, keys):  # noqa: F
     found = found_in(trainer)
     assert found["step"] == BAD and found["state"]["step"] == BAD + 1
     assert bool([name for name in found["broken"] if name.endswith("weight")]) == (keys != {"amp_dtype": "float16"})
-    assert ("float16 ends at 65504" in text) == (keys == {"amp_dtype": "float16"})
+    assert ("float16 overflows at 65504" in text) == (keys == {"amp_dtype": "float16"})

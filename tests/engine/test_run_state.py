@@ -79,7 +79,7 @@ def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):
     assert group["lr"] == trainer.schedule.get_last_lr()[0] == 0.01 * learning_rate_factor(5, 6, 4)
     assert group["weight_decay"] == 0.0 and trainer.schedule.last_epoch == 5
     log = (tmp_path / "run/training.log").read_text()
-    assert "changed since the checkpoint: lr was 0.05, is 0.01" in log
+    assert "changed since the checkpoint: lr was 0.05, now 0.01" in log
     assert "weight_decay was 0.0005, is 0.0" in log and "resume was" not in log and "margin_list" not in log[-900:]
 
 
@@ -153,7 +153,7 @@ def test_another_method_is_told_or_refused(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     run(path, "--resume", "True")
-    assert "the checkpoint was written by Stopped, this run is of Plain" in (tmp_path / "run/training.log").read_text()
+    assert "the checkpoint was written by Stopped, this run uses Plain" in (tmp_path / "run/training.log").read_text()
     stopped_after_five_steps(path)
     with pytest.raises(CheckpointError, match=r"rank_0_of_1.pt: does not fit this run \(.*running_mean"):
         WithBatchNorm(load_config(path, ["--resume", "True"])).train()

@@ -99,7 +99,7 @@ def test_a_disk_that_is_gone(rec, monkeypatch):
 
     file = FileSize(rec)
     monkeypatch.setattr("engine.workers.os.stat", stale)
-    with pytest.raises(RecordError, match=r"train\.rec: out of reach now \(Stale file handle\)"):
+    with pytest.raises(RecordError, match=r"train\.rec: no longer accessible \(Stale file handle\)"):
         file.check()
 
 
@@ -107,8 +107,8 @@ def test_a_disk_that_is_gone(rec, monkeypatch):
     "number, message",
     [
         (signal.SIGKILL, "killed by SIGKILL.*memory.*lower num_workers = 2"),
-        (signal.SIGBUS, r"SIGBUS, though .*train\.rec has the size.*/dev/shm.*lower num_workers = 2.*dmesg"),
-        (signal.SIGSEGV, "died of SIGSEGV.*num_workers = 0, instead of 2"),
+        (signal.SIGBUS, r"SIGBUS, but .*train\.rec has not changed.*/dev/shm.*lower num_workers = 2.*dmesg"),
+        (signal.SIGSEGV, "died of SIGSEGV.*num_workers = 0"),
     ],
 )
 def test_a_lost_worker_is_explained_with_the_next_batch(rec, number, message):
@@ -147,7 +147,7 @@ def test_too_little_shared_memory(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     data = SyntheticDataset(num_classes=2, num_image=900)
-    with pytest.raises(WorkerError, match=r"num_workers = 4 need 129 MB .*No space left on device \(28\)\):.*/dev/shm"):
+    with pytest.raises(WorkerError, match=r"num_workers = 4 needs 129 MB .*No space left on device \(28\)\):.*/dev/shm"):
         TrainLoader(data, 400, "cpu", 4)
     assert len(list(TrainLoader(data, 400, "cpu", 0))) == 2  # needs none
 

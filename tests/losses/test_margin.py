@@ -149,7 +149,7 @@ def test_arcface_target_never_rises_with_the_angle(margin, cosines):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         ArcFace()(torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="radians"):
         ArcFace(64.0, 30)

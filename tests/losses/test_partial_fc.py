@@ -223,7 +223,7 @@ def test_a_label_out_of_range_stops_every_rank(label):
 
 
 def too_few_classes_on_rank():
-    with pytest.raises(ValueError, match="1 classes cannot be shared by 2 ranks"):
+    with pytest.raises(ValueError, match="1 classes are fewer than the 2 ranks"):
         PartialFC(ArcFace(), SIZE, 1)
 
 

@@ -227,7 +227,7 @@ def test_no_gradient_is_no_step():
 
 def test_wrong_use_is_named():
     weight, _, optimizer = start(torch.optim.SGD, dict(lr=0.5))
-    with pytest.raises(ValueError, match="does not hold"):
+    with pytest.raises(ValueError, match="does not have"):
         RowOptimizer(optimizer, torch.nn.Parameter(torch.zeros(2, 2)))
     before = weight.detach().clone()
     for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):

@@ -143,7 +143,7 @@ def test_a_file_of_another_kind(tmp_path):
     files.feature.parent.mkdir()
     np.save(files.feature, np.zeros((11, 6), np.int64))
     np.save(files.label, np.arange(11) % 4)
-    with pytest.raises(FeatureError, match="holds int64"):
+    with pytest.raises(FeatureError, match="int64"):
         open_feature_set(files)
     np.save(files.feature, np.zeros((4, 6), np.float32))
     with pytest.raises(FeatureError, match="4 rows, but .*_label.npy has 11"):
