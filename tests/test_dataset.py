@@ -63,7 +63,9 @@ def test_each_name_of_a_set_opens_it(tmp_path, make_record_set):
 
 def test_counts_that_the_config_states_must_be_the_files(path):
     assert len(open_train_set(path, num_classes=4, num_image=11)) == len(open_train_set(path, 0, 0)) == 11
-    with pytest.raises(RecordError, match=r"train\.rec: num_classes is 4 in the file, but 5 in .*; set num_classes = 4"):
+    with pytest.raises(
+        RecordError, match=r"train\.rec: num_classes is 4 in the file, but 5 in .*; set num_classes = 4"
+    ):
         open_train_set(path, num_classes=5)
     with pytest.raises(RecordError, match=r"train\.rec: num_image is 11 in the file, but 12"):
         open_train_set(path, num_image=12)
@@ -88,12 +90,6 @@ def test_labels_may_be_vectors(path):
     dataset = RecordDataset(path)
     assert dataset.labels().tolist() == [dataset.label(row) for row in range(11)] == LABELS
     assert [label for _, label, _ in dataset] == LABELS
-
-
-def test_a_set_without_header_whose_labels_are_vectors(tmp_path, make_record_set):
-    path = make_record_set(tmp_path, LABELS, header=False)
-    rewrite(path, lambda key, payload: pack(IRHeader(0, [LABELS[key], 0.5], key, 0), unpack(payload)[1]))
-    assert RecordDataset(path).labels().tolist() == LABELS
 
 
 @pytest.mark.parametrize("label", [4, -1, 1.5, float("nan"), 1e9])

@@ -55,10 +55,6 @@ def no_decoder(monkeypatch):
     monkeypatch.setattr(dataset.cv2, "imdecode", refuse)
 
 
-def test_dataset_decodes_by_it():
-    assert dataset.decode_bgr is decode_bgr and dataset.IMAGE_SHAPE == (112, 112, 3)
-
-
 @pytest.mark.parametrize("height, width", [(112, 112), (1, 1), (250, 130), (96, 112), (300, 1000)])
 @pytest.mark.parametrize(
     "kind, options",

@@ -116,11 +116,6 @@ def test_an_empty_file_has_no_records(tmp_path):
             reader.read_labels([0])
 
 
-def test_first_missing_key(tmp_path):
-    for keys, missing in (([0, 1, 2], None), ([1, 2], 0), ([0, 1, 3], 2), ([2, 0, 1], None)):
-        assert RecordReader(write(tmp_path / "a.rec", dict.fromkeys(keys, b""))).first_missing_key() == missing
-
-
 def test_index_larger_than_a_block_and_with_other_line_ends(tmp_path, monkeypatch):
     path = write(tmp_path / "a.rec", {key: b"" for key in range(2000)})
     index = path.with_suffix(".idx")

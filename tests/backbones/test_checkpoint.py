@@ -197,7 +197,7 @@ def refusal(path):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 174664\n",
             "Git LFS pointer.*: git lfs pull",
         ),
-        (b"<!DOCTYPE html><html><head><title>Google Drive</title>", "a web page, not a model; the download asked"),
+        (b"<!DOCTYPE html><html><head><title>Google Drive</title>", "a web page, not a model"),
         (b"\n  <HTML>", "a web page"),
         (b"\xef\xbb\xbf<?xml version='1.0'?>", "a web page"),
         (b"", "not readable; truncated"),
@@ -214,8 +214,8 @@ def test_files_of_another_kind(content, said, path):
 @pytest.mark.parametrize("inside", [lambda model: model, lambda model: {"epoch": 3, "model": model}])
 def test_a_whole_pickled_module(inside, zipped, path, model):
     torch.save(inside(model), path, _use_new_zipfile_serialization=zipped)
-    said = "is a whole pickled module (backbones.tiny.Tiny), whose loading would run code; where it was made, save"
-    assert said in refusal(path) and "torch.save(model.state_dict(), …)" in refusal(path)
+    said = refusal(path)
+    assert "pickled module (backbones.tiny.Tiny)" in said and "torch.save(model.state_dict(), …)" in said
 
 
 def test_a_torchscript_archive(path, model, recwarn):

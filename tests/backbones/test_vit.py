@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import backbones
-from backbones.vit import Attention, StochasticDepth, VisionTransformer, keep_random_tokens, put_back
+from backbones.vit import StochasticDepth, VisionTransformer, keep_random_tokens, put_back
 
 
 def small(drop_path=0.0, mask_ratio=0.0, checkpointing=False, depth=2, **options):
@@ -77,15 +77,6 @@ def test_equals_the_plain_restatement():
     images = torch.randn(1, 3, 112, 112)
     with torch.no_grad():
         torch.testing.assert_close(model(images), plain_vit(model.state_dict(), images, 2), rtol=1e-4, atol=1e-4)
-
-
-def test_attention_equals_explicit_loops():
-    torch.manual_seed(0)
-    attention = Attention(32, heads=4)
-    x = torch.randn(3, 5, 32)
-    state = {f"a.{key}": value for key, value in attention.state_dict().items()}
-    with torch.no_grad():
-        torch.testing.assert_close(attention(x), plain_attention(state, "a", x, heads=4))
 
 
 def test_kept_tokens_return_to_their_places():

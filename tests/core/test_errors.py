@@ -23,7 +23,7 @@ from recordio import RecordError
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
-            "OutOfMemoryError: CUDA out of memory. Set a smaller batch_size, with gradient_acc raised",
+            "OutOfMemoryError: CUDA out of memory. Lower batch_size, raising gradient_acc",
         ),
     ],
 )

@@ -90,23 +90,6 @@ def test_reads_plain_data_in_other_containers(path, images, same, protocol):
         assert read(path, numpy_2) == (IMAGES, SAME)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    strategies.lists(
-        strategies.tuples(strategies.binary(min_size=1), strategies.binary(min_size=1), strategies.booleans()),
-        min_size=1,
-        max_size=6,
-    )
-)
-def test_any_set_is_read_back(tmp_path_factory, pairs):
-    images, same = [image for pair in pairs for image in pair[:2]], [pair[2] for pair in pairs]
-    path = tmp_path_factory.getbasetemp() / "any.bin"
-    for protocol in PROTOCOLS:
-        assert read(path, pickle.dumps((images, same), protocol)) == (images, same)
-    for protocol in range(3):
-        assert read(path, python2_pickle(images, same, protocol)) == (images, same)
-
-
 # --- what is no set --------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +134,9 @@ def test_only_what_the_picklers_ask_for_is_called(path):
     whole = pickle.dumps((IMAGES, SAME), 2)
     for other in (b"utf-8", b"UTF-16", b"bz2_codec"):
         assert b"X\x06\0\0\0latin1" in whole
-        refused(path, whole.replace(b"X\x06\0\0\0latin1", b"X" + struct.pack("<I", len(other)) + other), "call that is not")
+        refused(
+            path, whole.replace(b"X\x06\0\0\0latin1", b"X" + struct.pack("<I", len(other)) + other), "call that is not"
+        )
     for name in (b"decode", b"lookup", b"encode.__class__"):
         refused(path, whole.replace(b"c_codecs\nencode\n", b"c_codecs\n" + name + b"\n"), rf"_codecs\.{name.decode()}")
     for start in (b"cbuiltins\nbytearray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):

@@ -147,7 +147,9 @@ def test_too_little_shared_memory(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     data = SyntheticDataset(num_classes=2, num_image=900)
-    with pytest.raises(WorkerError, match=r"num_workers = 4 needs 129 MB .*No space left on device \(28\)\):.*/dev/shm"):
+    with pytest.raises(
+        WorkerError, match=r"num_workers = 4 needs 129 MB .*No space left on device \(28\)\):.*/dev/shm"
+    ):
         TrainLoader(data, 400, "cpu", 4)
     assert len(list(TrainLoader(data, 400, "cpu", 0))) == 2  # needs none
 

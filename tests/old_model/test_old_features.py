@@ -188,7 +188,9 @@ def test_a_file_cut_during_the_run(stored):
     os.truncate(stored.feature, old.features.offset + 5 * WIDTH * 4 + 7)
     assert np.array_equal(old.read(np.array([2, 4])), expected)
     for row in (5, 9):
-        with pytest.raises(FeatureError, match=f"class70_feature.npy: truncated before the end of row {row}.*get_feature.py"):
+        with pytest.raises(
+            FeatureError, match=f"class70_feature.npy: truncated before the end of row {row}.*get_feature.py"
+        ):
             old.read(np.array([2, row]))
 
 
