@@ -56,9 +56,7 @@ def test_embedding_size_of_something_else():
 
 def test_wrong_network_names_the_one_that_fits(tiny, tmp_path):
     path = saved(tiny.state_dict(), tmp_path)
-    lacking = (
-        "model.pt: not a r18: missing conv1.weight, .*; unexpected layers.0.weight, .*; the file matches tiny$"
-    )
+    lacking = "model.pt: not a r18: missing conv1.weight, .*; unexpected layers.0.weight, .*; the file matches tiny$"
     with pytest.raises(ValueError, match=lacking):
         backbones.load_backbone(path, "r18")
     shapes = r"not a tiny_x2: wrong shape: layers.0.weight is \[16, 3, 5, 5\] instead of \[32, 3, 5, 5\]"
