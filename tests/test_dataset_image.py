@@ -67,7 +67,7 @@ def no_decoder(monkeypatch):
         (".png", (cv2.IMWRITE_PNG_COMPRESSION, 1)),
     ],
 )
-def test_the_header_says_what_the_decoder_finds(height, width, kind, options):
+def test_header_and_decoder_agree(height, width, kind, options):
     for image in (picture(height, width), picture(height, width)[..., 0]):
         data = encoded(kind, image, *options)
         assert image_size(data) == image_size(np.frombuffer(data, np.uint8)) == (width, height)
@@ -78,7 +78,7 @@ def test_the_header_says_what_the_decoder_finds(height, width, kind, options):
                 decoded(data)
 
 
-def test_segments_before_the_size_are_walked_over():
+def test_segments_before_the_size_are_skipped():
     comment, fill = b"\xff\xfe\x00\x0bcomment\xff\xc0", b"\xff" * 5  # a comment that looks like a header
     data = JPEG[:2] + comment[:4] + b"\xff\xc0\0\x11\x08\0\1\0\1" + fill + JPEG[2:]
     assert image_size(data) == (112, 112) and np.array_equal(decoded(data), decoded(JPEG))
@@ -101,7 +101,7 @@ def test_a_chunk_longer_than_its_file_is_refused_before_it_is_decoded(no_decoder
                 decoded(png_header(112, 112) + struct.pack(">I", 2**31 - 1) + kind + rest)
 
 
-def test_what_follows_the_end_of_a_png_is_not_looked_at():
+def test_data_after_the_end_of_a_png_is_ignored():
     """OpenCV would reserve 600 MB for the chunk; which it goes on to where no image came before the end."""
     behind = struct.pack(">I", 2**29) + b"tEXt" + bytes(100)
     assert np.array_equal(decoded(PNG + behind), picture())
@@ -164,7 +164,7 @@ def cuts_and_changes():
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(cuts_and_changes() | strategies.binary(max_size=60).map(lambda data: b"\xff\xd8" + data))
 @example(b"\xff\xd8\xff\xfe\0\0" + bytes(20))
-def test_whatever_the_bytes_header_and_decoder_agree(data):
+def test_random_edits_header_and_decoder_agree(data):
     size = image_size(data)
     try:
         image = decoded(data)

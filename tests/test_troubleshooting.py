@@ -40,12 +40,12 @@ def sources():
 
 
 @pytest.mark.parametrize("message", quoted_messages())
-def test_every_message_is_one_of_the_sources(message, sources):
+def test_every_quoted_message_is_in_the_sources(message, sources):
     pattern = ".*".join(re.escape(part) for part in message.split("…"))
     assert re.search(pattern, sources), "no source has this message any more: correct the page"
 
 
-def test_every_key_is_one_of_a_config():
+def test_every_key_exists():
     spans = re.findall(r"`([^`]+)`", "\n".join(line.partition(" | ")[2] for line in page().splitlines()))
     named = {span for span in spans if re.fullmatch(r"[a-z]+(_[a-z]+)+", span)}
     known = load_config("configs/base.py")

@@ -162,7 +162,7 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prefix", ["", *PREFIXES])
 @pytest.mark.parametrize("network", PUBLISHED["networks"])
-def test_no_key_of_a_network_is_eaten(network, prefix, monkeypatch):
+def test_prefixes_and_heads_match_no_key_of_a_network(network, prefix, monkeypatch):
     content = {prefix + key: torch.zeros(shape, device="meta") for key, shape in published_keys(network)}
     monkeypatch.setattr(backbones.checkpoint, "_load", lambda path: content)
     keys = [key for key, _ in published_keys(network) if not key.startswith("cls_fc.")]

@@ -30,7 +30,7 @@ def keys(model):
     return [(key, list(value.shape)) for key, value in model.state_dict().items()]
 
 
-def test_names_are_all_listed():
+def test_all_names_are_listed():
     assert set(backbones.names()) == (set(PUBLISHED["networks"]) - {"r18_softmax_10"}) | {"r2060", "tiny", "tiny_x2"}
 
 
@@ -70,7 +70,7 @@ def test_unknown_name_names_the_nearest(name, near):
 
 
 @pytest.mark.parametrize("name", ["r100", "r200", "r2060", "mbf", "vit_t"])
-def test_softmax_head_is_refused_where_there_is_none(name):
+def test_a_softmax_head_is_refused_by_networks_without_one(name):
     with pytest.raises(ValueError, match=f"{name} has no softmax head.*r18, r34, r50, tiny, tiny_x2 have one"):
         skeleton(name, num_classes=10)
 
@@ -89,7 +89,7 @@ def test_softmax_head_gives_logits_in_training_and_the_embedding_in_evaluation()
 
 
 @pytest.mark.parametrize("name", ["r18", "mbf", "tiny", "tiny_x2"])
-def test_every_parameter_learns_but_the_fixed_scale(name):
+def test_every_parameter_but_the_fixed_scale_gets_a_gradient(name):
     torch.manual_seed(0)
     model = backbones.get_model(name, 8).eval()  # in training a bias in front of BatchNorm has gradient 0
     model(torch.randn(1, 3, 112, 112)).sum().backward()
@@ -122,7 +122,7 @@ def test_evaluation_is_deterministic_and_float32(name):
 
 
 @pytest.mark.parametrize("name", ["tiny", "mbf"])
-def test_dropout_acts_in_training_alone(name):
+def test_dropout_acts_only_in_training(name):
     torch.manual_seed(0)
     model = backbones.get_model(name, 8, dropout=0.5).train()
     images = torch.randn(4, 3, 112, 112)
@@ -137,7 +137,7 @@ def test_dropout_acts_in_training_alone(name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["r18", "mbf", "vit_t", "tiny"])
-def test_half_precision_on_cuda_is_close_and_ends_in_float32(name):
+def test_half_precision_on_cuda_is_close_and_returns_float32(name):
     torch.manual_seed(0)
     model = backbones.get_model(name, 32, fp16=True).cuda().eval()
     images = torch.randn(2, 3, 112, 112, device="cuda")

@@ -27,7 +27,7 @@ def write(directory, text, name="run.py"):
     return path
 
 
-def test_layers_go_from_general_to_special(tmp_path):
+def test_later_layers_override_earlier_ones(tmp_path):
     write(tmp_path / "configs", "config.knob = 1\nconfig.lr = 0.5\nconfig.momentum = 0.5\n", "base.py")
     write(tmp_path / "configs" / "small", "config.lr = 0.25\n", "base.py")
     run = write(tmp_path / "configs" / "small", "config.knob = 3\n")
@@ -99,7 +99,7 @@ def test_values_of_the_wrong_type_are_refused(tmp_path, words):
         load_config(write(tmp_path, ""), words)
 
 
-def test_environment_overrides_stand_below_the_command_line(tmp_path, monkeypatch):
+def test_the_command_line_overrides_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("BCT_OVERRIDES", "--network tiny --margin_list '(1, 0.3, 0)' --lr 0.3")
     cfg = load_config(write(tmp_path, "config.network = 'r18'\n"), ["--lr", "0.2"])
     assert (cfg.network, cfg.margin_list, cfg.lr) == ("tiny", (1, 0.3, 0), 0.2)
@@ -126,7 +126,7 @@ def test_values_out_of_range_are_refused(tmp_path, words):
         load_config(write(tmp_path, ""), words)
 
 
-def test_paths_lie_under_the_workspace(tmp_path):
+def test_paths_are_relative_to_the_workspace(tmp_path):
     cfg = load_config(write(tmp_path, "config.rec = 'data/set'\n"))
     assert (cfg.rec, cfg.output) == (str(REPO / "data/set"), str(REPO / "work_dirs/run"))
     cfg = load_config(write(tmp_path, "config.rec = 'data/set.rec'\n"), ["--workspace", str(tmp_path)])

@@ -28,7 +28,7 @@ from recordio import RecordError
     ],
 )
 @pytest.mark.parametrize("rank", [None, "3"])
-def test_what_a_user_can_mend_ends_with_one_line(error, line, rank, capsys, monkeypatch):
+def test_user_errors_end_with_one_line(error, line, rank, capsys, monkeypatch):
     class Ended(BaseException):
         pass
 
@@ -47,7 +47,7 @@ def test_what_a_user_can_mend_ends_with_one_line(error, line, rank, capsys, monk
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EBADF, "Bad file descriptor"), ValueError("x")])
-def test_a_bug_goes_through(error, monkeypatch):
+def test_a_bug_propagates(error, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(type(error)), report_errors():
         raise error
@@ -66,5 +66,5 @@ def test_a_bug_on_a_rank_ends_it_at_once_with_its_traceback():
     assert "no_such_thing" in done.stderr.splitlines()[-2]
 
 
-def test_scripts_without_torch_do_not_wait_for_it():
+def test_errors_does_not_import_torch():
     subprocess.run([sys.executable, "-c", "import sys, core.errors; assert 'torch' not in sys.modules"], check=True)

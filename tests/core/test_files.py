@@ -7,7 +7,7 @@ import pytest
 from core.files import atomic_write
 
 
-def test_a_file_has_its_name_only_once_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+def test_a_file_is_renamed_once_complete_and_synced(tmp_path, monkeypatch):
     path, synced = tmp_path / "a.bin", []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     with atomic_write(str(path)) as file:
@@ -20,7 +20,7 @@ def test_a_file_has_its_name_only_once_it_is_whole_and_on_the_disk(tmp_path, mon
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("wrong"), KeyboardInterrupt()])
-def test_a_failure_leaves_what_was_there(tmp_path, error):
+def test_a_failure_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.bin"
     for before in (None, b"before"):
         if before:
@@ -32,7 +32,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
         assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([before] if before else [])
 
 
-def test_a_failed_sync_or_rename_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_sync_or_rename_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
 

@@ -45,7 +45,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("values", [10, 10**6])  # fewer than Python's buffer takes, and more: torch fails otherwise
-def test_a_file_system_that_takes_no_more_is_named(tmp_path, values):
+def test_a_file_size_limit_is_named(tmp_path, values):
     path, limits = tmp_path / "model.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -56,7 +56,7 @@ def test_a_file_system_that_takes_no_more_is_named(tmp_path, values):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_saved_is_no_full_disk(tmp_path):
+def test_an_unpicklable_state_is_not_reported_as_a_full_disk(tmp_path):
     with pytest.raises(RuntimeError, match="of its own"):
         checkpoint.save_atomically(Unsavable(), tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
@@ -206,7 +206,7 @@ def spoil(path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_damaged_file_of_any_rank_makes_all_go_back(tmp_path, ranks):
+def test_a_damaged_file_on_any_rank_makes_all_fall_back(tmp_path, ranks):
     folders = {step: write_set(tmp_path, step, ranks) for step in (5, 10, 15, 20, 25)}
     last = f"rank_{ranks - 1}_of_{ranks}.pt"
     (folders[25] / last).unlink()
@@ -231,21 +231,21 @@ def test_a_damaged_file_of_any_rank_makes_all_go_back(tmp_path, ranks):
 
 
 @pytest.mark.parametrize("text", ["", "step 5 of 99", "\xff"])
-def test_a_damaged_marker_makes_its_set_damaged(tmp_path, text):
+def test_a_set_with_a_damaged_done_is_damaged(tmp_path, text):
     write_set(tmp_path, 5, 1)
     (write_set(tmp_path, 10, 1) / "DONE").write_text(text, encoding="latin-1")
     step, (line,) = newest(tmp_path)
     assert step == 5 and "000000000080/DONE: damaged, " in line and RENAMED in line
 
 
-def test_a_state_under_another_name_is_damaged(tmp_path):
+def test_a_state_in_the_wrong_directory_is_damaged(tmp_path):
     write_set(tmp_path, 5, 1)
     torch.save(state_at(6), write_set(tmp_path, 10, 1) / "rank_0_of_1.pt")
     step, (line,) = newest(tmp_path)
     assert step == 5 and "000000000080/rank_0_of_1.pt: not the state of a run after 80 images" in line
 
 
-def test_where_all_are_damaged_nothing_is_renamed_and_nothing_starts_over(tmp_path):
+def test_if_all_sets_are_damaged_nothing_is_changed(tmp_path):
     for step in (5, 10):
         spoil(write_set(tmp_path, step, 2) / "rank_1_of_2.pt")
     before = names(tmp_path)
@@ -279,7 +279,7 @@ def newest_on_a_disk_that_is_away(output, error):
         torch.OutOfMemoryError("HIP says no"),
     ],
 )
-def test_what_the_system_refuses_is_no_damage(tmp_path, ranks, error):
+def test_system_errors_are_not_damage(tmp_path, ranks, error):
     for step in (5, 10):
         write_set(tmp_path, step, ranks)
     before = names(tmp_path)
@@ -291,7 +291,7 @@ def test_what_the_system_refuses_is_no_damage(tmp_path, ranks, error):
     assert names(tmp_path) == before
 
 
-def test_without_any_there_is_nothing_to_resume(tmp_path):
+def test_without_checkpoints_nothing_is_resumed(tmp_path):
     assert newest(tmp_path) == (None, [])
     write_set(tmp_path, 5, 2, done=False)
     assert newest(tmp_path) == (None, [])
@@ -308,14 +308,14 @@ def seen_by_each(output):
     return newest(output)
 
 
-def test_a_set_that_not_all_ranks_see_is_neither_deleted_nor_overlooked(tmp_path):
+def test_a_set_not_yet_visible_to_all_ranks_is_kept_and_used(tmp_path):
     for step in (5, 10):
         write_set(tmp_path, step, 2)
     assert run_ranks(seen_by_each, 2, tmp_path) == [(10, []), (10, [])]
     assert steps_in(tmp_path) == [5, 10]
 
 
-def test_leftovers_of_killed_processes_go(tmp_path):
+def test_leftovers_of_killed_processes_are_deleted(tmp_path):
     write_set(tmp_path, 5, 2)
     before = names(tmp_path)
     write_set(tmp_path, 10, 2, done=False)
@@ -336,7 +336,7 @@ def refusal(function, output):
         return str(error)
 
 
-def test_all_ranks_refuse_to_begin_over_an_unfinished_run(tmp_path):
+def test_all_ranks_refuse_to_overwrite_an_unfinished_run(tmp_path):
     write_set(tmp_path, 5, 2)
     for said in run_ranks(refusal, 2, start_afresh, tmp_path):
         assert "unfinished run (step 5 of 99); resume it with --resume True" in said
@@ -344,7 +344,7 @@ def test_all_ranks_refuse_to_begin_over_an_unfinished_run(tmp_path):
     assert "DONE: damaged" in refusal(start_afresh, tmp_path) and len(names(tmp_path)) == 3
 
 
-def test_what_a_finished_run_left_goes(tmp_path):
+def test_checkpoints_of_a_finished_run_are_deleted(tmp_path):
     write_set(tmp_path, TOTAL, 2)
     folder = write_set(tmp_path, 50, 1)
     folder.rename(folder.with_name(DAMAGED + folder.name))
@@ -360,7 +360,7 @@ def claimed(output):
     return refusal(claim, output)
 
 
-def test_a_disk_that_is_not_shared_is_noticed_at_the_start(tmp_path):
+def test_an_unshared_disk_is_detected_at_the_start(tmp_path):
     for message in run_ranks(claimed, 3, tmp_path / "nowhere"):
         assert "ranks 1, 2 do not see rank 0's files; set `output`" in message
     assert [path.name for number in range(3) for path in (tmp_path / str(number)).iterdir()] == [".lock"]
@@ -374,7 +374,7 @@ def hold(output, ready, end):
     del lock
 
 
-def test_two_runs_do_not_write_to_the_same_place(tmp_path):
+def test_two_runs_cannot_share_an_output(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, end = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path, ready, end))
@@ -387,7 +387,7 @@ def test_two_runs_do_not_write_to_the_same_place(tmp_path):
     assert run_ranks(claimed, 1, tmp_path) == [None]
 
 
-def test_a_run_of_an_earlier_version_is_named_and_left_alone(tmp_path):
+def test_checkpoints_of_an_earlier_version_are_named_and_kept(tmp_path):
     for number in range(2):
         (tmp_path / f"checkpoint_step_5_gpu_{number}_of_2.pt").write_bytes(b"never opened")
     for message in run_ranks(claimed, 2, tmp_path):

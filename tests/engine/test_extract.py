@@ -46,7 +46,7 @@ def embed_one_by_one(model, dataset):
     return np.stack(rows)
 
 
-def test_extracts_what_the_model_gives_row_by_row(tmp_path):
+def test_rows_equal_embedding_one_by_one(tmp_path):
     model, dataset = Pooled().train(), training_set()
     model.dropout.eval()  # a part that its owner has set otherwise
     feature, label = tmp_path / "new" / "a_feature.npy", tmp_path / "new" / "a_label.npy"
@@ -99,7 +99,7 @@ def test_a_failed_extraction_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):
+def test_a_full_disk_fails_before_the_work(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

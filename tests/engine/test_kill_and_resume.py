@@ -23,7 +23,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("method, ranks, keys", RUNS, ids=[f"{method}-{ranks}" for method, ranks, _ in RUNS])
-def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(method, ranks, keys, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(method, ranks, keys, tmp_path):
     task = make_task(tmp_path, method, ranks, seed=SEED, **keys)
     random = np.random.default_rng([SEED, ranks, *map(ord, method)])
     kills = draw_kills(random, task, *whole_run(task), KILLS, outside=1)
@@ -50,7 +50,7 @@ def test_kills_in_the_worst_places(tmp_path):
     assert kill_and_resume(task, kills) == len(kills)
 
 
-def test_what_a_killed_process_was_writing_goes_at_the_next_start(tmp_path):
+def test_leftovers_of_a_kill_are_deleted_at_the_next_start(tmp_path):
     task = make_task(tmp_path, "MixBCT", 2)
     whole_run(task)
 

@@ -43,7 +43,7 @@ def whole(folder):
     "name, workers, error",
     [("set.rec", 0, RecordError), ("set.rec", 1, RecordError), ("old_feature.npy", 1, FeatureError)],
 )
-def test_the_run_names_the_file_and_resumes_once_it_is_back(folder, whole, name, workers, error):
+def test_a_lost_file_is_named_and_the_run_resumes_once_it_is_back(folder, whole, name, workers, error):
     path = write_config(folder, "L2", f"{name[:3]}_{workers}", **KEYS, num_workers=workers)
     content = (folder / name).read_bytes()
     with pytest.raises(error, match=name.replace(".", r"\.")):
@@ -63,7 +63,7 @@ class LosesWorker(L2):
         return super().losses(batch)
 
 
-def test_a_lost_worker_ends_the_run_between_two_steps(folder):
+def test_a_dead_worker_ends_the_run_between_two_steps(folder):
     path = write_config(folder, "L2", "run", **{**KEYS, "checkpoint_steps": 2}, num_workers=2)
     with pytest.raises(WorkerError, match="killed by SIGKILL"):
         train(LosesWorker, path)

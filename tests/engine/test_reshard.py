@@ -45,7 +45,7 @@ def states_of(ranks, total=CLASSES):
 
 @pytest.mark.parametrize("before", [1, 2, 3, 8])
 @pytest.mark.parametrize("after", [1, 2, 4, 8])
-def test_each_rank_gets_its_classes_whatever_ranks_there_were(before, after):
+def test_resharding_gives_each_rank_its_classes(before, after):
     old, expected = states_of(before), states_of(after)
     untouched = copy.deepcopy(old)
     for rank in range(after):
@@ -126,7 +126,7 @@ def resumed(method, path, *overrides):
         ("NCCL", 2, 3, {"alpha": 8.0, "beta": 0.0}),  # its queue has no logits
     ],
 )
-def test_the_run_ends_as_it_would_have(folder, method, before, after, keys):
+def test_a_run_resumed_on_other_ranks_ends_like_the_whole_run(folder, method, before, after, keys):
     name = f"{method}_{before}_{after}"
     path = config_of(folder, method, before, name, **keys)
     run_ranks(stopped_run, before, method, path)

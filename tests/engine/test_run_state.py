@@ -36,7 +36,7 @@ def stopped_after_five_steps(path, *overrides):
 
 
 @pytest.mark.parametrize("keys", [{}, {"gradient_acc": 2, "batch_size": 2}, {"optimizer": "adamw", "lr": 1e-3}])
-def test_stopped_within_an_epoch_and_resumed_ends_bit_for_bit(tmp_path, rec, keys):  # noqa: F811
+def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(tmp_path, rec, keys):  # noqa: F811
     whole = run(config(tmp_path, rec, "whole", num_epoch=3, **keys))
     path = config(tmp_path, rec, "parts", num_epoch=3, **keys)
     stopped_after_five_steps(path)
@@ -70,7 +70,7 @@ def test_checkpoints_within_epochs(tmp_path, rec):  # noqa: F811
     assert written == [(0, 4), (1, 8), (2, 12)]
 
 
-def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):  # noqa: F811
+def test_a_resumed_run_takes_lr_from_the_config(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     trainer = Plain(load_config(path, ["--lr", "0.01", "--weight_decay", "0.0", "--num_epoch", "4"]))
@@ -94,7 +94,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):  # noqa: F811
     assert sets_of(tmp_path / "run") == [(5, 1)]
 
 
-def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):  # noqa: F811
+def test_torchrun_restarts_resume_automatically(tmp_path, rec, monkeypatch):  # noqa: F811
     whole = run(config(tmp_path, rec, "whole", num_epoch=3))
     path = config(tmp_path, rec, "parts", num_epoch=3)
     stopped_after_five_steps(path)
@@ -102,14 +102,14 @@ def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):  # 
     assert_same(whole[0], run(path)[0], 0)
 
 
-def test_a_changed_global_batch_is_refused_on_the_same_ranks(tmp_path, rec):  # noqa: F811
+def test_a_changed_global_batch_on_the_same_ranks_is_refused(tmp_path, rec):  # noqa: F811
     stopped_after_five_steps(config(tmp_path, rec))
     with pytest.raises(CheckpointError, match="written with batch_size = 4 and gradient_acc = 1, this run has 2 and 1"):
         run(config(tmp_path, rec, batch_size=2, resume=True))
     run(config(tmp_path, rec, batch_size=2, gradient_acc=2, resume=True))  # the same steps
 
 
-def test_a_broken_weight_gets_into_no_checkpoint(tmp_path, rec):  # noqa: F811
+def test_non_finite_weights_are_not_checkpointed(tmp_path, rec):  # noqa: F811
     class Broken(Plain):
         def update(self):
             super().update()
@@ -132,7 +132,7 @@ class BreaksWithoutALoss(Plain):
 
 
 @pytest.mark.parametrize("keys", [{"save_all_states": False}, {"val_targets": ["pairs"], "verbose": 12}])
-def test_a_broken_weight_gets_into_no_model_either(tmp_path, rec, keys):  # noqa: F811
+def test_non_finite_weights_are_not_saved_as_a_model(tmp_path, rec, keys):  # noqa: F811
     (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
     path = config(tmp_path, rec, clip_grad_norm=0.0, **keys)
     with pytest.raises(CheckpointError, match="step 12: NaN or infinity in backbone.0.weight; nothing saved"):
@@ -142,14 +142,14 @@ def test_a_broken_weight_gets_into_no_model_either(tmp_path, rec, keys):  # noqa
     assert not (tmp_path / "run/model_best.pt").exists()
 
 
-def test_a_run_that_has_ended_is_known_as_such_whatever_checkpoint_steps(tmp_path, rec):  # noqa: F811
+def test_a_finished_run_is_recognised_for_any_checkpoint_steps(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, checkpoint_steps=5, save_all_states=False)
     run(path)
     assert sets_of(tmp_path / "run") == [(10, 1), (12, 1)]
     run(path)
 
 
-def test_another_method_is_told_or_refused(tmp_path, rec):  # noqa: F811
+def test_a_checkpoint_of_another_method_warns_or_is_refused(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     run(path, "--resume", "True")
@@ -159,7 +159,7 @@ def test_another_method_is_told_or_refused(tmp_path, rec):  # noqa: F811
         WithBatchNorm(load_config(path, ["--resume", "True"])).train()
 
 
-def test_momentum_takes_the_layout_of_its_parameter(tmp_path, rec):  # noqa: F811
+def test_momentum_gets_its_parameters_memory_layout(tmp_path, rec):  # noqa: F811
     """As where channels_last was changed: fused optimisers refuse a momentum that lies otherwise than its weight."""
     path = config(tmp_path, rec, num_epoch=3)
     before = stopped_after_five_steps(path)
@@ -176,7 +176,7 @@ def png(value):
     return cv2.imencode(".png", np.full((112, 112, 3), value, np.uint8))[1].tobytes()
 
 
-def test_the_best_model_is_kept_and_known_after_a_resume(tmp_path, rec, monkeypatch):  # noqa: F811
+def test_the_best_model_survives_a_resume(tmp_path, rec, monkeypatch):  # noqa: F811
     """Verification says 0.5, 0.9, 0.7 | 0.8, 0.9, 0.95 after steps 2, 4, ...; the run is stopped after step 7."""
     (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
     said = iter([0.5, 0.9, 0.7, 0.8, 0.9, 0.95])

@@ -106,7 +106,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, rec, sample_r
     assert torch.equal(whole[1], parts[1])
 
 
-def test_what_a_run_leaves_behind(tmp_path, rec):
+def test_files_of_a_finished_run(tmp_path, rec):
     output = tmp_path / "run"
     backbone, centres = run(config(tmp_path, rec, frequent=1))
     assert_same(torch.load(output / "model.pt", weights_only=True), backbone, 0)

@@ -111,7 +111,7 @@ def test_a_disk_that_is_gone(rec, monkeypatch):
         (signal.SIGSEGV, "died of SIGSEGV.*num_workers = 0"),
     ],
 )
-def test_a_lost_worker_is_explained_with_the_next_batch(rec, number, message):
+def test_a_dead_worker_is_reported_with_the_next_batch(rec, number, message):
     before = signal.getsignal(signal.SIGCHLD)
     loader, batches, workers = begun(RecordDataset(rec))
     os.kill(workers[1].pid, number)
@@ -123,7 +123,7 @@ def test_a_lost_worker_is_explained_with_the_next_batch(rec, number, message):
         next(iter(loader))
 
 
-def test_a_worker_lost_while_its_batch_is_waited_for(rec, quick):
+def test_a_worker_killed_while_its_batch_is_pending(rec, quick):
     class Killed(RecordDataset):
         def fill(self, rows, images):
             os.kill(os.getpid(), signal.SIGKILL)

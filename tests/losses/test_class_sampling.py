@@ -41,7 +41,7 @@ def test_loss_is_the_softmax_over_the_sampled_classes(world_size, classes, sampl
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_all_positives_are_kept_even_where_they_exceed_the_rate(world_size):
+def test_all_positives_are_kept_even_beyond_the_rate(world_size):
     embeddings, weight, _ = problem(24)
     labels = torch.arange(12) * 2
     results = run_ranks(step_on_rank, world_size, embeddings, weight, labels, 0.1)
@@ -73,7 +73,7 @@ def sampled_rows(classifier, labels):
     return classifier.weight.grad.coalesce().indices()[0]
 
 
-def test_negatives_are_drawn_evenly_and_anew():
+def test_negatives_are_drawn_uniformly_in_each_step():
     _, weight, _ = problem(20)
     classifier = make(ArcFace(), weight, sample_rate=0.5)
     counts = torch.zeros(20)
@@ -190,7 +190,7 @@ def train_through_and_in_parts(name, accumulate):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name, accumulate", [("sgd", 1), ("adamw", 1), ("sgd", 2)])
-def test_each_centre_keeps_its_own_state_through_checkpoints_too(world_size, name, accumulate):
+def test_each_centre_keeps_its_state_also_through_a_checkpoint(world_size, name, accumulate):
     for whole, parts in run_ranks(train_through_and_in_parts, world_size, name, accumulate):
         assert whole.keys() == parts.keys() and len(whole) > 1
         assert all(torch.equal(parts[key], value) for key, value in whole.items())
@@ -235,7 +235,7 @@ def test_every_number_of_ranks_takes_the_steps_of_a_plain_loop(name):
             torch.testing.assert_close(got, getattr(expected, TABLES.get(key, key)), rtol=1e-8, atol=1e-10)
 
 
-def test_forgetting_to_attach_does_not_pass_silently():
+def test_forgetting_attach_raises():
     embeddings, weight, labels = problem(30)
     for make_optimizer in (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.1)):
         classifier = make(ArcFace(), weight, sample_rate=0.4)

@@ -153,14 +153,14 @@ def test_a_dense_gradient_steps_every_row():
     torch.testing.assert_close(weight.detach(), before - 0.5)
 
 
-def test_no_gradient_is_no_step():
+def test_without_a_gradient_nothing_changes():
     weight, _, optimizer = start(torch.optim.AdamW, dict(lr=0.5, weight_decay=0.1))
     before = weight.detach().clone()
     optimizer.step()
     assert torch.equal(weight, before) and weight not in optimizer.state
 
 
-def test_wrong_use_is_named():
+def test_misuse_is_refused():
     weight, _, optimizer = start(torch.optim.SGD, dict(lr=0.5))
     with pytest.raises(ValueError, match="does not have"):
         RowOptimizer(optimizer, torch.nn.Parameter(torch.zeros(2, 2)))
