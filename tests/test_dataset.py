@@ -18,7 +18,7 @@ LABELS = [3, 0, 1, 1, 2, 0, 3, 3, 1, 2, 0]
 
 
 def rewrite(path, change):
-    """Write the set anew with `change(key, payload)` for each record; a payload of None leaves the record out."""
+    """Rewrite the set with `change(key, payload)` for each record; a payload of None drops the record."""
     with RecordReader(path) as reader:
         records = {key: reader.read(key) for key in reader.keys.tolist()}
     with RecordWriter(path) as writer:
@@ -114,7 +114,7 @@ def test_rows_outside_the_set_are_refused(path, row):
 
 
 def stub_reader(counts, records):
-    """What `image_layout` asks of a reader, without a file of millions of records. `records` is {key: image bytes}."""
+    """A fake reader for `image_layout`, without a file of millions of records. `records` is {key: image bytes}."""
 
     def read_record(key):
         return IRHeader(2, np.asarray(counts, np.float32), 0, 0) if key == 0 else None, records(key)

@@ -1,4 +1,4 @@
-"""Encoded faces: header and pixels, and what must not get as far as the decoder."""
+"""Encoded faces: header and pixels, and what must not reach the decoder."""
 
 import struct
 import zlib
@@ -94,7 +94,7 @@ def test_a_giant_header_is_refused_before_it_is_decoded(width, height, no_decode
 
 
 def test_a_chunk_longer_than_its_file_is_refused_before_it_is_decoded(no_decoder):
-    """OpenCV would reserve what the chunk announces."""
+    """OpenCV would allocate the declared length."""
     for kind in (b"tEXt", b"IDAT", b"IEND"):
         for rest in (b"", bytes(100), PNG[len(png_header(1, 1)) :]):
             with pytest.raises(ValueError, match="do not decode"):
@@ -102,7 +102,7 @@ def test_a_chunk_longer_than_its_file_is_refused_before_it_is_decoded(no_decoder
 
 
 def test_data_after_the_end_of_a_png_is_ignored():
-    """OpenCV would reserve 600 MB for the chunk; which it goes on to where no image came before the end."""
+    """OpenCV would allocate 600 MB for the chunk, which it reads if no image came before the end."""
     behind = struct.pack(">I", 2**29) + b"tEXt" + bytes(100)
     assert np.array_equal(decoded(PNG + behind), picture())
     empty = png_header(112, 112) + chunk(b"IEND", b"")

@@ -10,7 +10,7 @@ from recordio import IRHeader, RecordError
 
 
 class Reader(types.SimpleNamespace):
-    """What `image_layout` asks of a reader of the keys 0 ... `size` - 1, the first of them a header of `counts`."""
+    """A fake reader for `image_layout` with keys 0 ... `size` - 1, the first a header of `counts`."""
 
     path, idx_path = "a.rec", types.SimpleNamespace(name="a.idx")
 

@@ -1,4 +1,4 @@
-"""recordio.py by itself; test_recordio_mxnet.py holds it against MXNet."""
+"""recordio.py alone; test_recordio_mxnet.py compares it with MXNet."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ def write(path, payloads):
 
 
 def plain_parts(payload):
-    """The bytes of a record as the format's description says, word by word."""
+    """The bytes of a record by the format's description, word by word."""
     out, part, flags = b"", b"", 0
     for at in range(0, len(payload) // 4 * 4, 4):
         word = payload[at : at + 4]
@@ -216,7 +216,7 @@ def test_a_record_with_a_truncated_header_is_named(tmp_path):
 
 
 def test_headers_and_labels_without_images(tmp_path):
-    magic_id = MAGIC << 32 | 1  # puts the magic word into the header, which is then cut into parts
+    magic_id = MAGIC << 32 | 1  # puts the magic word into the header, which splits it into parts
     headers = [
         IRHeader(0, 3.0, 9, 0),
         IRHeader(0, [4.0, 8.0], 9, 0),

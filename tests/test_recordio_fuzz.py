@@ -1,6 +1,6 @@
 """Whatever the bytes of a .rec and its .idx: a RecordError or the plain reader's answer, in bounded memory.
 
-tests/fuzz/fuzz_recordio.py looks for the same for as long as it is let.
+tests/fuzz/fuzz_recordio.py searches for longer.
 """
 
 import math
@@ -204,7 +204,7 @@ def test_a_training_set_is_refused_or_right(tmp_path_factory, files):
 
 
 def within_bounds(tmp_path, rec, idx, factor=20):
-    """The index in memory bounded by a block of it, or by its size; the records in what they take in the file."""
+    """Memory is bounded by the index's block or size, and by the records' size in the file."""
     path = tmp_path / "big.rec"
     path.write_bytes(rec)
     path.with_suffix(".idx").write_bytes(idx)
@@ -265,7 +265,7 @@ def test_an_index_without_newlines_or_with_nothing_else(tmp_path, idx):
 
 
 def test_an_endless_index_line_is_not_read_to_its_end(tmp_path):
-    """However long it is: what no line of an index can hold is wrong before that."""
+    """It is refused early, however long it is."""
     path = tmp_path / "a.rec"
     RecordWriter(path).close()
     with open(path.with_suffix(".idx"), "wb") as file:

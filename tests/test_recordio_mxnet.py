@@ -1,4 +1,4 @@
-"""recordio.py against MXNet's own, which runs in a process of its own; skipped where it does not import."""
+"""recordio.py against MXNet's, run in a separate process; skipped if it cannot be imported."""
 
 import json
 import random

@@ -22,7 +22,7 @@ def quoted_messages():
 
 
 def messages_of(tree):
-    """All strings of a module but docstrings; `…` for what an f-string or a %-form puts in; neighbours are one."""
+    """All strings of a module but docstrings; `…` for inserted values; adjacent strings are joined."""
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -33,7 +33,7 @@ def messages_of(tree):
 
 @pytest.fixture(scope="module")
 def sources():
-    """Every string of the sources, one a line."""
+    """Every string of the sources, one per line."""
     paths = [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py"))]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
     return "\n".join(text.replace("\n", " ") for tree in trees for text in messages_of(tree))

@@ -1,4 +1,4 @@
-"""No file that the repo reads is unpickled, but for .bin sets, by the allow-lists of engine/bin_files.py."""
+"""No file is unpickled except .bin sets, through the allow-lists of engine/bin_files.py."""
 
 import ast
 import pathlib

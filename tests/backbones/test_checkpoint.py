@@ -1,4 +1,4 @@
-"""Checkpoints in circulation: a test for each row of the tables, and for what is said of files of another kind."""
+"""Checkpoints in circulation: each row of the tables, and errors on other files."""
 
 import argparse
 import collections
@@ -180,7 +180,7 @@ class Unwelcome:
 
 
 def refusal(path):
-    """What is said of a file; never torch's advice."""
+    """The error on a file, which must not repeat torch's advice."""
     with pytest.raises(backbones.BackboneError) as caught:
         backbones.load_backbone(path, "tiny")
     text, cause = str(caught.value), caught.value.__cause__

@@ -100,7 +100,7 @@ def test_convolutions_start_from_a_normal_of_a_tenth():
 
 @pytest.mark.parametrize("name", ["iresnet", "tiny"])
 def test_half_precision_ends_at_the_flatten(name, monkeypatch):
-    """Autocast is a matter of CUDA here; the split itself shows on the CPU with bfloat16 in its place."""
+    """Autocast is only used on CUDA; bfloat16 on the CPU shows the same split."""
     monkeypatch.setattr(
         f"backbones.{name}.half_precision", lambda x, enabled: torch.autocast("cpu", torch.bfloat16, enabled)
     )

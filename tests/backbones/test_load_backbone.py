@@ -1,4 +1,4 @@
-"""Reading model files: what loads, and what the error says where one does not."""
+"""Loading model files, and the errors on those that do not load."""
 
 import pytest
 import torch

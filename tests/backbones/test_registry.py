@@ -1,4 +1,4 @@
-"""Names, published keys and shapes, softmax heads, gradients: what holds for all networks."""
+"""For all networks: names, published keys and shapes, softmax heads, gradients."""
 
 import json
 import pathlib
@@ -91,7 +91,7 @@ def test_softmax_head_gives_logits_in_training_and_the_embedding_in_evaluation()
 @pytest.mark.parametrize("name", ["r18", "mbf", "tiny", "tiny_x2"])
 def test_every_parameter_but_the_fixed_scale_gets_a_gradient(name):
     torch.manual_seed(0)
-    model = backbones.get_model(name, 8).eval()  # in training a bias in front of BatchNorm has gradient 0
+    model = backbones.get_model(name, 8).eval()  # in training mode a bias before BatchNorm has gradient 0
     model(torch.randn(1, 3, 112, 112)).sum().backward()
     for key, parameter in model.named_parameters():
         if key == "features.weight":

@@ -114,7 +114,7 @@ def test_a_failing_rank_ends_the_run_with_its_traceback():
 
 
 class Recorded:
-    """Stands for a tensor on the CPU; notes what is asked of it."""
+    """A fake CPU tensor that records calls."""
 
     is_cuda = False
 

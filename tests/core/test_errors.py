@@ -54,7 +54,7 @@ def test_a_bug_propagates(error, monkeypatch):
 
 
 def test_a_bug_on_a_rank_ends_it_at_once_with_its_traceback():
-    """Without a wait at Python's exit for what other ranks, or threads, are still at."""
+    """Without waiting at exit for other ranks or threads."""
     script = (
         "import os, threading, time\nfrom core.errors import report_errors\n"
         "threading.Thread(target=time.sleep, args=(600,)).start()\nwith report_errors():\n    os.no_such_thing"

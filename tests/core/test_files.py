@@ -1,4 +1,4 @@
-"""A file is there whole or not at all."""
+"""Atomic file writes."""
 
 import os
 
@@ -16,7 +16,7 @@ def test_a_file_is_renamed_once_complete_and_synced(tmp_path, monkeypatch):
         assert not path.exists() and len(list(tmp_path.iterdir())) == 1
         assert not synced
     assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
-    assert synced[0] == 5 and len(synced) == 2  # with what the file's own buffer still held; then the directory
+    assert synced[0] == 5 and len(synced) == 2  # including the file's own buffer; then the directory
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("wrong"), KeyboardInterrupt()])

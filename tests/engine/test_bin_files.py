@@ -1,4 +1,4 @@
-"""The .bin reader on what the picklers write, and on what only an attacker would."""
+"""The .bin reader on real pickles and on hostile ones."""
 
 import os
 import pickle
@@ -85,7 +85,7 @@ def test_reads_what_python_2_wrote(path, protocol):
 def test_reads_plain_data_in_other_containers(path, images, same, protocol):
     assert read(path, pickle.dumps((images, same), protocol)) == (IMAGES, SAME)
     assert read(path, pickle.dumps([images, same], protocol)) == (IMAGES, SAME)
-    if protocol < 4:  # before framed strings of a stated length
+    if protocol < 4:  # before strings with a length field
         numpy_2 = pickle.dumps((images, same), protocol).replace(b"numpy.core.", b"numpy._core.")
         assert read(path, numpy_2) == (IMAGES, SAME)
 
@@ -152,7 +152,7 @@ def test_a_set_truncated_anywhere_is_refused(path):
 
 
 def test_a_path_that_is_not_a_file_is_named(path, tmp_path):
-    os.mkfifo(path)  # to open it would wait for a writer
+    os.mkfifo(path)  # opening it would wait for a writer
     for target in (path, tmp_path, tmp_path / "none.bin"):
         with pytest.raises(VerificationError, match="no such verification set; .* remove it from val_targets"):
             read_bin(target)
@@ -173,7 +173,7 @@ def test_every_other_opcode_is_refused(path, opcode):
 
 @pytest.mark.parametrize("opcode", [b"T", b"B", b"X", b"\x8d", b"\x8e", b"\x95", b"\x96", b"\x8a", b"r", b"j"])
 def test_no_declared_length_allocates_memory(path, opcode):
-    """A length field, or a memo index: with 2**32 - 2 the unpickler in C reserves 64 GB."""
+    """A length field, or a memo index: with 2**32 - 2 the C unpickler allocates 64 GB."""
     for number in (2**31 - 1, 2**32 - 2, 2**63 - 1, 2**64 - 1):
         refused(path, b"\x80\x04]" + opcode + (number % 2**64).to_bytes(8, "little") + b"five.")
     refused(path, b"\x80\x02]p" + b"9" * 10000 + b"\n.")
@@ -181,7 +181,7 @@ def test_no_declared_length_allocates_memory(path, opcode):
 
 
 def test_exponentially_nested_tuples_are_not_traversed(path):
-    """2**60 values, to whoever compares, hashes or prints them."""
+    """2**60 values if compared, hashed or printed."""
     doubled = b"".join(b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86" for level in range(60))
     deep = b"\x80\x02\x88" + doubled
     for data in (

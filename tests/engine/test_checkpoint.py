@@ -1,4 +1,4 @@
-"""Files and sets of checkpoints: what is complete, kept, deleted and resumed from, and what all ranks agree on."""
+"""Checkpoint files and sets: completeness, deletion, resuming, and agreement between ranks."""
 
 import errno
 import logging
@@ -103,7 +103,7 @@ def save_on_ranks(output, steps):
 
 
 def write_set(output, step, ranks, done=True):
-    """As `ranks` ranks save it, or are killed before all is written."""
+    """As saved by `ranks` ranks; done=False: killed before DONE."""
     folder = output / checkpoint.FOLDER / f"{BATCH * step:012}"
     for number in range(ranks):
         checkpoint.save_atomically(state_at(step), folder / f"rank_{number}_of_{ranks}.pt")
@@ -133,7 +133,7 @@ def test_a_set_is_its_ranks_files_and_the_last_two_are_kept(tmp_path, ranks):
 
 
 def save_with_a_slow_rank(output):
-    """Whether the set was complete while the second rank was still about to write."""
+    """Whether the set was complete before the second rank had written."""
     seen, save = [], checkpoint.save_atomically
 
     def late(state, path):
@@ -183,7 +183,7 @@ class Lines(logging.Handler):
 
 
 def newest(output):
-    """The step that this rank resumes from, or an error's text; and what was logged."""
+    """The step that this rank resumes from, or the error's text; and the log."""
     checkpoint.SECONDS_TO_APPEAR, seconds = 0, checkpoint.SECONDS_TO_APPEAR
     handler = Lines()
     log.addHandler(handler)
@@ -198,7 +198,7 @@ def newest(output):
 
 
 def spoil(path):
-    """One bit of a tensor: torch.load would not notice."""
+    """Flip one bit of a tensor, which torch.load does not notice."""
     content = bytearray(path.read_bytes())
     at = content.index(torch.arange(3, dtype=torch.float64).numpy().tobytes())
     content[at + 1] ^= 1
@@ -222,7 +222,7 @@ def test_a_damaged_file_on_any_rank_makes_all_fall_back(tmp_path, ranks):
             assert f"{RENAMED} {folder.with_name(DAMAGED + folder.name)} " in line
     assert steps_in(tmp_path) == [5, 10]
     assert len(list((tmp_path / "checkpoints").glob(f"{DAMAGED}*"))) == 3
-    # Damaged ones count for nothing from then on: neither for the sets that are kept, nor as the newest.
+    # From then on damaged sets do not count, neither for KEEP nor as the newest.
     for step in (15, 20):
         spoil(write_set(tmp_path, step, 1) / "rank_0_of_1.pt")
     assert newest(tmp_path)[0] == 10

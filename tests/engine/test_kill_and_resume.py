@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends bit for bit as the one that nobody disturbed."""
+"""A run that is killed at any moment and resumed ends bit for bit like an undisturbed one."""
 
 import numpy as np
 import pytest
@@ -38,14 +38,14 @@ def test_kills_in_the_worst_places(tmp_path):
     kills = [
         Kill("before update", 1, (0, 1)),  # nothing is there yet
         Kill("before replace rank", 1, (1,)),  # the first set, half of it
-        Kill("before replace DONE", 3, (0,)),  # all of the third set but its marker
-        Kill("after replace DONE", 1, (0,)),  # a set is complete, and two older ones are there
-        Kill("after unlink DONE", 1, (0,)),  # an old set has lost its marker and nothing else
-        Kill("after unlink rank", 1, (0,)),  # and its marker and a file
+        Kill("before replace DONE", 3, (0,)),  # the third set without its DONE
+        Kill("after replace DONE", 1, (0,)),  # a set is complete, two older ones still there
+        Kill("after unlink DONE", 1, (0,)),  # an old set has lost only its DONE
+        Kill("after unlink rank", 1, (0,)),  # and DONE and one file
         Kill("before update", 1, (0,)),  # has resumed, and done nothing
         Kill("before replace softmax", 1, (1,)),  # the last model.pt is there, the class centres are older
         Kill("before replace rank", 1, (0,)),  # the last set, half of it
-        Kill("after replace DONE", 1, (0, 1)),  # all is written, what is older not deleted
+        Kill("after replace DONE", 1, (0, 1)),  # all is written, older sets are not yet deleted
     ]
     assert kill_and_resume(task, kills) == len(kills)
 

@@ -23,7 +23,7 @@ def test_to_input_is_the_plain_formula(mirrored):
 
 
 def epoch(dataset, batch_size, world_size=1, number=0, start_step=0, workers=0, seed=5):
-    """The global batches of an epoch, [(images, labels, index)], put together from all ranks."""
+    """The global batches of an epoch, [(images, labels, index)], concatenated over all ranks."""
     ranks = []
     for rank in range(world_size):
         loader = TrainLoader(dataset, batch_size, "cpu", workers, seed, rank, world_size)

@@ -1,4 +1,4 @@
-"""A data file that is lost under a run: an error that names it, and a last checkpoint to resume from."""
+"""A data file lost during a run: the error names it, and the last checkpoint can be resumed."""
 
 import os
 
@@ -15,7 +15,7 @@ KEYS = {"batch_size": 6, "num_epoch": 1, "checkpoint_steps": 4}  # 10 steps
 
 
 class LosesFile(L2):
-    """After 5 of 10 steps the file `lost` is cut."""
+    """After 5 of 10 steps the file `lost` is truncated."""
 
     lost = None
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory, make_record_set):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """What a run comes to that loses nothing."""
+    """The result of an undisturbed run."""
     return train(L2, write_config(folder, "L2", "whole", **{**KEYS, "checkpoint_steps": 0}))
 
 

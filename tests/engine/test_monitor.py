@@ -1,4 +1,4 @@
-"""What a person reads of a run: insightface's line, speed and time left, a bar that log lines do not tear apart."""
+"""A run's output: insightface's log line, speed and time left, a progress bar that survives log lines."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from tests.engine.test_trainer import close_log_files  # noqa: F401
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The monitor's time: it moves when a test adds to `clock.now`, in seconds."""
+    """The monitor's clock, advanced by setting `clock.now`, in seconds."""
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(monitor_module, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -27,7 +27,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def lines(monkeypatch):
-    """What the log says, as words."""
+    """The log lines."""
     lines = []
     monkeypatch.setattr(log, "info", lambda form, *words: lines.append(form % words))
     monkeypatch.setattr(log, "warning", lambda form, *words: lines.append("warning: " + form % words))
@@ -40,7 +40,7 @@ def take(monitor, step, index=(0,), **terms):
 
 
 class Scaler:
-    """As engine/build.py's, on paper."""
+    """A fake of engine/build.py's scaler."""
 
     skipped = torch.tensor(0)
 
@@ -112,7 +112,7 @@ def test_pauses_count_for_the_time_left_not_for_the_speed(clock, lines):
     assert second[1] == f"{(7300 - 140) * (20 * 2 + 2 * 30) / 20 / 3600:.1f}"  # since the first line
 
 
-# --- a loss that is no number, steps that are skipped --------------------------------------------------------------
+# --- non-finite losses, skipped steps ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -235,7 +235,7 @@ def test_a_failed_run_leaves_the_terminal_clean(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("watched", [(False, False), (False, True), (True, False)])
 def test_no_bar_without_a_terminal(monkeypatch, tmp_path, watched):
-    """`> file`, `| tee file`, `2> file`: what is written is what the log file has, to the byte."""
+    """`> file`, `| tee file`, `2> file`: the output equals the log file to the byte."""
     out, err = on_terminal(monkeypatch, tmp_path, watched)
     with Monitor(total_steps=4, images_per_step=8, start_step=0) as monitor:
         for step in range(4):

@@ -1,4 +1,4 @@
-"""A run whose loss is no number says what it knows, and leaves it in a file from which the batch can be seen again."""
+"""The report on a non-finite loss: its message, and its file, from which the batch can be reproduced."""
 
 import os
 import re
@@ -56,7 +56,7 @@ def on_the_cpu(request, monkeypatch):
 
 
 def message(kind, path, *overrides):
-    """Run until the loss is no number; the error's message and the trainer."""
+    """Run until the loss is non-finite; the error's message and the trainer."""
     torch.set_num_threads(1)
     trainer = kind(load_config(path, overrides))
     with pytest.raises(NonFiniteLoss) as caught:
@@ -83,7 +83,7 @@ def test_the_message_names_step_terms_keys_and_file(tmp_path, rec):  # noqa: F81
 
 @pytest.mark.parametrize("gradient_acc", [1, 2])
 def test_the_file_has_the_batch_and_the_state(tmp_path, rec, gradient_acc):  # noqa: F811
-    """Against the batch as the loader's plan and the record file have it."""
+    """Against the batch from the loader's plan and the record file."""
     path = config(tmp_path, rec, batch_size=4 // gradient_acc, gradient_acc=gradient_acc)
     _, trainer = message(Broken, path)
     found, train_set = found_in(trainer), RecordDataset(rec)
@@ -140,7 +140,7 @@ def test_synthetic_images_are_named_by_row(tmp_path):
 
 
 class ReadLate(Plain):
-    """The loss is read when the next batch has come, as on CUDA."""
+    """The loss is read one batch later, as on CUDA."""
 
     def accumulate(self, batch, last):
         cls = super().losses(batch)["cls"] * float("nan" if self.step == BAD else "1")

@@ -22,7 +22,7 @@ CLASSES, GLOBAL_BATCH, STOPPED, STEPS = 7, 12, 4, 8  # 7 classes: the shards of 
 
 
 def states_of(ranks, total=CLASSES):
-    """States as checkpoints have them, of `total` classes in order, each class with its number everywhere."""
+    """States as in checkpoints, of `total` classes; every value of a class is its number."""
     states = []
     for rank in range(ranks):
         classes = torch.arange(*rows_of_rank(total, rank, ranks), dtype=torch.float32)
@@ -87,7 +87,7 @@ def config_of(folder, method, ranks, name, **keys):
 
 
 def stopped_run(method, path):
-    """Train to the end and leave the checkpoint of step STOPPED alone, as if the run had been killed behind it."""
+    """Train to the end and keep only the checkpoint of step STOPPED, as if the run had been killed after it."""
     train(METHODS[method], path)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
@@ -96,7 +96,7 @@ def stopped_run(method, path):
 
 
 def resumed(method, path, *overrides):
-    """What this rank holds right after resuming, and at the end."""
+    """This rank's state right after resuming, and at the end."""
     torch.set_num_threads(1)
     kind = type("Watched", (METHODS[method],), {"build_backbone": lambda self: without_batch_norm()})
     trainer = kind(load_config(path, ["--resume", "True", *overrides]))
@@ -150,7 +150,7 @@ def test_a_run_resumed_on_other_ranks_ends_like_the_whole_run(folder, method, be
     draws = [start["random"].tolist() for start, _ in results]
     assert all(first != second for i, first in enumerate(draws) for second in draws[:i])
 
-    # And ends, up to rounding, where the run that nobody stopped does.
+    # And ends, up to rounding, like the undisturbed run.
     undisturbed = run_ranks(train_method, 1, method, config_of(folder, method, 1, f"{name}_whole", **keys))[0]
     for _, (backbone, _, _) in results:
         for key, value in undisturbed[0].items():

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint and what from its config; where it continues; what it refuses."""
+"""A resumed run: what comes from the checkpoint and what from the config, where it continues, what it refuses."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ from tests.engine.test_trainer import Plain, WithBatchNorm, assert_same, close_l
 
 
 class Stopped(Plain):
-    """Gets a SIGTERM while it is at work on step `at`."""
+    """Gets a SIGTERM during step `at`."""
 
     at = 4
 
@@ -90,7 +90,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):  # noqa: F811
         run(path)
     assert sets_of(tmp_path / "run") == [(5, 1)]
     run(path, "--resume", "True")
-    stopped_after_five_steps(path)  # a finished run may be begun again, and its checkpoints go
+    stopped_after_five_steps(path)  # a finished run may be started again, which deletes its checkpoints
     assert sets_of(tmp_path / "run") == [(5, 1)]
 
 
@@ -123,7 +123,7 @@ def test_non_finite_weights_are_not_checkpointed(tmp_path, rec):  # noqa: F811
 
 
 class BreaksWithoutALoss(Plain):
-    """The last gradient is no number, though the loss was one."""
+    """The last gradient is non-finite, though the loss was finite."""
 
     def update(self):
         if self.step == self.total_steps - 1:
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_method_warns_or_is_refused(tmp_path, rec):  # n
 
 
 def test_momentum_gets_its_parameters_memory_layout(tmp_path, rec):  # noqa: F811
-    """As where channels_last was changed: fused optimisers refuse a momentum that lies otherwise than its weight."""
+    """As after a change of channels_last: fused optimisers refuse a momentum whose strides differ from the weight's."""
     path = config(tmp_path, rec, num_epoch=3)
     before = stopped_after_five_steps(path)
     trainer = Plain(load_config(path))

@@ -1,4 +1,4 @@
-"""A signal in an awkward moment: the run stops after a whole step, with a checkpoint, and can be resumed."""
+"""A signal at an awkward moment: the run stops after a whole step, with a checkpoint, and can be resumed."""
 
 import os
 import pickle

@@ -70,7 +70,7 @@ def at_work(**environment):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """The directory of a run that nobody disturbs."""
+    """The output of an undisturbed run."""
     process = start(folder, "whole")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed

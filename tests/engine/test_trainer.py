@@ -1,4 +1,4 @@
-"""The loop: ranks take the steps of one, accumulation equals the larger batch, a resumed run ends as the whole one."""
+"""The training loop: many ranks equal one, accumulation equals the larger batch, a resumed run equals the whole one."""
 
 import logging
 import pickle
@@ -189,7 +189,7 @@ def close_log_files():
 
 def overflow_on_rank_zero():
     """Two steps of fused SGD, the first of which overflows on rank 0 alone; returns (parameter, skipped steps)."""
-    torch.use_deterministic_algorithms(True)  # fills memory that is used uninitialised with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         parameter = torch.nn.Parameter(torch.ones(4))
         optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
@@ -227,7 +227,7 @@ class WithBatchNorm(Plain):
 
 
 def statistics_after_verification(path):
-    """Train to the end, where the last step verifies; this rank's BatchNorm mean then, and that in model.pt."""
+    """Train to the end, where the last step verifies; returns this rank's BatchNorm mean and that in model.pt."""
     torch.set_num_threads(1)
     trainer = WithBatchNorm(load_config(path))
     trainer.train()

@@ -1,4 +1,4 @@
-"""Data workers: what a lost file, a lost worker and a full /dev/shm are called; who ends them, and who does not."""
+"""Data workers: errors on a lost file, a dead worker and a full /dev/shm; who ends the workers."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def rec(tmp_path, make_record_set):
 
 
 def ended(pid, seconds=10):
-    """Whether the process `pid` ends within so many seconds."""
+    """Whether the process `pid` ends in time."""
     try:
         file = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -45,7 +45,7 @@ def begun(dataset, workers=2):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A DataLoader that waits for a batch looks after its workers every tenth of a second, not every 5 s."""
+    """A waiting DataLoader checks its workers every 0.1 s instead of every 5 s."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
 
 
@@ -60,7 +60,7 @@ def test_a_file_that_is_cut_or_overwritten_is_named(rec, workers, size):
 
 
 class CutWhileRead(RecordDataset):
-    """Its file is cut after the size was looked at."""
+    """Its file is truncated after the size check."""
 
     def __init__(self, rec):
         super().__init__(rec)
@@ -72,7 +72,7 @@ class CutWhileRead(RecordDataset):
 
 
 def test_a_file_cut_while_it_is_read_is_named(rec, quick):
-    for start in (0, 30):  # the first records lie in a page that is still there in part; for others a worker dies
+    for start in (0, 30):  # the first records are in a page that still exists in part; for others a worker dies
         data = CutWhileRead(rec)
         with pytest.raises(RecordError, match=r"train\.rec: 100 bytes, but \d+ when"):
             list(ExtractLoader(data, 6, "cpu", 1, start))
@@ -116,7 +116,7 @@ def test_a_dead_worker_is_reported_with_the_next_batch(rec, number, message):
     loader, batches, workers = begun(RecordDataset(rec))
     os.kill(workers[1].pid, number)
     assert ended(workers[1].pid)
-    assert signal.getsignal(signal.SIGCHLD) is before  # nothing is raised here, in the midst of a step
+    assert signal.getsignal(signal.SIGCHLD) is before  # nothing is raised here, in the middle of a step
     with pytest.raises(WorkerError, match=message):
         list(batches)
     with pytest.raises(WorkerError, match=message):

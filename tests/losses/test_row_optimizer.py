@@ -61,7 +61,7 @@ IMPLEMENTATIONS = [dict(foreach=False), dict(foreach=True), dict(fused=True)]
 
 
 def drawn(step):
-    """Some rows and their gradients; every third row has its turn late, so that its state is created then."""
+    """Some rows and their gradients; the last three rows come late, so that their state is created late."""
     generator = torch.Generator().manual_seed(step)
     rows = torch.randperm(ROWS if step > 3 else 6, generator=generator)[:3].sort().values
     return rows, torch.randn(3, SIZE, dtype=torch.float64, generator=generator)
@@ -72,7 +72,7 @@ def sparse(rows, values):
 
 
 def start(make, options):
-    """A parameter beside another one, as the centres beside the backbone, in an optimiser that is attached."""
+    """A parameter beside another one, like centres beside a backbone, in an attached optimiser."""
     generator = torch.Generator().manual_seed(99)
     weight = torch.nn.Parameter(torch.randn(ROWS, SIZE, dtype=torch.float64, generator=generator))
     other = torch.nn.Parameter(torch.randn(5, dtype=torch.float64, generator=generator))

@@ -1,4 +1,4 @@
-"""Means of unit rows and distances to them, against plain loops."""
+"""Class means of unit rows, and distances to them, against plain loops."""
 
 import math
 

@@ -116,7 +116,7 @@ def test_a_file_must_not_be_older_than_its_model(place):
         check_not_older(files.feature, model)
     assert str(stale.value).startswith(f"{files.feature}: older than old_model_path {model}")
     assert get in str(stale.value) and "&&" not in str(stale.value)
-    # What is derived from features is not mended before they are.
+    # Derived files are rewritten after the features.
     with pytest.raises(FeatureError) as stale:
         check_not_older(files.credible(0.9), model)
     assert f"{get} && python tools/get_feature/denoise_credible.py --T 0.9" in str(stale.value)

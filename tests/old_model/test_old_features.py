@@ -1,4 +1,4 @@
-"""The old model's features in a training run: what is refused, rows by number, and the rows of a batch."""
+"""The old model's features in a training run: refused files, rows by number, the rows of a batch."""
 
 import errno
 import os
@@ -231,7 +231,7 @@ def test_a_batch_has_the_old_rows_of_its_images(many, workers):
     loader = TrainLoader(training_set(96), 8, "cpu", workers, seed=3, old=OldRows(old))
     for epoch, start, steps in ((0, 0, 12), (1, 0, 5), (3, 7, 5)):  # one is left early
         loader.set_epoch(epoch, start)
-        batches = [batch for _, batch in zip(range(steps), loader)]  # kept: a place is filled again meanwhile
+        batches = [batch for _, batch in zip(range(steps), loader)]  # kept: their slots are reused meanwhile
         assert len(batches) == steps
         for batch in batches:
             assert torch.equal(batch.old, stored[batch.index])
@@ -253,7 +253,7 @@ def test_no_rows_are_read_for_a_method_without_them(many, monkeypatch):
 @pytest.mark.parametrize("rows", [True, False])
 def test_a_label_mismatch_in_a_batch_ends_the_run(tmp_path, workers, rows):
     labels = training_set(5000).labels().copy()
-    labels[3] = 0  # between two of the rows that are compared when the files are opened
+    labels[3] = 0  # between two of the rows compared on opening
     np.save(tmp_path / "a_feature.npy", np.ones((5000, WIDTH), np.float32))
     np.save(tmp_path / "a_label.npy", labels)
     old = OldFeatures(training_set(5000), tmp_path / "a_feature.npy")
