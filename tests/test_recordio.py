@@ -164,7 +164,7 @@ def test_a_truncated_file_is_refused_where_it_ends(three):
     whole = three.read_bytes()
     for length in (len(whole) - 1, len(whole) - 2, 110, 107, 101, 100):  # 150 bytes of record 2 and its padding
         three.write_bytes(whole[:length])
-        refuses(three, 2, 100, "truncated|no record can begin")
+        refuses(three, 2, 100, "truncated|no record can start")
         with RecordReader(three) as reader:
             assert reader.read(1) == b"\1" * 41
             with pytest.raises(RecordError, match="key 2 at offset 100"):
