@@ -391,9 +391,6 @@ def test_checkpoints_of_an_earlier_version_are_named_and_kept(tmp_path):
     for number in range(2):
         (tmp_path / f"checkpoint_step_5_gpu_{number}_of_2.pt").write_bytes(b"never opened")
     for message in run_ranks(claimed, 2, tmp_path):
-        assert message == (
-            f"{tmp_path}/checkpoint_step_5_gpu_0_of_2.pt: written by an earlier version of this code, and not resumed "
-            "by this one; finish the run with that version, choose another `output`, or delete "
-            f"{tmp_path}/checkpoint_step_*.pt to start over"
-        )
+        assert message.startswith(f"{tmp_path}/checkpoint_step_5_gpu_0_of_2.pt: written by an earlier version")
+        assert f"delete {tmp_path}/checkpoint_step_*.pt" in message
     assert len(list(tmp_path.glob("checkpoint_step_*"))) == 2

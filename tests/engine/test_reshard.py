@@ -183,6 +183,6 @@ def test_another_global_batch_resumes_at_the_same_image_with_a_warning(folder, s
     ((start, _),) = run_ranks(resumed, 1, "MixBCT", path, "--batch_size", "24")
     assert start["step"] == step
     log = (folder / name / "training.log").read_text()
-    assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr stays" in log
+    assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr is not rescaled" in log
     # Fewer steps have been done by now, yet the later set is the newest.
     assert sets_of(folder / name) == [(stopped, 2), (4, 1)]

@@ -80,7 +80,7 @@ def test_a_resumed_run_takes_lr_from_the_config(tmp_path, rec):  # noqa: F811
     assert group["weight_decay"] == 0.0 and trainer.schedule.last_epoch == 5
     log = (tmp_path / "run/training.log").read_text()
     assert "changed since the checkpoint: lr was 0.05, now 0.01" in log
-    assert "weight_decay was 0.0005, is 0.0" in log and "resume was" not in log and "margin_list" not in log[-900:]
+    assert "weight_decay was 0.0005, now 0.0" in log and "resume was" not in log and "margin_list" not in log[-900:]
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):  # noqa: F811

@@ -155,9 +155,3 @@ def test_wrong_arguments_are_named():
         ArcFace(64.0, 30)
     with pytest.raises(ValueError, match="scale"):
         CosFace(0.0)
-
-
-def test_defaults():
-    assert (ArcFace().s, ArcFace().margin) == (64.0, 0.5)
-    assert (CosFace().s, CosFace().m) == (64.0, 0.4)
-    assert CombinedMarginLoss(64, 1, 0.5, 0).interclass_filtering_threshold == 0
