@@ -1,6 +1,6 @@
-"""The training set: which records of a `.rec` file are images, their pixels and labels, and what a network is fed.
+"""The training set: which records of a `.rec` file are images, their pixels and labels, and the network's input.
 
-`RecordDataset` and `SyntheticDataset` give images by row; engine/loader.py takes them to the device in batches.
+`RecordDataset` and `SyntheticDataset` return images by row; engine/loader.py batches them on the device.
 """
 
 import pathlib
@@ -16,36 +16,36 @@ from tqdm import tqdm
 from recordio import IRHeader, RecordError, RecordReader, class_label
 
 IMAGE_SHAPE = (112, 112, 3)
-_MOST_BYTES = 1 << 20  # the pixels are 37,632 bytes; a JPEG of this size may ask for 100,000 passes over them
-_MOST_SEGMENTS = 1000  # before the one that says the size; a photograph with all its metadata has some dozens
+_MOST_BYTES = 1 << 20  # the pixels are 37,632 bytes; a JPEG of this size could demand 100,000 passes over them
+_MOST_SEGMENTS = 1000  # before the one with the size; a photo with all its metadata has a few dozen
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_BEGIN = _PNG_SIGNATURE + b"\0\0\0\rIHDR"
-_CHUNK = struct.Struct(">I4s")  # length and kind; the contents and four bytes of checksum follow
+_CHUNK = struct.Struct(">I4s")  # length and type; contents and a four-byte checksum follow
 _WIDTH_HEIGHT, _HEIGHT_WIDTH = struct.Struct(">II"), struct.Struct(">HH")
 _SIZED_SEGMENTS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOF0 ... SOF15 of ITU-T T.81, table B.1
 _SKIPPED_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})  # DHT DAC DQT DRI APPn COM
-_EXACT_FLOAT32 = 1 << 24  # float32 holds every integer up to here
+_EXACT_FLOAT32 = 1 << 24  # float32 is exact for every integer up to here
 
 ImageLayout = namedtuple("ImageLayout", ["keys", "num_classes"])
 
 
 def open_train_set(rec, num_classes=None, num_image=None):
-    """`RecordDataset`, or `SyntheticDataset` where `rec` is "synthetic". Counts that are None or 0 are not stated."""
+    """`RecordDataset`, or `SyntheticDataset` if `rec` is "synthetic". Counts of None or 0 come from the file."""
     return (SyntheticDataset if str(rec) == "synthetic" else RecordDataset)(rec, num_classes, num_image)
 
 
 def _resolve(rec):
-    """The `.rec` file that a path names: itself, without its suffix, or `train.rec` in a directory."""
+    """The `.rec` file for a path with or without the suffix, or of a directory with `train.rec`."""
     rec = pathlib.Path(rec)
     candidates = [rec / "train.rec", rec.with_name(rec.name + ".rec"), rec]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"{rec}: no .rec file, with or without the suffix, nor a directory with train.rec")
+        raise FileNotFoundError(f"{rec}: neither a .rec file (suffix optional) nor a directory with train.rec")
     return found
 
 
 class _ImageSet(Dataset):
-    """Items of one image, by the subclass's `fill`, which decodes many."""
+    """Single items through the subclass's `fill`, which decodes many rows."""
 
     def __len__(self):
         return self.num_image
@@ -57,22 +57,21 @@ class _ImageSet(Dataset):
 
     def _inside(self, row):
         if not 0 <= row < self.num_image:
-            raise IndexError(f"{self.path}: row {row} is outside the set of {self.num_image} images")
+            raise IndexError(f"{self.path}: row {row} is out of range, the set has {self.num_image} images")
         return int(row)
 
 
 class RecordDataset(_ImageSet):
     """The images of a `.rec` training set in record order.
 
-    An item is `(image, label, index)`: RGB uint8 [112, 112, 3], class in [0, num_classes), and its row in the set,
-    which is also its row in the feature files.
+    An item is `(image, label, index)`: RGB uint8 [112, 112, 3], class in [0, num_classes), and its row, the same as in
+    the feature files.
 
-    Args:
-        rec: path of the `.rec`, with or without the suffix, or of a directory that holds `train.rec`.
-        num_classes, num_image: None or 0 takes them from the header record (from all labels where there is none).
+    rec: the `.rec`, with or without its suffix, or a directory with `train.rec`.
+    num_classes, num_image: None or 0 = from the header record, or from all labels if there is none.
 
-    Raises `RecordError` where a stated count is not the file's, and, naming file, key and offset, for a record that
-    is broken, does not decode, is not 112 x 112 or has a label outside [0, num_classes).
+    Raises `RecordError` if a given count differs from the file's, and, naming file, key and offset, for a record that
+    is damaged, does not decode, is not 112 x 112 or has a label outside [0, num_classes).
     """
 
     def __init__(self, rec, num_classes=None, num_image=None):
@@ -92,7 +91,7 @@ class RecordDataset(_ImageSet):
         return self.__dict__ | {"_labels": None}
 
     def fill(self, rows, images):
-        """Decode the rows into `images`, a NumPy uint8 [B, 112, 112, 3] in RGB; returns their labels, int64 [B]."""
+        """Decode the rows into `images`, NumPy uint8 [B, 112, 112, 3], RGB; returns their labels, int64 [B]."""
         labels = np.empty(len(rows), np.int64)
         for i, row in enumerate(rows):
             bgr, labels[i] = self._load(int(self.keys[self._inside(row)]))
@@ -100,12 +99,12 @@ class RecordDataset(_ImageSet):
         return labels
 
     def label(self, row):
-        """The class of a row; reads the record's header only."""
+        """The class of a row; reads only the record's header."""
         key = int(self.keys[self._inside(row)])
         return self._checked(class_label(self.reader.read_header(key)), key)
 
     def labels(self):
-        """The classes of all rows, int64 [N]. Scans all headers once, then remembers."""
+        """The classes of all rows, int64 [N], from one scan of all headers; cached."""
         if self._labels is None:
             labels = np.empty(self.num_image, np.int64)
             step = 1 << 14
@@ -140,13 +139,13 @@ class RecordDataset(_ImageSet):
     def _agree(self, name, stated, found):
         if stated and stated != found:
             raise RecordError(
-                f"{self.path}: {name} is {found} by its header record and index, the config says {stated}; "
+                f"{self.path}: {name} is {found} in the file, but {stated} in the config; "
                 f"set {name} = {found}, or 0 to take it from the file"
             )
 
 
 class SyntheticDataset(_ImageSet):
-    """Random images with the surface of `RecordDataset`, for measuring speed without data (rec = "synthetic")."""
+    """Random images with the interface of `RecordDataset`, to measure speed without data (rec = "synthetic")."""
 
     def __init__(self, rec="synthetic", num_classes=None, num_image=None):
         if not num_classes or not num_image:
@@ -156,7 +155,7 @@ class SyntheticDataset(_ImageSet):
         self._noise = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
 
     def fill(self, rows, images):
-        """As `RecordDataset.fill`; an image is a stretch of noise whose place follows from its row."""
+        """As `RecordDataset.fill`; an image is a slice of fixed noise at an offset derived from its row."""
         for row, image in zip(rows, images):
             start = self._inside(row) * 7919 % (len(self._noise) - image.size)
             image.reshape(-1)[:] = self._noise[start : start + image.size]
@@ -173,50 +172,50 @@ class SyntheticDataset(_ImageSet):
 
 
 def is_image(payload):
-    """Whether the bytes begin as a JPEG or a PNG does."""
+    """Whether the bytes start like a JPEG or PNG."""
     return payload[:3] == b"\xff\xd8\xff" or payload[:4] == b"\x89PNG"
 
 
 def image_layout(reader):
-    """Which records of a training set are images, and how many classes it states.
+    """Which records of a training set are images, and its number of classes.
 
-    Returns `ImageLayout(keys, num_classes)`: keys in record order, a range or an int64 array; None for classes that
-    are not stated. Raises `RecordError` where header record and index disagree.
+    Returns `ImageLayout(keys, num_classes)`: keys in record order, a range or an int64 array; num_classes is None if
+    the file does not state it. Raises `RecordError` if header record and index disagree.
 
-    Record 0 is a header where its flag is > 0 and it holds no image; without one every key is an image, in the order
-    of the index. Its label[0] is the key after the last image; the images have the keys 1 ... label[0] - 1. In
-    insightface's own sets (MS1M-V3: label = 5179511, 5272942) identity records follow, with the keys label[0] ...
-    label[1] - 1, one a class. In sets that `tools/split_dataset` writes none follow, and label[1] counts the classes.
-    float32 is exact only up to 2**24, so the counts are taken from the index, and the labels must round to them.
+    Record 0 is a header record if its flag is > 0 and it has no image; without one every key is an image, in index
+    order. The images have the keys 1 ... label[0] - 1. In insightface's own sets (MS1M-V3: label = 5179511, 5272942)
+    identity records follow, one per class, with the keys label[0] ... label[1] - 1. In sets written by
+    `tools/split_dataset` none follow, and label[1] is the number of classes. float32 is exact only up to 2**24, so
+    the counts come from the index, and the labels must round to them.
     """
     header, payload = reader.read_record(0) if 0 in reader else (IRHeader(0, 0.0, 0, 0), b"")
     if header.flag == 0 or is_image(payload):
         return ImageLayout(reader.keys, None)
     counts = [float(value) for value in header.label[:2]]
-    says = f"{reader.path}: key 0 at offset {reader.offset(0)}: the header record says label = {counts}"
+    says = f"{reader.path}: key 0 at offset {reader.offset(0)}: the header record has label = {counts}"
     if any(not (value >= 1 and value.is_integer()) for value in counts):
-        raise RecordError(f"{says}, which are no counts; write the set anew")
+        raise RecordError(f"{says}, not counts; rewrite the set")
     gap = reader.first_missing_key()
     if gap is not None:
-        raise RecordError(f"{says}, but key {gap} is not in {reader.idx_path.name}; copy or write the index anew")
+        raise RecordError(f"{says}, but key {gap} is not in {reader.idx_path.name}; copy or rewrite the index")
     end = len(reader)  # the keys are 0 ... end - 1
     first_identity = _first_identity(reader, counts, end)
     if first_identity is not None:
         return ImageLayout(range(1, first_identity), end - first_identity)
     if np.float32(end) != counts[0]:
-        raise RecordError(f"{says}, but {reader.idx_path.name} has the keys 0 to {end - 1}: one of them is not its own")
+        raise RecordError(f"{says}, but {reader.idx_path.name} has keys 0 to {end - 1}: .rec and .idx do not match")
     if len(counts) == 2 and counts[1] > _EXACT_FLOAT32:
-        raise RecordError(f"{says}; so many classes cannot be told apart by float32 labels")
+        raise RecordError(f"{says}; float32 labels cannot tell that many classes apart")
     return ImageLayout(range(1, end), int(counts[1]) if len(counts) == 2 else None)
 
 
 def _first_identity(reader, counts, end):
-    """The key of the first identity record where a set of keys 0 ... end - 1 is of insightface's form, else None."""
+    """Key of the first identity record if a set with keys 0 ... end - 1 has insightface's layout, else None."""
     if len(counts) < 2 or np.float32(end) != counts[1] or counts[0] > counts[1]:
         return None
-    if counts[0] < _EXACT_FLOAT32:  # 2**24 itself may stand for 2**24 + 1
+    if counts[0] < _EXACT_FLOAT32:  # 2**24 itself may be a rounded 2**24 + 1
         return int(counts[0]) if counts[0] < end else None
-    # Inexact: the identity records, which hold no image, begin at a key that rounds to label[0].
+    # Inexact: identity records, which have no image, start at a key that rounds to label[0].
     reach = int(np.spacing(np.float32(counts[0])))
     for key in range(int(counts[0]) - reach, min(int(counts[0]) + reach + 1, end)):
         if np.float32(key) == counts[0] and not reader.read_record(key)[1]:
@@ -228,9 +227,9 @@ def _first_identity(reader, counts, end):
 
 
 def image_size(data):
-    """`(width, height)` by the header of a JPEG or PNG; None for bytes that begin as neither.
+    """`(width, height)` from the header of a JPEG or PNG, bytes or a uint8 array; None for anything else.
 
-    data: bytes, or a uint8 array. Nothing is decoded: a header costs a few microseconds, whatever it announces.
+    Nothing is decoded: it takes a few microseconds, whatever size the header declares.
     """
     view = memoryview(data)
     if len(view) >= 24 and view[:16] == _PNG_BEGIN:
@@ -239,7 +238,7 @@ def image_size(data):
 
 
 def _jpeg_size(view):
-    """Walks the segments as strictly as the decoder, so that both come to the same one; None for any other order."""
+    """Walk the segments as strictly as the decoder, so that both find the same size; None for any other order."""
     at = 2
     for _ in range(_MOST_SEGMENTS):
         if at + 9 > len(view) or view[at] != 0xFF:
@@ -257,13 +256,13 @@ def _jpeg_size(view):
 
 
 def decode_bgr(data):
-    """Decode a JPEG or PNG, a uint8 array: [112, 112, 3], in OpenCV's order of channels.
+    """Decode a JPEG or PNG, a uint8 array: [112, 112, 3], BGR.
 
-    Raises `ValueError` for bytes that are not a whole image (OpenCV alone would fill the missing end of a JPEG with
-    grey), are more than 1 MiB or, before their pixels are reserved, announce another size.
+    Raises `ValueError` for a truncated image (OpenCV would fill the missing end of a JPEG with grey), for more than
+    1 MiB and, before any pixel is allocated, for a header with another size.
     """
     if len(data) > _MOST_BYTES:
-        raise ValueError(f"its {len(data)} bytes are too many for 112 x 112 pixels: align the faces first")
+        raise ValueError(f"{len(data)} bytes are too many for 112 x 112 pixels: align the faces first")
     size = image_size(data)
     if size is not None and size != IMAGE_SHAPE[1::-1]:
         raise ValueError(f"image is {size[0]} x {size[1]}, not 112 x 112: align the faces first")
@@ -273,16 +272,16 @@ def decode_bgr(data):
     except cv2.error:
         image = None
     if image is None or image.shape != IMAGE_SHAPE:
-        raise ValueError(f"its {len(data)} bytes do not decode as an image")
+        raise ValueError(f"{len(data)} bytes that do not decode as an image")
     return image
 
 
 def whole_image(data):
-    """`data`, a JPEG or PNG, without what follows a PNG's last chunk; None if a JPEG's end marker or that chunk lacks.
+    """`data`, a JPEG or PNG, cut after a PNG's last chunk; None if a JPEG's end marker or that chunk is missing.
 
-    A JPEG's scan data cannot hold the marker: 0xff is always followed by a zero or a restart number. OpenCV reserves
-    what a PNG's chunk announces, up to 2 GB, and fills it, before it finds that the file is shorter; and it looks for
-    chunks behind the last one.
+    JPEG scan data cannot contain the marker: 0xff is always followed by a zero or a restart number. OpenCV allocates
+    and fills the declared length of a PNG chunk, up to 2 GB, before it notices a truncated file, and it reads chunks
+    beyond the last one.
     """
     if data[0] == 0xFF:
         return data if b"\xff\xd9" in data[-64:].tobytes() or b"\xff\xd9" in data.tobytes() else None
@@ -295,7 +294,7 @@ def whole_image(data):
     return None
 
 
-# --- What a network is fed --------------------------------------------------------------------------------------------
+# --- The network's input ----------------------------------------------------------------------------------------------
 
 
 def to_input(images, mirrored=None):
@@ -310,7 +309,7 @@ def to_input(images, mirrored=None):
 
 def _to_input_by_batch(images, mirrored):
     if mirrored is not None:
-        # Choosing among both versions by row number, unlike by mask, copies whole images and waits for nothing.
+        # Indexing both versions by row, unlike masking, copies whole images and needs no host sync.
         row = torch.arange(len(images), device=images.device)
         images = torch.cat([images, images.flip(2)]).index_select(0, row + len(images) * mirrored)
     images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -318,7 +317,7 @@ def _to_input_by_batch(images, mirrored):
 
 
 def _to_input_by_image(images, mirrored):
-    """On the CPU a fraction of the work, for an image stays in the cache, and no threads that wait for each other."""
+    """Far cheaper than by batch on the CPU: an image stays in cache, and no threads wait for each other."""
     count, height, width, channels = images.shape
     result = torch.empty((count, channels, height, width), dtype=torch.float32)
     planes = np.empty((channels * height, width), np.uint8)

@@ -1,9 +1,8 @@
-"""Train an old model with a plain softmax head: what was in production before margins were.
+"""Train an old model with a plain softmax head, as production models had before margins.
 
     torchrun --nproc_per_node=8 train_old_softmax.py configs/f128_r18_softmax_class30.py
 
-The head (`cls_fc`, linear with bias) is part of the network and so of model.pt; whoever uses the model as a feature
-extractor drops its keys.
+The head (`cls_fc`, linear with bias) is part of the network and so of model.pt; `load_backbone` drops its keys.
 """
 
 import backbones

@@ -32,9 +32,9 @@ class ConvBlock(LinearBlock):
 
 
 class DepthWise(nn.Module):
-    """Bottleneck (paper, section 3.2): 1×1 to `groups` channels, 3×3 on each alone with the stride, linear 1×1.
+    """Bottleneck (paper, section 3.2): 1×1 to `groups` channels, depth-wise 3×3 with the stride, linear 1×1.
 
-    residual: add the input; only where shapes agree.
+    residual: add the input; needs equal shapes.
     """
 
     def __init__(self, in_channels, out_channels, groups, stride=1, residual=False):

@@ -1,17 +1,17 @@
 """Config files: plain Python that defines `config`, an EasyDict, in layers.
 
-For a run's file the layers are, each over the one before:
+The layers of a run's config, each overriding the ones before:
 
 1. `configs/base.py` at the repo root, which declares every shared key;
 2. `base.py` in the nearest directory named `configs` above the file (a method's own keys and defaults);
-3. for a file in a sub-directory, such as `configs/demo/`: the same sub-directory's `base.py` at the root, then
-   in the method;
-4. the scenario that the file names, one of `configs/scenarios/`: which data, and which old model's files;
+3. for a file in a sub-directory, such as `configs/demo/`: that sub-directory's `base.py` at the root, then the
+   method's;
+4. the scenario that the file names, one of `configs/scenarios/`: the data, and the old model's files;
 5. the file itself;
-6. the environment variable BCT_OVERRIDES, such as `--network tiny --num_epoch 1`, to try a whole flow small;
+6. the environment variable BCT_OVERRIDES, such as `--network tiny --num_epoch 1`, to try a whole flow quickly;
 7. `--key value` from the command line.
 
-Only the `base.py` files may declare keys. A key that none of them knows is an error that names the nearest one.
+Only `base.py` files may declare keys. An undeclared key is an error that names the nearest declared one.
 """
 
 import ast
@@ -28,7 +28,7 @@ from core.errors import UserError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
-# Keys that hold paths; relative ones lie under `workspace`.
+# Keys that are paths, relative to `workspace`.
 PATH_KEYS = (
     "rec",
     "rec_val",
@@ -42,15 +42,15 @@ PATH_KEYS = (
 )
 
 
-# What the shared keys may be; a method holds its own keys in its range with `require`.
+# Allowed values of the shared keys; a method checks its own with `require`.
 RANGES = {
     "embedding_size": (lambda v: v > 0, "above 0"),
     "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "margin_list": (
         lambda v: len(v) == 3 and all(isinstance(m, (int, float)) for m in v) and 0 <= v[1] < math.pi,
-        "three numbers, (m1, m2, m3), of which m2 is at least 0 and below pi",
+        "three numbers, (m1, m2, m3), with m2 at least 0 and below pi",
     ),
-    "decay_epoch": (lambda v: all(isinstance(epoch, (int, float)) for epoch in v), "epochs, numbers"),
+    "decay_epoch": (lambda v: all(isinstance(epoch, (int, float)) for epoch in v), "a list of numbers"),
     "margin_scale": (lambda v: v > 0, "above 0"),
     "sample_rate": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "lr": (lambda v: v > 0, "above 0"),
@@ -59,7 +59,7 @@ RANGES = {
     "batch_size": (lambda v: v > 0, "above 0"),
     "gradient_acc": (lambda v: v > 0, "above 0"),
     "num_epoch": (lambda v: v > 0, "above 0"),
-    "warmup_epoch": (lambda v: v >= 0 or v == -1, "at least 0, or -1: decay as if one epoch of it were over"),
+    "warmup_epoch": (lambda v: v >= 0 or v == -1, "at least 0, or -1: decay from one epoch ahead"),
     "clip_grad_norm": (lambda v: v >= 0, "at least 0"),
     "num_classes": (lambda v: v >= 0, "at least 0"),
     "num_image": (lambda v: v >= 0, "at least 0"),
@@ -73,7 +73,7 @@ RANGES = {
 }
 
 
-# What other repos call some of the keys, for the hint at an unknown one.
+# Other repos' names of some keys, for the hint on an unknown one.
 _USUAL_NAMES = {
     "learning_rate": "lr",
     "epochs": "num_epoch",
@@ -90,16 +90,16 @@ _USUAL_NAMES = {
 
 
 class ConfigError(UserError):
-    """A config file, key or value that cannot be used. The message names the file and the key."""
+    """An unusable config file, key or value. The message names the file and the key."""
 
 
 def load_config(path, overrides=()):
     """Read the config file `path` over its bases and apply `overrides`.
 
-    path: a file, relative to the working directory, or to the repo root if it is not there.
-    overrides: command-line words, `["--lr", "0.02"]` or `["--lr=0.02"]`.
-    Returns an EasyDict with all keys; path keys are absolute strings, `name` is the file's stem and `config_file`
-    its path. Raises ConfigError.
+    path: relative to the working directory or, if not found there, to the repo root.
+    overrides: command-line arguments, `["--lr", "0.02"]` or `["--lr=0.02"]`.
+    Returns an EasyDict of all keys; paths are absolute strings, `name` is the file's stem and `config_file` its path.
+    Raises ConfigError.
     """
     path = _find(path)
     config = EasyDict()
@@ -123,7 +123,7 @@ def load_config(path, overrides=()):
 
 
 def require(config, key, condition, text):
-    """Raise a ConfigError that says what `key` must be (`text`, such as "at least 0") unless `condition` holds."""
+    """Unless `condition`, raise a ConfigError that says what `key` must be: `text`, such as "at least 0"."""
     if not condition:
         raise ConfigError(f"{config.config_file}: {key} = {config[key]!r}; it must be {text}")
 
@@ -132,11 +132,11 @@ def _find(path):
     for candidate in (pathlib.Path(path), REPO / path):
         if candidate.is_file():
             return candidate.resolve()
-    raise ConfigError(f"{path}: no such config file, neither here nor under {REPO}")
+    raise ConfigError(f"{path}: no such config file, here or under {REPO}")
 
 
 def _bases(path):
-    """The base.py files under `path`, outermost first; a file outside any `configs` directory has the root's alone."""
+    """The base.py files that apply to `path`, outermost first; outside a `configs` directory only the root's."""
     roots = [REPO / "configs"]
     below = pathlib.Path()
     for parent in path.parents:
@@ -151,14 +151,14 @@ def _bases(path):
 
 
 def _scenario_layer(config, layers, config_file):
-    """`(where, keys)` of the scenario that the last of `layers` names, less the paths that a method has no key for."""
+    """`(where, keys)` of the scenario named by the last of `layers`, without paths that the method does not declare."""
     name = [config.scenario, *(value for _, layer in layers for key, value in layer if key == "scenario")][-1]
     if not name:
         return "", []
     path = REPO / "configs" / "scenarios" / f"{name}.py"
     if not path.is_file():
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.py")))
-        raise ConfigError(f"{config_file}: scenario = {name!r} is none of configs/scenarios/: {known}")
+        raise ConfigError(f"{config_file}: scenario = {name!r} is not in configs/scenarios/; choose one of {known}")
     return path, [(key, value) for key, value in _run(path).items() if key in config or key not in PATH_KEYS]
 
 
@@ -168,7 +168,7 @@ def _run(path):
     except Exception as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: defines no `config`; begin with `config = edict()`")
+        raise ConfigError(f"{path}: defines no `config`; start it with `config = edict()`")
     return config
 
 
@@ -177,7 +177,7 @@ def _parse_overrides(words, where):
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ConfigError(f"{where}: {word!r} is not a key; write --key value")
+            raise ConfigError(f"{where}: unexpected {word!r}; write --key value")
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not words:
@@ -193,14 +193,12 @@ def _parse_overrides(words, where):
 def _assign(config, key, value, where):
     if key not in config:
         near = _USUAL_NAMES.get(key) or next(iter(difflib.get_close_matches(key, config, n=1, cutoff=0)))
-        raise ConfigError(
-            f"{where}: unknown key {key!r}; the nearest known one is {near!r}, configs/base.py has all of them"
-        )
+        raise ConfigError(f"{where}: unknown key {key!r}; did you mean {near!r}? configs/base.py lists all keys")
     config[key] = _checked(key, value, config[key], where)
 
 
 def _checked(key, value, default, where):
-    """`value`, if it has the type of the default; int passes for float, list for tuple and the other way round."""
+    """`value`, if it has the default's type; int is accepted for float, list and tuple for each other."""
     kinds = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), list: (tuple, list)}
     allowed = kinds.get(type(default))
     if allowed is None or (isinstance(value, allowed) and (type(value) is not bool or bool in allowed)):

@@ -1,11 +1,11 @@
-"""Ranks, devices and the few collectives that losses need.
+"""Ranks, devices and the collectives that losses need.
 
 Convention of the whole repo: a loss term is a scalar of the *global* batch. It has the same value on every rank,
 and its gradient on a rank is the exact derivative with respect to that rank's tensors. Gradients of replicated
 parameters are therefore *summed* over the ranks (see `engine.trainer`), never averaged, so that one rank and
 many ranks with the same global batch take the same step.
 
-Everything here also works in a single process without an initialised process group.
+Everything here also works in a single process, without a process group.
 """
 
 import datetime
@@ -16,23 +16,23 @@ import torch.distributed as dist
 
 
 def init_distributed(backend=None, timeout_minutes=30):
-    """Join the process group that the launcher describes in the environment, if there is one.
+    """Join the launcher's process group, if there is one. Returns `(rank, world_size, device)`.
 
-    Returns `(rank, world_size, device)`. Ranks come from RANK/WORLD_SIZE/LOCAL_RANK (torchrun and
-    torch.distributed.launch both set them); without them this is a single process. The device is
-    `cuda:LOCAL_RANK` where CUDA is available, else `cpu`; the backend is nccl or gloo accordingly.
+    Ranks come from RANK/WORLD_SIZE/LOCAL_RANK, set by torchrun and torch.distributed.launch; without them this is a
+    single process. The device is `cuda:LOCAL_RANK` if CUDA is available, else `cpu`; the backend is nccl or gloo
+    accordingly.
     """
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
         raise SystemExit(
-            f"Slurm started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, but none knows its rank: each would be a run "
-            "of its own. Have srun start torchrun, one task a machine (--ntasks-per-node=1)"
+            f"Slurm started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without RANK: each would train on its own. "
+            "Have srun start torchrun, one task per machine (--ntasks-per-node=1)"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise SystemExit(
-                f"rank with LOCAL_RANK={device.index} has no GPU: this machine has {torch.cuda.device_count()}; "
+                f"no GPU for LOCAL_RANK={device.index}: this machine has {torch.cuda.device_count()}; "
                 f"start with --nproc_per_node={torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device)
@@ -48,10 +48,10 @@ def init_distributed(backend=None, timeout_minutes=30):
 
 
 def _store_after_restart(timeout):
-    """What `init_process_group` takes beside the usual when `torchrun --max-restarts` has restarted this process.
+    """Extra arguments of `init_process_group` after a restart by `torchrun --max-restarts`.
 
-    torchrun's store with --master_port outlives the attempt, and holds where its ranks listened; torch 2.15 has those
-    of the next attempt look there. On several machines --rdzv_backend=c10d has a new store for each attempt.
+    With --master_port torchrun's store outlives the attempt and still has its ranks' addresses; with torch 2.15 the
+    next attempt would use them. On several machines --rdzv_backend=c10d creates a new store for each attempt.
     """
     attempt, ranks = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ["WORLD_SIZE"]
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -89,9 +89,8 @@ def shutdown():
 
 
 def to_device(tensor, device):
-    """A tensor on `device`; from the CPU to CUDA by pinned memory, so that the host does not wait for the device.
-
-    A plain `.to(device)` would return only after all that is queued on the device before the copy.
+    """`tensor` on `device`. From the CPU to CUDA through pinned memory: a plain `.to(device)` would make the host wait
+    for all work queued on the device.
     """
     if tensor.is_cuda or torch.device(device).type != "cuda":
         return tensor.to(device)
@@ -99,7 +98,7 @@ def to_device(tensor, device):
 
 
 def rows_of_rank(total, rank, world_size):
-    """The contiguous share `(start, stop)` of `total` rows that `rank` owns: sizes differ by at most one, in order."""
+    """`(start, stop)` of the contiguous share of `total` rows that `rank` owns; shares differ by at most one row."""
     size, rest = divmod(total, world_size)
     start = rank * size + min(rank, rest)
     return start, start + size + (rank < rest)
@@ -113,23 +112,20 @@ def all_reduce_(tensor, op=dist.ReduceOp.SUM):
 
 
 def broadcast_(tensor, source=0):
-    """Overwrite `tensor` on every rank with that of rank `source`; outside autograd."""
+    """Overwrite `tensor` on every rank with rank `source`'s; outside autograd."""
     if world_size() > 1:
         dist.broadcast(tensor, source)
     return tensor
 
 
 def broadcast_buffers(module, source=0):
-    """Give every rank rank `source`'s buffers of `module`: BatchNorm's statistics are each rank's own in training."""
+    """Copy rank `source`'s buffers of `module` to all ranks: in training each has its own BatchNorm statistics."""
     for buffer in module.buffers():
         broadcast_(buffer, source)
 
 
 def gather(tensor):
-    """Concatenate equally shaped tensors of all ranks along dim 0, in rank order: [B, ...] -> [world·B, ...].
-
-    No gradient. In a single process this is the tensor itself, detached.
-    """
+    """Concatenate equally shaped tensors of all ranks in rank order, without gradient: [B, ...] -> [world·B, ...]."""
     tensor = tensor.detach().contiguous()
     if world_size() == 1:
         return tensor
@@ -139,7 +135,7 @@ def gather(tensor):
 
 
 def gather_objects(value):
-    """`[rank 0's value, rank 1's, ...]` on every rank, of anything that can be pickled."""
+    """`[rank 0's value, rank 1's, ...]` on every rank; `value` must be picklable."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -154,17 +150,16 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Each rank holds the derivative of its own share of the loss with respect to *all* rows;
-        # the derivative with respect to my rows is the sum of everyone's.
-        # (A reduce-scatter would say it more tightly, but gloo has none in the older torch versions.)
+        # Each rank has the derivative of its share of the loss with respect to *all* rows; the derivative with
+        # respect to my rows is their sum. (A reduce-scatter would do, but gloo has none in older torch versions.)
         grad = all_reduce_(grad.contiguous().clone())
         return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 def gather_with_grad(tensor):
-    """As `gather`, with gradient: the backward sums what all ranks say about my rows.
+    """As `gather`, with gradient: the backward sums all ranks' gradients of my rows.
 
-    Meant for losses whose ranks each hold a *different share* of the work on the gathered rows (class shards).
+    For losses in which each rank does a *different share* of the work on the gathered rows (class shards).
     A loss that every rank computes in full from the gathered rows would be counted `world_size` times.
     """
     return _GatherWithGrad.apply(tensor) if world_size() > 1 else tensor
@@ -181,18 +176,18 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(tensor):
-    """Sum over the ranks of a tensor of which each rank holds a share; the result is the same everywhere.
+    """Sum of a tensor over the ranks, the same on all of them.
 
-    Its gradient is passed to the local share as it is: every rank computes the same function of the sum, so the
-    incoming gradient is already the whole derivative (all-reducing it again would count it `world_size` times).
+    The gradient passes through unchanged: every rank computes the same function of the sum, so the incoming gradient
+    is already the whole derivative (all-reducing it again would count it `world_size` times).
     """
     return _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
 
 
 def global_mean(value):
-    """Mean over the ranks of a scalar that each rank computed on its own, equally large, part of the batch.
+    """Mean over the ranks of a scalar that each computed on its own, equally large, part of the batch.
 
-    The value is the same on every rank; the gradient reaching this rank's value is 1/world_size, as it must be
-    for a mean over the global batch.
+    The same on every rank; its gradient with respect to this rank's value is 1/world_size, as for a mean over the
+    global batch.
     """
     return sum_over_ranks(value / world_size())

@@ -1,4 +1,4 @@
-"""Errors that a user can mend end a script with one line instead of a traceback."""
+"""Errors that a user can fix end a script with one line instead of a traceback."""
 
 import contextlib
 import errno
@@ -8,21 +8,21 @@ import traceback
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the file and the key, and says what to do next."""
+    """An error that the user can fix. The message names the file, the key and the next step."""
 
 
-# What the system may refuse: the message of such an OSError, with its file, says it all.
+# Refused by the system: the message of such an OSError, with its file, says it all.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT, errno.EMFILE}
 _REFUSED |= {errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENOTCONN, errno.ESHUTDOWN}  # network disks
 
 
 @contextlib.contextmanager
 def report_errors():
-    """Print one line for an error that the user can mend, and exit with 1; anything else is a bug and goes through.
+    """Print one line for an error that the user can fix, and exit with 1; anything else is a bug and propagates.
 
-    The former are a UserError, a file that is missing, a disk that is full or not ours to write, and too
-    little GPU memory. With several ranks each says its own line, marked with its rank, or its traceback, and ends at
-    once: at its exit Python would wait, in the process group's shutdown, for ranks that are still at work.
+    User errors are UserError, a missing file, a full or read-only disk, and too little GPU memory. Under a launcher
+    each rank prints its line or traceback, prefixed with its rank, and exits at once: Python's normal exit would wait,
+    in the shutdown of the process group, for ranks that are still working.
     """
     try:
         yield
@@ -39,15 +39,15 @@ def report_errors():
 
 
 def _line(error):
-    """What to say of an error that the user can mend; None for others."""
+    """The line for an error that the user can fix; None for others."""
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, (UserError, FileNotFoundError)):
         return said
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return said
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; scripts that do without torch need not import it here
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: scripts without torch need not import it
         return (
             f"{said.partition('. ')[0]}. "
-            "Set a smaller batch_size, with gradient_acc raised to keep the global batch, or a sample_rate below 1"
+            "Lower batch_size, raising gradient_acc to keep the global batch, or set sample_rate below 1"
         )
     return None

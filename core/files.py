@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the state files of a run: written so, read without running any code."""
+"""Atomic file writes, and the state files of a run, which are read without running code."""
 
 import contextlib
 import errno
@@ -11,23 +11,22 @@ import torch
 
 from core.errors import UserError
 
-# An OSError with one of these comes from nonsense in the file (a bad offset); any other comes from the system.
+# An OSError with one of these comes from damaged content (a bad offset); any other comes from the system.
 _FROM_CONTENT = {None, errno.EINVAL}
-# In torch's RuntimeErrors that say nothing about the file.
+# In RuntimeErrors of torch that are not about the file.
 _FROM_SYSTEM = re.compile("allocate memory|out of memory|unable to mmap|unable to open|Too many open files|CUDA error")
 
 
 class CheckpointError(UserError):
-    """A checkpoint or model file that cannot be used; the message names it and the next step."""
+    """An unusable checkpoint or model file; the message names it and the next step."""
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """`with atomic_write(path) as file:` a binary file that takes the name `path` once it is whole and on the disk.
+    """`with atomic_write(path) as file:` a binary file that is renamed to `path` once it is complete and on disk.
 
-    It is written under a temporary name in the same directory. If the block fails, that is removed and a file that
-    was there before stays as it was; a process that is killed leaves it behind, for `remove_leftovers`. Raises
-    OSError where it cannot be written.
+    Until then it has a temporary name in the same directory. If the block fails, the temporary file is removed and an
+    existing `path` stays as it was; a killed process leaves it behind, see `remove_leftovers`. Raises OSError.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -35,7 +34,7 @@ def atomic_write(path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # else a crash could leave the name without its contents
+            os.fsync(file.fileno())  # else a crash could leave the name without the contents
         os.replace(temporary, path)
         sync_directory(path.parent)
     finally:
@@ -43,7 +42,7 @@ def atomic_write(path):
 
 
 def sync_directory(path):
-    """Sync the names in a directory to disk; where directories cannot be opened (Windows) there is nothing to do."""
+    """Sync the names in a directory to disk; a no-op where directories cannot be opened (Windows)."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -51,13 +50,13 @@ def sync_directory(path):
     try:
         os.fsync(descriptor)
     except OSError:
-        pass  # some network file systems refuse; the rename is done, and theirs to keep
+        pass  # refused by some network file systems, which then persist the rename themselves
     finally:
         os.close(descriptor)
 
 
 def remove_leftovers(directory):
-    """Delete the temporary files of killed processes; none may be writing there now."""
+    """Delete the temporary files of killed processes; nothing may be writing there now."""
     for path in pathlib.Path(directory).glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -71,42 +70,42 @@ def save_atomically(state, path):
 
 
 def write_atomically(write, path):
-    """Have `write(file)` write a file of a run, in a directory made for it; CheckpointError if the disk refuses."""
+    """Write a file with `write(file)`, creating its directory; CheckpointError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             write(file)
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch raises its own error over it
+        reason = error if isinstance(error, OSError) else error.__context__  # torch wraps it in its own error
         if not isinstance(reason, OSError):
             raise
         raise CheckpointError(
-            f"{path}: could not be written ({reason.strerror}); earlier checkpoints are intact: "
-            "make room, then start again with --resume True"
+            f"{path}: cannot be written ({reason.strerror}); earlier checkpoints are intact: "
+            "free some space, then restart with --resume True"
         ) from error
 
 
 def load(path, map_location="cpu", mmap=False):
     """torch.load of tensors and plain values (`weights_only`).
 
-    Raises CheckpointError for a damaged file. Errors of the system (no such file, no permission, a network disk that
-    is away, out of memory) pass through, for the file may be good.
+    Raises CheckpointError for a damaged file. System errors (no such file, no permission, network disk gone, out of
+    memory) propagate, because the file may be intact.
     """
     with _damage_named(path):
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def check_whole(path):
-    """Verify the checksums of a file that torch.save wrote, which torch.load does not; raises as `load`."""
+    """Verify the checksums of a torch.save file, which torch.load does not do; raises as `load`."""
     with _damage_named(path), zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:
-        raise CheckpointError(f"{path}: damaged, wrong checksum of its part {damaged}")
+        raise CheckpointError(f"{path}: damaged, wrong checksum in {damaged}")
 
 
 @contextlib.contextmanager
 def _damage_named(path):
-    """A damaged file may raise nearly anything when it is read: all but errors of the system become CheckpointError."""
+    """Turn all but system errors into CheckpointError: reading a damaged file may raise nearly anything."""
     try:
         yield
     except Exception as error:

@@ -1,9 +1,9 @@
-"""insightface's verification sets (lfw.bin, cfp_fp.bin, agedb_30.bin, ...), read without running anything in them.
+"""insightface's verification sets (lfw.bin, cfp_fp.bin, agedb_30.bin, ...), read without running code in them.
 
 A .bin file is a pickle of `(images, same)`: 2·N encoded images and N booleans; images 2i and 2i+1 are pair i. A pickle
-may call any function, so it is read by the standard library's unpickler (the one in Python) with two allow-lists:
-opcodes, and the few names that plain data asks for, which are functions of this module. None of them copies data that
-the file holds once, and opcodes are counted: memory and time stay in proportion to the file's size.
+can call any function, so it is read by the standard library's pure-Python unpickler with two allow-lists: opcodes, and
+the few names that plain data needs, mapped to functions of this module. None of them duplicates the file's data, and
+opcodes are counted: memory and time stay proportional to the file size.
 """
 
 import mmap
@@ -16,8 +16,8 @@ import numpy as np
 
 from core.errors import UserError
 
-# What picklers of Python 2 and 3 write for bytes, booleans, small numbers, lists, tuples and NumPy arrays of these.
-# No dictionaries and sets: hashing a deeply nested key would overflow the stack.
+# What Python 2 and 3 write for bytes, booleans, small numbers, lists, tuples and NumPy arrays of these.
+# No dicts or sets: hashing a deeply nested key would overflow the stack.
 _OPCODES = """
     PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT BININT1
     BININT2 LONG LONG1 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE
@@ -27,22 +27,22 @@ _OPCODES = """
 
 
 class VerificationError(UserError):
-    """A .bin set that is missing or damaged; the message names the file."""
+    """A missing or damaged .bin set; the message names the file."""
 
 
 class _NotASet(Exception):
-    """Why the file's content is refused."""
+    """Why the content is refused."""
 
 
 def read_bin(path):
     """Read a .bin set without running any code in it.
 
-    Returns `(images, same)`: a list of 2·N encoded images (bytes) and a bool array [N]. The lists may be tuples or
-    NumPy arrays, an image a bytearray or a uint8 array, a boolean a 0 or 1. Raises VerificationError.
+    Returns `(images, same)`: a list of 2·N encoded images (bytes) and a bool array [N]. In the file, lists may also be
+    tuples or NumPy arrays, images bytearrays or uint8 arrays, booleans 0 or 1. Raises VerificationError.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise VerificationError(f"{path}: no such verification set; put it there, or take it out of val_targets")
+        raise VerificationError(f"{path}: no such verification set; copy it there or remove it from val_targets")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -51,23 +51,23 @@ def read_bin(path):
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
                 return _checked(_Unpickler(data, size).load())
     except OSError as error:
-        raise VerificationError(f"{path}: cannot be read: {error.strerror}") from None
+        raise VerificationError(f"{path}: cannot be read ({error.strerror}); check path and disk") from None
     except _NotASet as error:
         why = str(error)
-    except Exception as error:  # whatever the unpickler stumbles over
-        why = f"it is cut or damaged ({' '.join(f'{type(error).__name__}: {error}'.split())[:100]})"
-    raise VerificationError(f"{path}: not a verification set: {why}; copy it again or write it anew")
+    except Exception as error:  # anything that damaged data makes the unpickler raise
+        why = f"it is truncated or damaged ({' '.join(f'{type(error).__name__}: {error}'.split())[:100]})"
+    raise VerificationError(f"{path}: not a verification set: {why}; copy or rewrite it")
 
 
 def _checked(content):
-    """`(images, same)` as `read_bin` returns them. Looks at types alone: what is nested may be endless."""
+    """`(images, same)` as `read_bin` returns them. Checks types only: nested content could be endless."""
     if type(content) not in (tuple, list) or len(content) != 2:
-        raise _NotASet("it holds no pair of lists")
+        raise _NotASet("it is not a pair of lists")
     images, same = (part.values() if type(part) is _Array else part for part in content)
     if type(images) not in (tuple, list) or type(same) not in (tuple, list):
-        raise _NotASet("it holds no pair of lists")
+        raise _NotASet("it is not a pair of lists")
     if len(images) != 2 * len(same) or not same:
-        raise _NotASet(f"it must hold 2·N images and N booleans, N > 0, not {len(images)} and {len(same)}")
+        raise _NotASet(f"it needs 2·N images and N booleans, N > 0, not {len(images)} and {len(same)}")
     images = [image.data if type(image) is _Array and image.dtype == "u1" else image for image in images]
     for position, image in enumerate(images):
         if type(image) is not bytes:
@@ -79,7 +79,7 @@ def _checked(content):
 
 
 class _Array:
-    """A NumPy array as it is pickled: `data` is its bytes, or a list if it holds objects."""
+    """A pickled NumPy array: `data` is its bytes, or a list for an array of objects."""
 
     def __init__(self, data=None, dtype="", *_):
         self.data, self.dtype = data, dtype
@@ -91,7 +91,7 @@ class _Array:
 def _dtype(name, *_):
     name = name.decode() if type(name) is bytes else name
     if not re.fullmatch(r"b1|[ui][1248]|S[0-9]{1,9}|O[48]?", name):
-        raise _NotASet(f"it has a NumPy array of {name[:20]}")
+        raise _NotASet(f"it has a NumPy array of dtype {name[:20]}")
     return name
 
 
@@ -100,15 +100,15 @@ def _scalar(dtype, data):
 
 
 def _encoder(left):
-    """The function `_codecs.encode` for `left` characters in all; bytearray and bytes, too."""
+    """A replacement of `_codecs.encode`, bytearray and bytes for at most `left` characters in all."""
 
     def encode(data=b"", encoding=None):
         nonlocal left
         if type(data) is bytes:
             return data
         if type(data) is not str or encoding not in ("latin1", "latin-1", b"latin-1"):
-            raise _NotASet("it calls what it may not")
-        left -= len(data)  # the same text again and again would take more memory than the file
+            raise _NotASet("it makes a call that is not allowed")
+        left -= len(data)  # repeating the same text could take more memory than the file
         if left < 0:
             raise _NotASet("it is larger than its file")
         return data.encode("latin-1")
@@ -121,12 +121,12 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, file, size):
         super().__init__(file, encoding="bytes")  # a str of Python 2 is bytes
-        self.dispatch = _Counted(self.dispatch, 10_000 + size // 4)  # an image has a few, and 100 bytes at least
+        self.dispatch = _Counted(self.dispatch, 10_000 + size // 4)  # an image takes a few, and at least 100 bytes
         self.encode = _encoder(size)
 
     def find_class(self, module, name):
         known = {
-            "_codecs.encode": self.encode,  # how Python 3 writes bytes in the protocols 0 to 2
+            "_codecs.encode": self.encode,  # bytes of Python 3 in protocols 0 to 2
             "builtins.bytearray": self.encode,
             "builtins.bytes": self.encode,
             "numpy.ndarray": None,
@@ -137,7 +137,7 @@ class _Unpickler(pickle._Unpickler):
         }
         name = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
         if name not in known:
-            raise _NotASet(f"it asks for {name[:60]!r:.100}, which has no place in one")
+            raise _NotASet(f"it refers to {name[:60]!r:.100}, which is not allowed")
         return known[name]
 
     def load_build(self):
@@ -145,14 +145,14 @@ class _Unpickler(pickle._Unpickler):
         if type(part) is _Array:
             _, _, part.dtype, _, part.data = state
         elif type(part) is not str:  # the name of a dtype, whose state is its byte order
-            raise _NotASet("it sets the state of an object")
+            raise _NotASet("it sets an object's state")
 
     dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # Python's reserves what the length field says
+    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # Python's own allocates the declared length
 
 
 class _Counted(dict):
-    """The allowed opcodes, of which a file may have `left` in all."""
+    """The allowed opcodes; a file may have `left` in all."""
 
     def __init__(self, opcodes, left):
         super().__init__(opcodes)
@@ -161,7 +161,7 @@ class _Counted(dict):
     def __getitem__(self, code):
         self.left -= 1
         if self.left < 0:
-            raise _NotASet("it has more opcodes than a set of its size")
+            raise _NotASet("it has too many opcodes for its size")
         if code not in self:
-            raise _NotASet(f"the pickle opcode {bytes([code])} has no place in one")
+            raise _NotASet(f"the pickle opcode {bytes([code])} is not allowed")
         return super().__getitem__(code)

@@ -1,13 +1,13 @@
-"""A run's checkpoints on disk: writing them, finding the set to resume from, resharding it for other ranks.
+"""A run's checkpoints on disk: writing a set, finding the one to resume from, resharding it for other ranks.
 
-    <output>/checkpoints/000000061440/rank_0_of_2.pt    one file a rank: its whole state, see engine/run_state.py
+    <output>/checkpoints/000000061440/rank_0_of_2.pt    one file per rank: its whole state, see engine/run_state.py
                                       rank_1_of_2.pt
-                                      DONE              written by rank 0 when all of them are on the disk
+                                      DONE              written by rank 0 once all of them are on disk
 
-A set is named by the images seen, so names sort in the order of training, whatever the number of ranks and the batch.
-A set without DONE is incomplete: it is never opened, and deleted at the next start. What is read here is unpickled
-with `weights_only`. All ranks call the functions of the sets together, and all return or raise alike; with several
-machines `output` must be on a disk that they share, which `claim` checks.
+A set is named by the images seen, so names sort in training order for any number of ranks and any batch size. A set
+without DONE is incomplete: it is never read, and deleted at the next start. Files are read with `weights_only`. All
+ranks call these functions together, and all return or all raise; with several machines `output` must be on a shared
+disk, which `claim` checks.
 """
 
 import copy
@@ -40,18 +40,18 @@ except ImportError:  # Windows
 
 KEEP = 2  # complete sets
 FOLDER, DONE = "checkpoints", "DONE"
-DAMAGED = "damaged_"  # put before the name of a set that could not be resumed from
-SECONDS_TO_APPEAR = 10  # of a new file, on a disk that several machines share
+DAMAGED = "damaged_"  # prefix of a set that could not be resumed from
+SECONDS_TO_APPEAR = 10  # until a new file is visible to all machines that share the disk
 
 
 # --- claiming the output ----------------------------------------------------------------------------------------------
 
 
 def claim(output):
-    """Reserve `output` for this run while the returned file is open (on rank 0), and check that all ranks share it.
+    """Lock `output` for this run while the returned file is open (on rank 0), and check that all ranks share it.
 
-    Raises CheckpointError where another run writes there, where a run of an earlier version left its checkpoints, or
-    where not all ranks see the same directory: every machine would write parts of sets that never become complete.
+    Raises CheckpointError if another run writes there, if it has checkpoints of an earlier version of this code, or if
+    not all ranks see the same directory: every machine would write parts of sets that never become complete.
     """
     output = pathlib.Path(output)
     lock, refusal = _lock(output) if is_main() else (None, None)
@@ -67,33 +67,33 @@ def claim(output):
             probe.unlink()
     if blind:
         raise CheckpointError(
-            f"{output}: ranks {', '.join(blind)} do not see what rank 0 writes there; "
+            f"{output}: not shared, ranks {', '.join(blind)} do not see rank 0's files; "
             "set `output` to a directory on a disk that all machines share"
         )
     return lock
 
 
 def _lock(output):
-    """`(open file, why this run may not write here or None)`. The system releases the lock when the process ends."""
+    """`(open file, why this run must not write here, or None)`. The lock ends with the process."""
     file = open(output / ".lock", "w")
     try:
-        # Not flock: forked data workers would hold it for a moment after the process was killed.
+        # Not flock: forked data workers would keep it briefly after this process is killed.
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        return file, f"{output}: another run is writing there; end it, or choose another `output`"
-    except OSError:  # a disk without locks
+        return file, f"{output}: in use by another run; stop that run or choose another `output`"
+    except OSError:  # a file system without locks
         pass
     for path in sorted(output.glob("checkpoint_step_*_gpu_*_of_*.pt"))[:1]:
         return file, (
-            f"{path}: written by an earlier version of this code, and not resumed by this one; finish the run with "
-            f"that version, choose another `output`, or delete {output}/checkpoint_step_*.pt to start over"
+            f"{path}: written by an earlier version of this code, cannot be resumed; finish the run with that version, "
+            f"choose another `output`, or delete {output}/checkpoint_step_*.pt to start over"
         )
     return file, None
 
 
 def _appears(path):
-    """Whether `path` can be seen, if need be some seconds later, as on network disks."""
+    """Whether `path` exists, or does within seconds, as on network disks."""
     return path.exists() or any(time.sleep(1) or path.exists() for _ in range(SECONDS_TO_APPEAR))
 
 
@@ -112,15 +112,15 @@ def complete_sets(output):
 
 
 def save_set(output, state):
-    """Write the set of which `state` is this rank's part, then delete all but the newest KEEP.
+    """Write a set, of which `state` is this rank's part, then delete all but the newest KEEP.
 
-    state: as engine/run_state.py makes it; its "images", "step" and "total_steps" are used here.
+    state: from engine/run_state.py; "images", "step" and "total_steps" are used here.
     """
     folder = pathlib.Path(output) / FOLDER / f"{state['images']:012}"
     save_atomically(state, folder / f"rank_{rank()}_of_{world_size()}.pt")
     barrier()
     if is_main():
-        sync_directory(folder.parent)  # with DONE on the disk, the folder must be, too
+        sync_directory(folder.parent)  # before DONE is on disk, the folder must be
         sync_directory(folder.parent.parent)
         text = f"step {state['step']} of {state['total_steps']} on {world_size()} ranks\n"
         write_atomically(lambda file: file.write(text.encode()), folder / DONE)
@@ -129,25 +129,25 @@ def save_set(output, state):
 
 
 def read_done(folder):
-    """`(step, total steps, ranks)` of a complete set; raises CheckpointError where its DONE is damaged."""
+    """`(step, total steps, ranks)` of a complete set; raises CheckpointError if its DONE is damaged."""
     match = re.fullmatch(r"step (\d+) of (\d+) on (\d+) ranks\n", (folder / DONE).read_text(errors="replace"))
     if not match:
-        raise CheckpointError(f"{folder / DONE}: damaged, does not say step and ranks")
+        raise CheckpointError(f"{folder / DONE}: damaged, step and ranks are unreadable")
     return tuple(map(int, match.groups()))
 
 
 def _remove(folder):
-    """Delete a set, DONE first: killed in between, this leaves an incomplete set."""
+    """Delete a set, DONE first, so that a kill in between leaves an incomplete set."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name != DONE):
         path.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # NFS keeps a deleted file's name while another process has it open
+    shutil.rmtree(folder, ignore_errors=True)  # NFS keeps a deleted file while another process has it open
 
 
 def _agree_on_sets(output):
     """The complete sets that any rank sees, oldest first; deletes leftovers of killed processes.
 
-    On a network disk a rank may not yet see the newest set of another machine, which must neither be overlooked nor
-    deleted. An incomplete set must go: two attempts on CUDA differ, and could complete it together.
+    On a network disk a rank may not yet see another machine's newest set, which must be neither missed nor deleted.
+    Incomplete sets are deleted, because two attempts, which differ on CUDA, could complete one together.
     """
     output = pathlib.Path(output)
     complete = sorted(set().union(*gather_objects([path.name for path in complete_sets(output)])))
@@ -161,9 +161,9 @@ def _agree_on_sets(output):
 
 
 def start_afresh(output):
-    """Before the first step of a run that resumes nothing: delete a finished run's checkpoints in `output`.
+    """Before the first step of a new run: delete a finished run's checkpoints in `output`.
 
-    Raises CheckpointError where the run is not finished: a forgotten `--resume True` must not cost days of work.
+    Raises CheckpointError if that run is unfinished: forgetting `--resume True` must not cost days of work.
     """
     sets = _agree_on_sets(output)
     _raise_on_all_ranks(_unfinished(output, sets[-1]) if sets and is_main() else None)
@@ -173,27 +173,27 @@ def start_afresh(output):
 
 
 def _unfinished(output, newest):
-    """Why a new run must not start over the set `newest`, or None."""
-    ways_out = f"--resume True, choose another `output`, or delete {output}/{FOLDER}"
+    """Why a new run must not delete the set `newest`, or None."""
+    options = f"--resume True, choose another `output`, or delete {output}/{FOLDER}"
     try:
         step, total, _ = read_done(newest)
     except (CheckpointError, OSError) as error:
-        return f"{error}; resume the run with {ways_out}"
+        return f"{error}; resume the run with {options}"
     if step < total:
-        return f"{output}: holds checkpoints of an unfinished run (step {step} of {total}); resume it with {ways_out}"
+        return f"{output}: has checkpoints of an unfinished run (step {step} of {total}); resume it with {options}"
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def load_newest(output, device):
-    """`(this rank's state, its file)` of the newest set that is not damaged; None if there is no set.
+    """`(this rank's state, its file)` of the newest intact set, resharded if need be; None if there is no set.
 
-    A set with a damaged or lost file, of whichever rank, is skipped with a warning on rank 0 and renamed, so that it is
-    not taken for the newest again. A set of another number of ranks is resharded.
+    A set with any damaged or missing file is skipped with a warning on rank 0 and renamed, so that it is not tried
+    again.
 
-    Raises CheckpointError, and changes nothing, where all sets are damaged, or where a file cannot be read for a reason
-    that is not its own (a disk that is away, out of memory).
+    Raises CheckpointError, and changes nothing, if all sets are damaged, or if a file cannot be read for another reason
+    than damage (disk gone, out of memory).
     """
     damages = {}
     for folder in reversed(_agree_on_sets(output)):
@@ -208,8 +208,8 @@ def load_newest(output, device):
         for number, trouble in enumerate(trouble_by_rank):
             if trouble is not None:
                 raise CheckpointError(
-                    f"{folder}: cannot be read on rank {number} ({trouble}). Nothing was changed: start again when it "
-                    "can; or move this directory away to resume from the set before"
+                    f"{folder}: cannot be read on rank {number} ({trouble}). Nothing was changed: fix that and start "
+                    "again, or move this directory away to resume from the previous set"
                 )
         if not any(damage_by_rank):
             _set_aside(damages)
@@ -225,8 +225,8 @@ def load_newest(output, device):
 def _set_aside(damages):
     for folder, damage in damages.items() if is_main() else ():
         aside = folder.with_name(DAMAGED + folder.name)
-        log.warning("%s; going back to the set before it, and this one is now %s", damage, aside)
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier attempt
+        log.warning("%s; renamed the set to %s and falling back to the previous one", damage, aside)
+        shutil.rmtree(aside, ignore_errors=True)  # from an earlier attempt
         folder.replace(aside)
     barrier()
 
@@ -236,15 +236,15 @@ def _load_set(folder, device):
         raise CheckpointError(f"{folder / DONE}: no such file")
     ranks = read_done(folder)[2]
     paths = [folder / f"rank_{number}_of_{ranks}.pt" for number in range(ranks)]
-    for path in paths[rank() :: world_size()]:  # all ranks together: each once
+    for path in paths[rank() :: world_size()]:  # the ranks share the work: each file once
         if not _appears(path):
             raise CheckpointError(f"{path}: no such file")
         check_whole(path)
     if ranks == world_size():
         return _load_state(paths[rank()], device), paths[rank()]
-    # Memory-mapped: of the other ranks' files, only the classes that become this rank's are read.
+    # Memory-mapped: of other ranks' files, only the classes that this rank takes over are read.
     state = reshard([_load_state(path, mmap=True) for path in paths], rank(), world_size())
-    return copy.deepcopy(state), paths[rank() % ranks]  # an optimiser would go on using the mapped files
+    return copy.deepcopy(state), paths[rank() % ranks]  # else the optimiser would keep using the mapped files
 
 
 def _load_state(path, *args, **kwargs):
@@ -255,11 +255,11 @@ def _load_state(path, *args, **kwargs):
 
 
 def reshard(states, rank, world_size):
-    """The state of `rank` of `world_size`, from the `states` of all ranks of another world size, in order.
+    """The state of `rank` of `world_size`, from the `states` of all ranks of another world size, in rank order.
 
-    Tensors that "class_sharded" lists, [(path of keys, dim)], are the shards of one tensor over all classes; everything
-    else is alike on all ranks but the random states and BatchNorm's statistics. A rank beyond the old ones gets an old
-    rank's statistics, and no random states: it keeps the generators that it was seeded with. `states` stays unchanged.
+    Tensors listed in "class_sharded", [(path of keys, dim)], are shards of one tensor over all classes; everything else
+    is the same on all ranks, except random states and BatchNorm statistics. A rank that is new gets an old rank's
+    statistics and no random states: it keeps the generators it was seeded with. `states` is not modified.
     """
     state = states[rank % len(states)]
     if rank >= len(states):
@@ -271,7 +271,7 @@ def reshard(states, rank, world_size):
 
 
 def _cut(shards, dim, rank, world_size):
-    """This rank's part of the concatenated shards; reads no more of them than that."""
+    """This rank's part of the concatenated shards; reads only that part."""
     share = rows_of_rank(sum(shard.shape[dim] for shard in shards), rank, world_size)
     parts, first = [], 0
     for shard in shards:

@@ -1,7 +1,4 @@
-"""Feature files written by all ranks together, a rank its share of the rows.
-
-old_model/feature_set.py says which files there are and what they are called.
-"""
+"""Feature files written by all ranks, each its share of the rows. old_model/feature_set.py names the files."""
 
 import errno
 import os
@@ -18,12 +15,12 @@ from old_model.feature_set import FeatureError
 
 
 class SharedArray:
-    """One .npy file that all ranks fill together, each its own rows; it has its final name only once it is whole.
+    """One .npy file that all ranks fill, each its own rows; it gets its final name once it is complete.
 
     All ranks construct it, write and `finish`; then one calls `publish`. Rank 0 reserves the whole size first, so that
-    a full disk is known before the work. Rows go through the file, not through a mapping: a mapping dies of SIGBUS
-    where the disk is full, and two machines on a network disk would overwrite each other's rows within a page.
-    On several machines the directory must be shared. Raises FeatureError where it cannot be written.
+    a full disk fails before the work. Rows are written to the file, not to a memory map, which dies of SIGBUS on a full
+    disk and, on a network disk, lets two machines overwrite each other's rows within a page. With several machines the
+    directory must be shared. Raises FeatureError if it cannot be written.
     """
 
     def __init__(self, path, shape, dtype):
@@ -51,13 +48,13 @@ class SharedArray:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except AttributeError:
-                pass  # not a system that has it: a full disk shows when rows are written
+                pass  # no such call on this system: a full disk fails when rows are written
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot reserve
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot reserve
                     raise
 
     def write(self, row, values):
-        """Store `values` [n, …] as the rows row … row + n."""
+        """Store `values` [n, …] as rows row … row + n − 1."""
         try:
             self.file.seek(self.offset + row * self.row_bytes)
             self.file.write(np.ascontiguousarray(values, self.dtype))
@@ -65,7 +62,7 @@ class SharedArray:
             self._fail(error)
 
     def finish(self):
-        """Bring this rank's rows to the disk."""
+        """Sync this rank's rows to disk."""
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -78,26 +75,26 @@ class SharedArray:
         os.replace(self.temporary, self.path)
 
     def discard(self):
-        """Leave nothing behind; a file of the final name stays as it was."""
+        """Delete the temporary file; an existing final file stays as it was."""
         if is_main():
             self.temporary.unlink(missing_ok=True)
 
     def _fail(self, error):
         self.discard()
-        raise FeatureError(f"{self.path}: could not be written ({error.strerror}); is the disk full?") from error
+        raise FeatureError(f"{self.path}: cannot be written ({error.strerror}); check the disk's free space") from error
 
 
 def extract_features(model, dataset, feature_path, label_path=None, *, embedding_size, batch_size=128, num_workers=2):
-    """Embed every image of `dataset`, in record order and never flipped, into a .npy file; all ranks call it together.
+    """Embed all images of `dataset`, in record order and unflipped, into a .npy file; all ranks call it together.
 
-    model: a module from images [B, 3, 112, 112] to embeddings [B, embedding_size], on its device; it runs in eval mode,
-        outside autograd, and gets its modes back. A DDP wrapper is taken off: it would exchange buffers at every batch,
-        and ranks may have different numbers of batches.
+    model: images [B, 3, 112, 112] -> embeddings [B, embedding_size], on its device. It runs in eval mode without
+        autograd; its modes are restored. A DDP wrapper is removed: it would sync buffers at every batch, but ranks may
+        have different numbers of batches.
     dataset: a data set of dataset.py. Rank r of w embeds the r-th of w contiguous parts.
-    feature_path: written whole as float32 [N, embedding_size]; label_path, if given: int64 [N].
-    batch_size: images at once; num_workers: decoding processes of a rank.
-    Raises FeatureError for embeddings of another width or that are not finite, and for a full disk. Files that were
-    there before are untouched then.
+    feature_path: written atomically as float32 [N, embedding_size]; label_path, if given: int64 [N].
+    batch_size: images per forward pass; num_workers: decoding processes per rank.
+    Raises FeatureError for embeddings that are non-finite or of another width, and for a full disk; existing files stay
+    as they were.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     arrays = []
@@ -118,7 +115,7 @@ def extract_features(model, dataset, feature_path, label_path=None, *, embedding
             module.training = training
     barrier()
     if is_main():
-        for array in reversed(arrays):  # the features last: whoever sees them finds their labels
+        for array in reversed(arrays):  # features last, so that their labels are there before them
             array.publish()
     barrier()
 
@@ -134,19 +131,19 @@ def _embed_rows_of_rank(model, dataset, arrays, embedding_size, batch_size, num_
             embeddings = model(batch.images).float()
             if embeddings.shape != (len(batch.images), embedding_size):
                 raise FeatureError(
-                    f"the model gives embeddings of shape {list(embeddings.shape[1:])}, "
-                    f"but embedding_size is {embedding_size}"
+                    f"the model's embeddings have shape {list(embeddings.shape[1:])}, "
+                    f"but embedding_size is {embedding_size}; correct it in the config"
                 )
             embeddings = embeddings.cpu()
             finite = torch.isfinite(embeddings).all(dim=1)
             if not finite.all():
                 raise FeatureError(
-                    f"{dataset.path}: the model gives NaN or infinity for row {int(batch.index[~finite][0])}; "
-                    "the model or that image is broken"
+                    f"{dataset.path}: the model returns NaN or infinity for row {int(batch.index[~finite][0])}; "
+                    "check the model's weights and that image"
                 )
             for array, values in zip(arrays, (embeddings, batch.labels.cpu())):
                 array.write(row, values.numpy())
             row += len(embeddings)
             progress.update(len(embeddings))
     if row != stop:
-        raise FeatureError(f"{dataset.path}: gave {row - start} images for the rows {start} to {stop}")
+        raise FeatureError(f"{dataset.path}: {row - start} images for the rows {start} to {stop}")

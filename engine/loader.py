@@ -1,7 +1,7 @@
 """Batches of a training set on the device: decoded by worker processes, with the old model's rows of the same images.
 
-Workers decode a whole batch into one uint8 tensor; mirroring and normalisation happen once a batch, on the device.
-Order and mirroring follow from (seed, epoch) alone: one rank and many, or a run resumed in mid-epoch, see the same.
+Workers decode a whole batch into one uint8 tensor; mirroring and normalisation run once per batch, on the device.
+Order and mirroring depend only on (seed, epoch): they are the same for any number of ranks and for a resumed run.
 """
 
 import sys
@@ -20,26 +20,26 @@ from recordio import RecordError
 
 
 class Batch(NamedTuple):
-    """One rank's images of a step, and what belongs to them. B = batch_size; row i of every field is one image's."""
+    """One rank's images of a step and their data. B = batch_size; row i of every field belongs to the same image."""
 
     images: torch.Tensor  # float32 [B, 3, 112, 112] in [-1, 1], on the device
     labels: torch.Tensor  # int64 [B], on the device
-    index: torch.Tensor  # int64 [B], on the CPU: rows of the training set and of every feature file
+    index: torch.Tensor  # int64 [B], on the CPU: rows in the training set and in every feature file
     old: torch.Tensor | None = None  # float32 [B, D], on the device: old features as stored, not normalised
     credible: torch.Tensor | None = None  # bool [B], on the CPU: which of `old` may be used
 
 
 class OldRows:
-    """What the workers do beside decoding: compare labels with the old model's files, and read the batch's rows.
+    """The workers' job beside decoding: check labels against the old model's files, and read the batch's rows.
 
-    old: an old_model.OldFeatures. rows: False = compare labels alone (a method that uses no rows).
+    old: an OldFeatures. rows: False = only check labels (a method that uses no rows).
     """
 
     def __init__(self, old, rows=True):
         self.old, self.width = old, old.width if rows else 0
 
     def read(self, rows, labels, out):
-        """Fill `out`, float32 [B, D], and return the credible flags, bool [B]; None without rows."""
+        """Fill `out`, float32 [B, D], and return the credible flags, bool [B], or None without rows."""
         self.old.compare_labels(rows, labels)
         if not self.width:
             return None
@@ -48,37 +48,37 @@ class OldRows:
 
 
 class _Batches(Dataset):
-    """What the workers run: fill a place in memory that they share with the main process with a batch.
+    """Runs in the workers: fills a slot of memory, shared with the main process, with a batch.
 
-    The places are used again and again. A fresh one for each batch would cost a worker a fifth of its time, in page
-    faults, and file descriptors. Raises WorkerError where there is no room for them.
+    Slots are reused: a new one per batch would cost a fifth of a worker's time in page faults, and file descriptors.
+    Raises WorkerError if there is no room for them.
 
-    A file that has been cut is noticed before each batch. Cut just while one is read, it ends the process by SIGBUS: a
-    worker, which the main process explains, or with num_workers = 0 the training.
+    A truncated record file is detected before each batch. If it is truncated during a read, SIGBUS kills the process:
+    a worker, whose death the main process explains, or with num_workers = 0 the training itself.
     """
 
-    def __init__(self, dataset, file, places, batch_size, num_workers, old):
+    def __init__(self, dataset, file, slots, batch_size, num_workers, old):
         self.dataset, self.file, self.old = dataset, file, old
-        self.images = torch.empty((places, batch_size, *IMAGE_SHAPE), dtype=torch.uint8)
-        self.old_rows = torch.empty((places, batch_size, old.width if old else 0))
+        self.images = torch.empty((slots, batch_size, *IMAGE_SHAPE), dtype=torch.uint8)
+        self.old_rows = torch.empty((slots, batch_size, old.width if old else 0))
         size = self.images.nbytes + self.old_rows.nbytes
         try:
-            for places in (self.images, self.old_rows):
-                if num_workers and places.numel():
-                    places.share_memory_()
+            for memory in (self.images, self.old_rows):
+                if num_workers and memory.numel():
+                    memory.share_memory_()
         except RuntimeError as error:
             raise WorkerError(
-                f"num_workers = {num_workers} need {size >> 20} MB of shared memory on each rank "
+                f"num_workers = {num_workers} needs {size >> 20} MB of shared memory on each rank "
                 f"({str(error).splitlines()[0]}): enlarge /dev/shm (docker: --shm-size=8g) or lower num_workers"
             ) from error
 
     def __getitem__(self, item):
-        place, rows, mirrored = item
+        slot, rows, mirrored = item
         try:
-            labels = self._decode(rows, self.images[place].numpy())
-            old_rows = self.old_rows[place, : len(rows)].numpy()
+            labels = self._decode(rows, self.images[slot].numpy())
+            old_rows = self.old_rows[slot, : len(rows)].numpy()
             credible = self.old.read(rows, labels, old_rows) if self.old else None
-            return place, labels, rows, mirrored, credible
+            return slot, labels, rows, mirrored, credible
         except UserError as error:
             return error  # raised in a worker, its message would be lost in that process's traceback
 
@@ -87,18 +87,18 @@ class _Batches(Dataset):
         try:
             return self.dataset.fill(rows, images)
         except RecordError:
-            self.file.check()  # a record is broken, too, where a file was cut meanwhile
+            self.file.check()  # a truncated file also looks like a damaged record
             raise
 
 
-class _Places:
-    """The steps of a plan, each with the place that its batch goes to: yields `(place, rows, mirrored)`."""
+class _Slots:
+    """The steps of a plan, each with the slot for its batch: yields `(slot, rows, mirrored)`."""
 
-    def __init__(self, plan, places):
-        self.plan, self.places = plan, places
+    def __init__(self, plan, slots):
+        self.plan, self.slots = plan, slots
 
     def __iter__(self):
-        return ((i % self.places, *step) for i, step in enumerate(self.plan))
+        return ((i % self.slots, *step) for i, step in enumerate(self.plan))
 
 
 def _unchanged(batch):
@@ -106,7 +106,7 @@ def _unchanged(batch):
 
 
 class ShuffledRows:
-    """Which rows a rank takes in each step of an epoch, and which of them are mirrored: yields `(rows, mirrored)`."""
+    """A rank's rows in each step of an epoch, and which of them are mirrored: yields `(rows, mirrored)`."""
 
     def __init__(self, num_image, batch_size, seed, rank, world_size):
         self.num_image, self.batch_size, self.seed = num_image, batch_size, seed
@@ -119,16 +119,16 @@ class ShuffledRows:
     def __iter__(self):
         draw = np.random.default_rng([self.seed, self.epoch])
         order = draw.permutation(self.num_image)
-        # Drawn by place in the epoch: what is mirrored depends neither on the number of ranks nor on the batch size.
+        # Drawn by position in the epoch, so that mirroring depends neither on the number of ranks nor on batch_size.
         mirrored = draw.integers(0, 2, self.num_image, np.uint8).astype(bool)
         whole, mine = self.batch_size * self.world_size, self.batch_size * self.rank
         for step in range(self.start_step, len(self)):
-            place = slice(step * whole + mine, step * whole + mine + self.batch_size)
-            yield order[place], mirrored[place]
+            share = slice(step * whole + mine, step * whole + mine + self.batch_size)
+            yield order[share], mirrored[share]
 
 
 class RowsInOrder:
-    """The rows `start` ... `stop`, none mirrored."""
+    """The rows `start` ... `stop` − 1, none mirrored."""
 
     def __init__(self, batch_size, start, stop):
         self.batch_size, self.start, self.stop = batch_size, start, stop
@@ -142,34 +142,34 @@ class RowsInOrder:
 
 
 class _Loader:
-    """Batches of the rows that `plan` names, through worker processes, to the device."""
+    """Batches of the rows in `plan`, decoded by worker processes, on the device."""
 
     def __init__(self, dataset, plan, device, num_workers, old=None, prefetch=2):
         if plan.batch_size < 1:
-            raise ValueError(f"batch_size is {plan.batch_size}, it must be at least 1")
+            raise ValueError(f"batch_size = {plan.batch_size} must be at least 1")
         self.dataset, self.device = dataset, torch.device(device)
         self._plan, self._stream = plan, None
-        # A DataLoader keeps `prefetch` batches a worker in the making; one more is in our hands.
-        places = num_workers * prefetch + 1
+        # A DataLoader keeps `prefetch` batches per worker in progress; one more is in use here.
+        slots = num_workers * prefetch + 1
         file = FileSize(dataset.path)
-        self._shared = _Batches(dataset, file, places, plan.batch_size, num_workers, old)
+        self._shared = _Batches(dataset, file, slots, plan.batch_size, num_workers, old)
         self._workers = Workers(file, num_workers)
         self._batches = DataLoader(
             self._shared,
             batch_size=None,
-            sampler=_Places(plan, places),
+            sampler=_Slots(plan, slots),
             num_workers=num_workers,
             collate_fn=_unchanged,
             worker_init_fn=start_worker,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=num_workers > 0,
-            # Forked they share the index in memory and begin at once, with one thread: see workers.start_worker.
+            # Forked, they share the index in memory and start at once, with one thread: see workers.start_worker.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # else every epoch would draw from the generator that the training uses
+            generator=torch.Generator(),  # else every epoch would draw from the training's generator
         )
 
     def __len__(self):
-        """Steps of a whole epoch, the same on every rank."""
+        """Steps per full epoch, the same on every rank."""
         return len(self._plan)
 
     def __iter__(self):
@@ -182,14 +182,14 @@ class _Loader:
                     raise batch
                 yield batch
         except Exception as error:
-            # Its frames and the DataLoader's iterator hold each other. Workers forked later would inherit that garbage
-            # and, collecting it, wait five seconds for each of its processes, which are not their children.
+            # Its frames and the DataLoader's iterator reference each other. Workers forked later would inherit that
+            # garbage and, on collecting it, wait five seconds for each of its processes, which are not their children.
             batch = None
             traceback.clear_frames(error.__traceback__)
             raise
 
     def _received(self):
-        """What the workers give. A worker that died is an error here, between two batches, and nowhere else."""
+        """The workers' results. A dead worker is reported here, between two batches, and nowhere else."""
         self._workers.check()
         try:
             with self._workers.starting():
@@ -203,20 +203,20 @@ class _Loader:
         self._workers.check()
 
     def _on_device(self, filled):
-        """The Batch; nothing of it lies in the place any more, which the workers fill again."""
-        place, labels, rows, mirrored, credible = filled
-        images = to_device(self._shared.images[place, : len(rows)], self.device)
+        """The Batch, copied out of its slot, which the workers will overwrite."""
+        slot, labels, rows, mirrored, credible = filled
+        images = to_device(self._shared.images[slot, : len(rows)], self.device)
         mirrored = to_device(torch.from_numpy(mirrored), self.device) if len(mirrored) else None
         index, old = torch.from_numpy(rows), None
         if credible is not None:
-            old = self._shared.old_rows[place, : len(rows)]
+            old = self._shared.old_rows[slot, : len(rows)]
             old = to_device(old, self.device) if self.device.type == "cuda" else old.clone()
             credible = torch.from_numpy(credible)
         return Batch(to_input(images, mirrored), to_device(torch.from_numpy(labels), self.device), index, old, credible)
 
     def _one_ahead(self):
-        """Copy and prepare each batch on a stream of its own while the one before it is computed with."""
-        if self._stream is None:  # one for good: memory that was allocated on a stream is reused by that one alone
+        """Copy and prepare each batch on a separate stream while the previous one trains."""
+        if self._stream is None:  # created once: memory allocated on a stream is reused only by that stream
             self._stream = torch.cuda.Stream(self.device)
         waiting = None
         for filled in self._filled():
@@ -233,7 +233,7 @@ class _Loader:
         current.wait_event(copied)
         for tensor in batch:
             if tensor is not None and tensor.is_cuda:
-                tensor.record_stream(current)  # allocated on the other stream: not to be reused while this one needs it
+                tensor.record_stream(current)  # allocated on the other stream, which must not reuse it yet
         return batch
 
 
@@ -241,17 +241,16 @@ class TrainLoader(_Loader):
     """A rank's share of every global batch of an epoch, shuffled and randomly mirrored, as `Batch`.
 
     The global batch of step s is perm[s*G : (s+1)*G] with G = batch_size * world_size and perm drawn from
-    (seed, epoch); a rank takes its contiguous slice. The rest that fills no global batch is dropped.
+    (seed, epoch); a rank takes its contiguous slice. The last, incomplete global batch is dropped.
 
-    Args:
-        batch_size: images a rank and step.
-        num_workers: processes that decode; 0 decodes in this one.
-        seed: >= 0 and the same on every rank.
-        old: `OldRows` of the training set, or None for batches without them.
+    batch_size: images per rank and step.
+    num_workers: decoding processes; 0 = decode in this process.
+    seed: >= 0, the same on every rank.
+    old: `OldRows` of the training set; None = batches without old features.
 
-    Raises `WorkerError` where shared memory is too small. Iterating raises `RecordError` for a broken record or a file
-    that was cut, `FeatureError` for old features that cannot be read or are another record file's, and `WorkerError`
-    for a worker that was killed.
+    Raises `WorkerError` if shared memory is too small. Iterating raises `RecordError` for a damaged record or a
+    truncated file, `FeatureError` for old features that cannot be read or belong to another record file, and
+    `WorkerError` for a dead worker.
     """
 
     def __init__(self, dataset, batch_size, device, num_workers=2, seed=0, rank=0, world_size=1, old=None):
@@ -260,18 +259,18 @@ class TrainLoader(_Loader):
         if len(self) == 0:
             raise ValueError(
                 f"{dataset.path} has {len(dataset)} images, fewer than one global batch of {batch_size} x {world_size} "
-                f"ranks: set a smaller batch_size"
+                f"ranks: lower batch_size"
             )
 
     def set_epoch(self, epoch, start_step=0):
-        """Choose the epoch, counted from 0, that the next iteration draws; `start_step` leaves out its first steps."""
+        """Set the epoch, counted from 0, of the next iteration; it starts at step `start_step`."""
         if not 0 <= start_step <= len(self):
-            raise ValueError(f"start_step {start_step} is outside the epoch of {len(self)} steps")
+            raise ValueError(f"start_step {start_step} is out of range, the epoch has {len(self)} steps")
         self._plan.epoch, self._plan.start_step = epoch, start_step
 
 
 class ExtractLoader(_Loader):
-    """The rows `start` ... `stop` in record order, never mirrored, as `Batch`; the last one may be short."""
+    """The rows `start` ... `stop` − 1 in record order, never mirrored, as `Batch`; the last may be short."""
 
     def __init__(self, dataset, batch_size, device, num_workers=2, start=0, stop=None):
         stop = len(dataset) if stop is None else stop

@@ -14,14 +14,14 @@ from tqdm import tqdm
 from core.distributed import is_main
 from core.errors import UserError
 
-RECENT = 100  # batches whose terms are kept for the report on a non-finite loss
-SKIPS_TO_WARN = 10  # consecutive skipped steps; fewer are normal while the loss scale finds its level
+RECENT = 100  # batches whose loss terms are kept for the report on a non-finite loss
+SKIPS_TO_WARN = 10  # consecutive skipped steps; fewer are normal while the loss scale settles
 
 log = logging.getLogger("bct")
 
 
 class _TerminalHandler(logging.StreamHandler):
-    """Writes above an open progress bar, and plainly without one."""
+    """Writes above an open progress bar."""
 
     def emit(self, record):
         with tqdm.external_write_mode(file=self.stream):
@@ -58,10 +58,10 @@ class Monitor:
     """Averages the loss terms between two log lines; writes insightface's log line and TensorBoard scalars.
 
     Terms are the same on all ranks, so nothing is reduced here. On CUDA a step's terms are read one step later, so that
-    the host launches the next step before it waits for the device. A context manager: closes the bar and `writer`, and
-    notes an error in training.log.
+    the host queues the next step before it waits for the device. A context manager that closes the bar and `writer` and
+    logs an error to training.log.
 
-    total_steps: of the whole run; start_step: steps done before a resumed run; images_per_step: on all ranks.
+    total_steps: of the whole run; start_step: steps done before a resume; images_per_step: over all ranks.
     """
 
     def __init__(self, total_steps, images_per_step, start_step, writer=None):
@@ -69,7 +69,7 @@ class Monitor:
         self.sums, self.count, self.pending = {}, 0, None
         self.recent = collections.deque(maxlen=RECENT)  # (step, {term: value}), oldest first
         self.skipped, self.skips_in_a_row = (start_step, None), 0
-        self.begin = None  # (step, time) after the first log line; before it workers start and kernels compile
+        self.begin = None  # (step, time) after the first log line; until then workers start and kernels compile
         self.lap, self.paused = (start_step, time.perf_counter()), 0.0
         watched = is_main() and sys.stdout.isatty() and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not watched)
@@ -79,7 +79,7 @@ class Monitor:
 
     def __exit__(self, kind, error, _):
         self.bar.close()
-        if error is not None:  # the terminal gets it from report_errors
+        if error is not None:  # report_errors prints it on the terminal
             for handler in log.handlers:
                 if isinstance(handler, logging.FileHandler):
                     message = f"ended by {kind.__name__}: {error}"
@@ -89,19 +89,19 @@ class Monitor:
                 self.writer.close()
 
     def scalar(self, name, value, step):
-        """To TensorBoard, if this rank writes to it and the value is finite. A full disk ends TensorBoard alone."""
+        """Log a finite value to TensorBoard on the rank that writes it. A full disk only ends TensorBoard logging."""
         if self.writer is None or not math.isfinite(value):
             return
         try:
             self.writer.add_scalar(name, value, step)
         except OSError as error:
             self.writer = None
-            log.warning("TensorBoard gets nothing from here on: %s", error)
+            log.warning("TensorBoard logging stopped, training continues: %s", error)
 
     def update(self, step, terms, index):
-        """Take the terms `{name: 0-d tensor}` of `step`, whose batch on this rank has the rows `index`.
+        """Record the terms `{name: 0-d tensor}` of `step`; `index`: the rows of this rank's batch.
 
-        Raises NonFiniteLoss: for this step's terms on the CPU, for those of the step before on CUDA.
+        Raises NonFiniteLoss for this step's terms on the CPU, for the previous step's on CUDA.
         """
         self.bar.update(step - self.bar.n)
         values, event = torch.stack([term.detach().float() for term in terms.values()]), None
@@ -114,7 +114,7 @@ class Monitor:
             self.flush()
 
     def flush(self):
-        """Take what is still on its way from the device."""
+        """Record the terms still pending on the device."""
         record, self.pending = self.pending, None
         self._take(record)
 
@@ -134,7 +134,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def pause(self):
-        """`with monitor.pause():` is not training (a verification, a checkpoint) and does not count for the speed."""
+        """`with monitor.pause():` excludes work other than training (verification, checkpoints) from the speed."""
         start = time.perf_counter()
         try:
             yield
@@ -142,9 +142,9 @@ class Monitor:
             self.paused += time.perf_counter() - start
 
     def line(self, step, epoch, lr, scaler=None):
-        """After `step` steps: one line of the log, as insightface writes it, and the scalars to TensorBoard.
+        """After `step` steps: a log line in insightface's format, and the scalars to TensorBoard.
 
-        What insightface's line has no place for comes after it, so that tools which read such logs still do.
+        Additional values follow at the end of the line, so that parsers of insightface's logs still work.
         """
         rate, left = self._speed(step)
         terms = {name: total / max(self.count, 1) for name, total in self.sums.items()}
@@ -153,7 +153,7 @@ class Monitor:
         text = f"Speed {scalars['speed']:.2f} samples/sec   Loss {scalars['loss']:.4f}   "
         text += f"LearningRate {lr:.6f}   Epoch: {epoch}   Global Step: {step}   "
         after = [f"{name} {value:.4f}" for name, value in terms.items()] if len(terms) > 1 else []
-        if scaler is not None and scaler.is_enabled():  # reading these waits for the device
+        if scaler is not None and scaler.is_enabled():  # reading these syncs with the device
             scalars["grad_scale"], scalars["skipped_steps"] = scaler.get_scale(), int(scaler.skipped)
             text += f"Fp16 Grad Scale: {scalars['grad_scale']:.0f}   "
             after.append(f"Skipped Steps: {scalars['skipped_steps']}")
@@ -165,7 +165,7 @@ class Monitor:
             self.scalar(name, value, step)
 
     def _speed(self, step):
-        """`(steps/s of training since the last line, seconds left with pauses as frequent as so far)`."""
+        """`(training steps/s since the last line, seconds left if pauses stay as frequent)`."""
         now = time.perf_counter()
         rate = (step - self.lap[0]) / (now - self.lap[1] - self.paused)
         begin = self.begin or self.lap
@@ -175,7 +175,7 @@ class Monitor:
         return rate, left
 
     def _warn_of_skipped(self, step, skipped, scale):
-        """Once, when the weights have stopped moving."""
+        """Warn once when the weights have stopped changing."""
         (last_step, last_skipped), self.skipped = self.skipped, (step, skipped)
         before = self.skips_in_a_row
         if last_skipped is not None:
@@ -183,7 +183,7 @@ class Monitor:
             self.skips_in_a_row = before + step - last_step if all_skipped else 0
         if before < SKIPS_TO_WARN <= self.skips_in_a_row and is_main():
             log.warning(
-                "step %d: the last %d steps were all skipped, their gradients are not finite at a loss scale of %g: "
-                'the weights do not move. Set amp_dtype = "bfloat16", or fp16 = False, and resume with --resume True',
+                "step %d: the last %d steps were all skipped, with non-finite gradients at a loss scale of %g: the "
+                'weights do not change. Set amp_dtype = "bfloat16" or fp16 = False, and resume with --resume True',
                 *(step, self.skips_in_a_row, scale),
             )

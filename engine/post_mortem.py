@@ -1,16 +1,16 @@
-"""What a run leaves behind on a non-finite loss: a message that says where to look, and a file to look into.
+"""The report on a non-finite loss: an error message with advice, and a file for debugging.
 
-`nonfinite_step_{step}_rank_{rank}.pt` in the run's `output`, one a rank, holds:
+`nonfinite_step_{step}_rank_{rank}.pt` in the run's `output`, one per rank, has:
 
     step, epoch     optimiser steps done before the batch, and its epoch
     terms, before   the loss terms {name: float}; [(step, terms)] of up to 100 batches before, oldest first
     rows, keys      int64 [B]: the batch's rows in the training set; their keys in the record file, or None
     labels          int64 [B]
     mirrored        bool [B]: which images were flipped
-    broken          names of this rank's parameters and buffers that hold NaN or infinity
-    state           all that a checkpoint holds (engine/run_state.py)
+    broken          names of this rank's parameters and buffers with NaN or infinity
+    state           as in a checkpoint (engine/run_state.py)
 
-To see what the backbone makes of the batch:
+To run the backbone on the batch:
 
     found = engine.checkpoint.load("work_dirs/<run>/nonfinite_step_<step>_rank_0.pt")
     config = found["state"]["config"]
@@ -19,7 +19,7 @@ To see what the backbone makes of the batch:
     images = torch.stack([dataset.RecordDataset(config["rec"])[row][0] for row in found["rows"]])
     embeddings = backbone.train()(dataset.to_input(images, found["mirrored"]))
 
-To see the step itself, resume from the last checkpoint: with `deterministic = True` it comes again bit for bit.
+To reproduce the step, resume from the last checkpoint: with `deterministic = True` it repeats bit for bit.
 """
 
 import pathlib
@@ -31,13 +31,13 @@ from engine.checkpoint import save_atomically
 from engine.loader import ShuffledRows
 from engine.run_state import named_tensors, state_of
 
-NAMED = 8  # images and tensors that the message names; the file has all
+NAMED = 8  # images and tensors named in the message; the file has all
 
 
 def explain(run, error):
-    """Write the file, and add to the message of the NonFiniteLoss `error` what the Trainer `run` knows about it.
+    """Write the file, and extend the message of the NonFiniteLoss `error` with what the Trainer `run` knows.
 
-    Every rank calls it for itself, nothing is exchanged. Where the file cannot be written the message says so.
+    Each rank calls it on its own, without collectives. If the file cannot be written, the message says so.
     """
     path = pathlib.Path(run.cfg.output) / f"nonfinite_step_{error.step}_rank_{run.rank}.pt"
     rows, keys = error.rows.numpy(), getattr(run.train_set, "keys", None)  # a synthetic set has no keys
@@ -53,7 +53,7 @@ def explain(run, error):
         save_atomically({**found, "state": state_of(run)}, path)
         file = f"more in {path}"
     except Exception as problem:  # must not hide the loss
-        file = f"{path.name} could not be written: {type(problem).__name__}: {problem}"
+        file = f"{path.name} cannot be written: {type(problem).__name__}: {problem}"
     before = ", ".join(f"{sum(terms.values()):.6g}" for _, terms in found["before"][-3:])
     images = f"rows {_some(rows)}" if keys is None else f"keys {_some(keys.tolist())}"
     error.args = (
@@ -70,12 +70,12 @@ def _some(names):
 def _advice(run, error, broken):
     slower = "lower lr or raise warmup_epoch" + ("" if run.cfg.clip_grad_norm else ", or set clip_grad_norm = 5.0")
     scaled = run.scaler.is_enabled()
-    if run.step > error.step and not scaled:  # the weights have taken the bad step: what they hold says nothing
+    if run.step > error.step and not scaled:  # the bad step was applied: the weights no longer tell the cause
         return slower.capitalize()
     parameters = {name for name, tensor in named_tensors(run) if isinstance(tensor, torch.nn.Parameter)}
-    weights = [name for name in broken if name in parameters]  # BatchNorm's statistics may have taken in the batch
+    weights = [name for name in broken if name in parameters]  # BatchNorm statistics may be broken by this batch
     if weights:
-        return f"A step before it broke {_some(weights)}: {slower}"
+        return f"An earlier step broke {_some(weights)}: {slower}"
     if scaled:
-        return 'The weights are finite, float16 ends at 65504: set amp_dtype = "bfloat16", or fp16 = False'
-    return f"The weights are finite: look at the terms and the images, or {slower}"
+        return 'The weights are finite, float16 overflows at 65504: set amp_dtype = "bfloat16" or fp16 = False'
+    return f"The weights are finite: check the terms and the images, or {slower}"

@@ -1,7 +1,7 @@
-"""The state of a training run on one rank: seeding it, collecting it for a checkpoint, restoring it on a resume.
+"""The state of a training run on one rank: seeding, collecting it for a checkpoint, restoring it on a resume.
 
-A checkpoint holds what training has made. What a config says (learning rate, weight decay, number of epochs, ...) comes
-from the config of the resumed run, so that it can be changed; differences are logged.
+A checkpoint has what training produced. Settings (learning rate, weight decay, number of epochs, ...) come from the
+config of the resumed run, so that they can be changed; differences are logged.
 """
 
 import os
@@ -17,14 +17,14 @@ from engine.monitor import log
 from engine.schedule import set_step
 from losses.classifier import sharded_tensors
 
-# Changing one of these makes another run of it: refused.
+# A resumed run must not change these.
 SAME_RUN = ("network", "embedding_size", "num_classes", "num_image", "optimizer", "sample_rate", "seed")
-# Not worth a line when they differ.
-NOT_TOLD = ("resume", "config_file", "name", "workspace", "batch_size", "gradient_acc")
+# Differences that are not logged.
+UNLOGGED = ("resume", "config_file", "name", "workspace", "batch_size", "gradient_acc")
 
 
 def seed_everything(seed, deterministic):
-    """Seed Python, NumPy and torch; `deterministic`: kernels that give the same bits every time, at some cost."""
+    """Seed Python, NumPy and torch; `deterministic`: slower kernels with bit-identical results."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -38,7 +38,7 @@ def seed_everything(seed, deterministic):
 
 
 def state_of(run):
-    """The whole state of this rank of the Trainer `run`, of tensors and plain values only."""
+    """The whole state of this rank of the Trainer `run`, in tensors and plain values only."""
     return {
         "images": run.epoch * run.cfg.num_image + (run.step - run.epoch * run.steps_per_epoch) * run.global_batch,
         "epoch": run.epoch,
@@ -68,10 +68,10 @@ def _is_plain(value):
 
 
 def _class_sharded(run):
-    """`[(path, dim)]` of the state's shards over the classes, for engine.checkpoint.reshard.
+    """`[(path, dim)]` of the class-sharded tensors in the state, for engine.checkpoint.reshard.
 
-    A path is a tuple of keys into the state, such as ("optimizer", "state", 7, "momentum_buffer"): the optimiser state
-    of a parameter's shape is sharded as the parameter is.
+    A path is a tuple of keys into the state, such as ("optimizer", "state", 7, "momentum_buffer"): optimiser state of a
+    sharded parameter's shape is sharded like it.
     """
     paths, dims = [], {}
     for key in ("classifier", "extra"):
@@ -79,7 +79,7 @@ def _class_sharded(run):
             paths.append(((key, name), dim))
             dims[tensor] = dim
     parameters = (parameter for group in run.optimizer.param_groups for parameter in group["params"])
-    for number, parameter in enumerate(parameters):  # as the optimiser's state dict counts them
+    for number, parameter in enumerate(parameters):  # numbered as in the optimiser's state dict
         for key, value in run.optimizer.state.get(parameter, {}).items() if parameter in dims else ():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 paths.append((("optimizer", "state", number, key), dims[parameter]))
@@ -87,7 +87,7 @@ def _class_sharded(run):
 
 
 def _random_state(run):
-    """Python's, NumPy's, torch's and the run's own generator."""
+    """States of Python's, NumPy's, torch's and the run's own generator."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -99,7 +99,7 @@ def _random_state(run):
 
 
 def named_tensors(run):
-    """`(name, tensor)` of the parameters and floating-point buffers of this rank."""
+    """Yield `(name, tensor)` of this rank's parameters and floating-point buffers."""
     for prefix, module in (("backbone", unwrap(run.backbone)), ("classifier", run.classifier), ("extra", run.extra)):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_floating_point():
@@ -107,7 +107,7 @@ def named_tensors(run):
 
 
 def refuse_non_finite_weights(run):
-    """Raise CheckpointError, on all ranks, where weights or statistics of any rank are NaN or infinite."""
+    """Raise CheckpointError on all ranks if any rank has non-finite weights or statistics."""
     tensors = dict(named_tensors(run))
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
     everywhere = all_reduce_(finite.all().int(), torch.distributed.ReduceOp.MIN)
@@ -115,8 +115,8 @@ def refuse_non_finite_weights(run):
         broken = [name for name, good in zip(tensors, finite.tolist()) if not good]
         raise CheckpointError(
             f"step {run.step}: NaN or infinity in {', '.join(broken[:5]) or 'another rank'}"
-            f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}; nothing saved. Lower lr or add "
-            f"warmup_epoch, then start again, with --resume True if there are checkpoints in {run.cfg.output}"
+            f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}; nothing saved. Lower lr or raise "
+            f"warmup_epoch, then restart, with --resume True if {run.cfg.output} has checkpoints"
         )
 
 
@@ -124,9 +124,9 @@ def refuse_non_finite_weights(run):
 
 
 def restore(run, state, path):
-    """Put the Trainer `run` where the checkpoint `state`, read from the file `path`, was written.
+    """Restore the Trainer `run` from the checkpoint `state`, read from the file `path`.
 
-    Raises CheckpointError for the checkpoint of another run.
+    Raises CheckpointError for a checkpoint of another run.
     """
     _check_same_run(run, state, path)
     try:
@@ -146,12 +146,12 @@ def restore(run, state, path):
     if state["random"] is not None:
         _set_random_state(run, state["random"])
     run.best = dict(state["best"])
-    # The same image of the same epoch, whatever a step takes now; rounded up to a whole step.
+    # Continue at the same image of the same epoch, also with another global batch; rounded up to a whole step.
     run.epoch = state["epoch"]
     done = -(-(state["images"] - run.epoch * run.cfg.num_image) // run.global_batch)
     run.step = run.epoch * run.steps_per_epoch + min(done, run.steps_per_epoch)
     set_step(run.schedule, run.step)
-    _tell_differences(run, state)
+    _log_differences(run, state)
 
 
 def _check_same_run(run, state, path):
@@ -159,7 +159,7 @@ def _check_same_run(run, state, path):
         if state["config"][key] != run.cfg[key]:
             raise CheckpointError(
                 f"{path}: written with {key} = {state['config'][key]!r}, this run has {run.cfg[key]!r}; "
-                f"set {key} back to resume it, or choose another `output`"
+                f"restore {key} to resume, or choose another `output`"
             )
     if state["global_batch"] == run.global_batch:
         return
@@ -167,11 +167,11 @@ def _check_same_run(run, state, path):
         before, now = ([c["batch_size"], c["gradient_acc"]] for c in (state["config"], run.cfg))
         raise CheckpointError(
             f"{path}: written with batch_size = {before[0]} and gradient_acc = {before[1]}, this run has {now[0]} "
-            f"and {now[1]}; set batch_size back to resume it, or choose another `output`"
+            f"and {now[1]}; restore batch_size to resume, or choose another `output`"
         )
     log.warning(
-        "%s: written by %d ranks with a global batch of %d images, this run of %d ranks has %d; lr stays as the config "
-        "says. For the same steps, choose batch_size and gradient_acc so that ranks x batch_size x gradient_acc is %d",
+        "%s: written by %d ranks with a global batch of %d images, this run of %d ranks has %d; lr is not rescaled. "
+        "For the same steps, choose batch_size and gradient_acc so that ranks x batch_size x gradient_acc is %d",
         path,
         state["world_size"],
         state["global_batch"],
@@ -182,9 +182,9 @@ def _check_same_run(run, state, path):
 
 
 def _load_optimizer(optimizer, state):
-    """Momentum and the like from the checkpoint; learning rate, weight decay and the like stay the config's."""
+    """Load momentum etc. from the checkpoint; learning rate, weight decay etc. stay the config's."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    # Before loading, because a setting decides on which device some of the state lies.
+    # Before loading, because a setting decides the device of some of the state.
     groups = [{**group, **setting} for group, setting in zip(state["param_groups"], settings)]
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, its in optimizer.state.items():
@@ -203,10 +203,10 @@ def _set_random_state(run, state):
         torch.cuda.set_rng_state(state["cuda"].cpu(), run.device)
 
 
-def _tell_differences(run, state):
+def _log_differences(run, state):
     if state["method"] != type(run).__name__:
-        log.warning("the checkpoint was written by %s, this run is of %s", state["method"], type(run).__name__)
+        log.warning("the checkpoint was written by %s, this run uses %s", state["method"], type(run).__name__)
     for key, now in run.cfg.items():
         before = state["config"].get(key, now)
-        if key not in NOT_TOLD and before != now and not (isinstance(now, (list, tuple)) and list(before) == list(now)):
-            log.info("changed since the checkpoint: %s was %r, is %r", key, before, now)
+        if key not in UNLOGGED and before != now and not (isinstance(now, (list, tuple)) and list(before) == list(now)):
+            log.info("changed since the checkpoint: %s was %r, now %r", key, before, now)

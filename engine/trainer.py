@@ -1,9 +1,9 @@
-"""The training loop, written once. A method subclasses `Trainer` and says what its losses are.
+"""The training loop, written once. A method subclasses `Trainer` and defines its losses.
 
     class MyMethod(Trainer):
-        old_features = "rows"           # batches carry the old model's features of their images
+        old_features = "rows"           # batches include the old model's features
 
-        def losses(self, batch):        # named terms of the loss
+        def losses(self, batch):        # named loss terms
             new = self.backbone(batch.images)
             return {"cls": self.classifier(new, batch.labels), "near": global_mean(distance(new, batch.old))}
 
@@ -11,7 +11,7 @@
         MyMethod.main()
 
 Every term is a scalar of the global batch, the same on all ranks (core/distributed.py has the collectives).
-Gradients are summed over the ranks; shards over the classes are each rank's own (losses/classifier.py).
+Gradients are summed over the ranks, except those of class shards, which are each rank's own (losses/classifier.py).
 """
 
 import argparse
@@ -45,14 +45,14 @@ from old_model.old_features import OldFeatures
 class Trainer:
     """One training run of one config.
 
-    What a method states: `old_features`, what its batches need of the old model: "rows" (features and credible flags,
-    labels compared), "labels" (compared alone) or None.
+    A method sets `old_features`: "rows" (batches have old features and credible flags; labels are checked), "labels"
+    (only checked) or None.
 
-    What a method uses: `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] ->
-    embeddings [B, D]), `classifier` (embeddings, labels -> loss; PartialFC), `generator` (seeded, on the CPU),
-    `device`, `rank`, `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of
-    the method's own into `extra`: their parameters train with the backbone's settings, their gradients are summed over
-    the ranks and clipped with the backbone's by one norm, and they are in every checkpoint (not in model.pt).
+    It uses `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] -> embeddings
+    [B, D]), `classifier` (embeddings, labels -> loss; PartialFC), `generator` (seeded, on the CPU), `device`, `rank`,
+    `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may add modules to `extra`: their
+    parameters train with the backbone's settings, their gradients are summed over the ranks and clipped together with
+    the backbone's, and they are saved in checkpoints (not in model.pt).
     """
 
     old_features = None
@@ -70,13 +70,13 @@ class Trainer:
         cfg.num_classes, cfg.num_image = self.train_set.num_classes, self.train_set.num_image
         if cfg.num_classes < self.world_size:
             raise ConfigError(
-                f"{cfg.config_file}: the {cfg.num_classes} classes of {self.train_set.path} cannot be shared by "
-                f"{self.world_size} ranks; start fewer of them"
+                f"{cfg.config_file}: {self.train_set.path} has {cfg.num_classes} classes, fewer than the "
+                f"{self.world_size} ranks; start fewer ranks"
             )
         if cfg.num_image < cfg.batch_size * self.world_size:
             raise ConfigError(
-                f"{cfg.config_file}: a step takes batch_size = {cfg.batch_size} on each of {self.world_size} ranks, "
-                f"more than the {cfg.num_image} images of {self.train_set.path}; set a smaller batch_size"
+                f"{cfg.config_file}: batch_size = {cfg.batch_size} on {self.world_size} ranks is more than the "
+                f"{cfg.num_image} images of {self.train_set.path}; lower batch_size"
             )
         self.old = self.open_old_features() if self.old_features else None
         self.loader = TrainLoader(
@@ -92,8 +92,8 @@ class Trainer:
         self.steps_per_epoch = len(self.loader) // cfg.gradient_acc
         if self.steps_per_epoch == 0:
             raise ConfigError(
-                f"{cfg.config_file}: gradient_acc = {cfg.gradient_acc} is more than the "
-                f"{len(self.loader)} batches of an epoch"
+                f"{cfg.config_file}: gradient_acc = {cfg.gradient_acc} is more than the {len(self.loader)} batches of "
+                "an epoch; lower gradient_acc or batch_size"
             )
         self.total_steps = self.steps_per_epoch * cfg.num_epoch
         self.global_batch = cfg.batch_size * cfg.gradient_acc * self.world_size
@@ -114,7 +114,7 @@ class Trainer:
         self.scaler = make_scaler(self.device, self.world_size, scales_loss(cfg, self.device))
         self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device)
 
-    # --- what a run is made of; a method overrides what it does otherwise -----------------------------------------
+    # --- hooks: the parts of a run that a method may override -----------------------------------------------------
 
     def build_backbone(self):
         return backbones.get_model(
@@ -127,12 +127,12 @@ class Trainer:
         return PartialFC(margin_loss(cfg), cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16, cfg.seed)
 
     def open_old_features(self):
-        """The old model's features of the training set, by the keys of old_model/keys.py."""
+        """The old model's features of the training set, from the keys in old_model/keys.py."""
         cfg = self.cfg
         if "old_embedding" not in cfg:
             raise ConfigError(
                 f"{cfg.config_file}: {type(self).__name__} uses old features, but its configs/base.py declares no "
-                "old_embedding; begin it with `config = edict(keys)`, keys from old_model.keys"
+                "old_embedding; start it with `config = edict(keys)`, keys from old_model.keys"
             )
         return OldFeatures(
             self.train_set,
@@ -144,13 +144,13 @@ class Trainer:
         )
 
     def setup(self):
-        """Check a method's keys, load prototypes, add extra modules; runs after the data and the models exist."""
+        """Check a method's keys, load prototypes, add extra modules; runs once data and models exist."""
 
     def begin_epoch(self):
         """Runs before the first batch of every epoch, on all ranks."""
 
     def losses(self, batch):
-        """The loss terms `{name: scalar}` of a `engine.loader.Batch`; their sum is minimised."""
+        """The loss terms `{name: scalar}` of an `engine.loader.Batch`; their sum is minimised."""
         raise TypeError(f"{type(self).__name__} must define losses(batch)")
 
     def parameter_groups(self):
@@ -162,10 +162,10 @@ class Trainer:
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def train(self):
-        """Train to the end, or until a signal asks to stop: then the step is finished and a checkpoint written."""
+        """Train to the end, or until a stop signal: then finish the step and write a checkpoint."""
         cfg = self.cfg
         self.claimed = checkpoint.claim(cfg.output)
-        # By torchrun --max-restarts, whose agents on several machines do not all count the same.
+        # By torchrun --max-restarts, whose agents on different machines may disagree on the count.
         restarted = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
         if distributed.all_reduce_(restarted, torch.distributed.ReduceOp.MAX) or cfg.resume:
             self.resume()
@@ -180,13 +180,13 @@ class Trainer:
                 while self.epoch < cfg.num_epoch and not stopped:
                     stopped = self.train_epoch()
             except NonFiniteLoss as error:
-                explain(self, error)  # in here, where the launcher's SIGTERM to the other ranks finds them writing
+                explain(self, error)  # inside StopRequest: the launcher's SIGTERM must not end ranks that still write
                 raise
         if stopped and self.epoch < cfg.num_epoch:
             log.info("stopped by %s at step %d; resume with: %s", stopped, self.step, resume_command())
 
     def train_epoch(self):
-        """The rest of the epoch. Returns the name of the signal that asks to stop, or None."""
+        """Train the rest of the epoch. Returns the name of the stop signal, or None."""
         cfg = self.cfg
         done = self.step - self.epoch * self.steps_per_epoch  # not 0 after resuming within an epoch
         self.loader.set_epoch(self.epoch, start_step=done * cfg.gradient_acc)
@@ -220,7 +220,7 @@ class Trainer:
         return stopped
 
     def accumulate(self, batch, last):
-        """Forward and backward of one batch; gradients are exchanged with the `last` one before an update."""
+        """Forward and backward of one batch; the ranks exchange gradients on the `last` one before an update."""
         exchange = last or self.world_size == 1
         with contextlib.nullcontext() if exchange else self.backbone.no_sync():
             terms = self.losses(batch)
@@ -243,7 +243,7 @@ class Trainer:
 
     def verify(self):
         self.refuse_non_finite_weights()
-        distributed.broadcast_buffers(self.backbone)  # of the model that is saved, rank 0's, on every rank
+        distributed.broadcast_buffers(self.backbone)  # every rank verifies the model that is saved, rank 0's
         accuracies = self.verifier.run(unwrap(self.backbone))
         for name, value in accuracies.items():
             log.info("[%s][%d]Accuracy-Flip: %.5f", name, self.step, value)
@@ -258,7 +258,7 @@ class Trainer:
         for key, value in sorted(self.cfg.items()):
             log.info(": %s%s", key.ljust(32), value)
         log.info(
-            "%d ranks on %s, %d images, %d classes, %d steps an epoch, %d in all",
+            "%d ranks on %s, %d images, %d classes, %d steps per epoch, %d in all",
             *(self.world_size, self.device.type, self.cfg.num_image, self.cfg.num_classes),
             *(self.steps_per_epoch, self.total_steps),
         )
@@ -266,12 +266,12 @@ class Trainer:
     # --- files ----------------------------------------------------------------------------------------------------
 
     def save_backbone(self, name):
-        """The backbone of rank 0, loadable by `backbones.load_backbone`."""
+        """Save rank 0's backbone, for `backbones.load_backbone`."""
         if self.rank == 0:
             checkpoint.save_atomically(unwrap(self.backbone).state_dict(), pathlib.Path(self.cfg.output) / name)
 
     def save_models(self):
-        """`model.pt`: the backbone; `softmax_fc_gpu_{rank}.pt`: each rank's class centres."""
+        """Save the backbone as `model.pt`, each rank's class centres as `softmax_fc_gpu_{rank}.pt`."""
         self.refuse_non_finite_weights()
         self.save_backbone("model.pt")
         if centres := self.classifier.state_dict():
@@ -279,10 +279,10 @@ class Trainer:
             checkpoint.save_atomically(centres, output / f"softmax_fc_gpu_{self.rank}.pt")
             others = range(self.world_size + self.rank, 10**6, self.world_size)
             for path in itertools.takewhile(pathlib.Path.exists, (output / f"softmax_fc_gpu_{r}.pt" for r in others)):
-                path.unlink()  # of ranks that a run resumed on fewer no longer has
+                path.unlink()  # from before a resume on fewer ranks
 
     def refuse_non_finite_weights(self):
-        """Never save or rank non-finite weights, nor those of a step with a non-finite loss."""
+        """Raise rather than save or rank non-finite weights, or those of a step with a non-finite loss."""
         self.monitor.flush()
         refuse_non_finite_weights(self)
 
@@ -293,7 +293,7 @@ class Trainer:
     def resume(self):
         found = checkpoint.load_newest(self.cfg.output, self.device)
         if found is None:
-            log.warning("resume = True, but %s holds no checkpoint: starting from the beginning", self.cfg.output)
+            log.warning("resume = True, but no checkpoint in %s: starting from scratch", self.cfg.output)
             return
         restore(self, *found)
         log.info("resumed from %s: epoch %d, step %d", found[1], self.epoch, self.step)
@@ -305,15 +305,15 @@ class Trainer:
         parser = argparse.ArgumentParser(
             description=cls.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="Any key of the config can be overridden, after it: --key value. configs/base.py explains each.",
+            epilog="Any config key can be overridden after the config: --key value. configs/base.py explains each.",
             allow_abbrev=False,
         )
         parser.add_argument("config", help="config file, such as configs/f128_r18_softmax_class30.py; it comes first")
-        # Older launchers pass --local_rank, today's --local-rank; the environment is what counts.
+        # Passed by old launchers as --local_rank, by new ones as --local-rank; ranks come from the environment.
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
         args, overrides = parser.parse_known_args(argv)
         if not args.config.endswith(".py"):
-            parser.error(f"{args.config} is no config file; the config comes first, then --key value")
+            parser.error(f"{args.config} is not a config file; put the config first, then --key value")
         with report_errors():
             cls(load_config(args.config, overrides)).train()
         distributed.shutdown()

@@ -1,4 +1,4 @@
-"""Losses that several runs share: margin softmax, sharded over the classes, and the softmax over old prototypes."""
+"""Shared losses: margin softmax, sharded over the classes, and softmax over old prototypes."""
 
 from losses.classifier import Classifier, Softmax
 from losses.margin import ArcFace, CombinedMarginLoss, CosFace

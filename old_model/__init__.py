@@ -1,1 +1,1 @@
-"""What an old model leaves behind for the training of a new one: its files, read and checked."""
+"""The old model's files that the training of a new one needs: named, read and checked."""

@@ -1,4 +1,4 @@
-"""Sums, means and distances to them, class by class, for millions of rows in any order, a chunk at a time."""
+"""Per-class sums, means and distances to the means, for millions of rows in any order, a chunk at a time."""
 
 import numpy as np
 from scipy import sparse
@@ -9,11 +9,9 @@ CHUNK = 1 << 15  # rows handled at once: 32 MB in float64 at 128 dimensions
 
 
 def chunks(features, labels):
-    """Go through the rows in order: yields `(slice, rows float64 [n, D], labels [n])`, at most CHUNK rows at once.
+    """Yield `(slice, rows float64 [n, D], labels [n])` in order, n <= CHUNK; the rows are a copy.
 
-    The rows are a copy, to be changed at will.
-
-    Raises FeatureError for a row that is not finite.
+    Raises FeatureError for a non-finite row.
     """
     for start in range(0, len(features), CHUNK):
         part = slice(start, min(start + CHUNK, len(features)))
@@ -25,7 +23,7 @@ def chunks(features, labels):
 
 
 def normalise(rows):
-    """Scale each row to unit length, in place; a row of zeros stays."""
+    """L2-normalise each row in place; rows of zeros stay zero."""
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     rows /= np.where(norms > 0, norms, 1.0)[:, None]
 
@@ -33,7 +31,7 @@ def normalise(rows):
 def add_by_class(sums, rows, labels):
     """sums[c] += sum of the rows of class c, in place: sums [C, D], rows [n, D], labels [n] in any order, 0 … C − 1.
 
-    A sparse product of class membership and rows: one pass, where np.add.at takes the rows one by one.
+    A sparse product of class membership and rows: np.add.at would take the rows one by one.
     """
     order = np.argsort(labels, kind="stable")
     classes, first = np.unique(labels[order], return_index=True)
@@ -43,11 +41,11 @@ def add_by_class(sums, rows, labels):
 
 
 def unit_class_means(features, labels, num_classes, squares=None):
-    """Means of the L2-normalised rows of each class, not normalised again: float64 [C, D], zeros without any row.
+    """Class means of the L2-normalised rows, not normalised again: float64 [C, D], zeros for a class without rows.
 
-    features: float [N, D], memory-mapped or not, any scale; labels: int [N], any order, 0 … C − 1 = num_classes − 1.
-    squares: float64 [D] to which the sum of each dimension's squares over all rows is added, in the same pass.
-    Raises FeatureError for a row that is not finite.
+    features: float [N, D], any scale; labels: int [N], any order, 0 … num_classes − 1.
+    squares: float64 [D]; each dimension's sum of squares over all rows is added to it, in the same pass.
+    Raises FeatureError for a non-finite row.
     """
     means = np.zeros((num_classes, features.shape[1]))
     for _, rows, classes in chunks(features, labels):
@@ -60,10 +58,9 @@ def unit_class_means(features, labels, num_classes, squares=None):
 
 
 def squared_distances_to_means(features, labels, means, weights=None):
-    """Squared distance of each L2-normalised row to the mean of its class: float64 [N].
+    """Squared distance of each L2-normalised row to its class mean: float64 [N].
 
-    features, labels: as in `unit_class_means`, which gives means [C, D]. weights: a factor on the square of each
-    dimension, [D]; None = 1.
+    features, labels, means: as in `unit_class_means`. weights: factor on each dimension's square, [D]; None = 1.
     """
     distances = np.empty(len(features))
     for part, rows, classes in chunks(features, labels):
@@ -78,9 +75,9 @@ def squared_distances_to_means(features, labels, means, weights=None):
 
 
 def count_classes(labels, num_classes=None):
-    """Images of each class: int64 [C], C = num_classes or the largest label + 1.
+    """Images per class: int64 [C], C = num_classes or the largest label + 1.
 
-    Raises FeatureError for a label outside the range and for a class without images.
+    Raises FeatureError for labels out of range and for a class without images.
     """
     low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= (num_classes or len(labels)):
@@ -90,7 +87,7 @@ def count_classes(labels, num_classes=None):
     empty = np.flatnonzero(counts == 0)
     if len(empty):
         raise FeatureError(
-            f"class {empty[0]} has no image ({len(empty)} of {len(counts)} classes have none), so it has no mean; "
-            "write the record file again with labels 0 … C − 1 without gaps"
+            f"class {empty[0]} has no image ({len(empty)} of {len(counts)} classes have none) and so no mean; "
+            "rewrite the record file with labels 0 … C − 1 without gaps"
         )
     return counts

@@ -1,9 +1,9 @@
-"""The files of a feature set: their names, the commands that write them, their age; opened and saved.
+"""The files of a feature set: names, the commands that write them, age checks, opening and saving.
 
-A feature set is known by its name, `<old model>_<set>`, say `f128_r18_softmax_class70`: the old model's config name
-without its own set, and the set that was embedded. Row i of every file belongs to image i of that set's record file.
+A feature set is named `<old model>_<set>`, such as `f128_r18_softmax_class70`: the old model's config name without its
+own set, and the set that was embedded. Row i of every file belongs to image i of that set's record file.
 
-    feature_save/<scenario>/<name>_feature.npy                      float32 [N, D], as the model gave them
+    feature_save/<scenario>/<name>_feature.npy                      float32 [N, D], the model's output
                             <name>_label.npy                        int64 [N]
                             <name>_avg_feature.npy                  float32 [C, D], L2-normalised class means
                             <name>_credible_ratio_90_feature.npy    bool [N], by the distance to the class mean
@@ -21,8 +21,8 @@ from core.config import REPO
 from core.errors import UserError
 from core.files import atomic_write
 
-# Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data that the old one
-# never saw; EX (extended): on everything.
+# Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data unseen by the old
+# one; EX (extended): on everything.
 SETS = {
     "class30": ("OPclass", "train_part_30_class.rec"),
     "class70": ("OPclass", "train_part_70_class.rec"),
@@ -34,14 +34,14 @@ SETS = {
 
 
 class FeatureError(UserError, ValueError):
-    """A feature set's name or file that cannot be used; the message names it and the command to run."""
+    """An unusable feature set name or file; the message names it and the command to run."""
 
 
 class FeatureSet:
     """The files of one feature set. `name`: `<old model>_<set>`; `root`: the feature_save directory.
 
     Attributes: name, old_model, set, scenario, record (file name), and the paths feature, label, avg_feature.
-    Raises FeatureError for a name whose last part is none of SETS.
+    Raises FeatureError for a name that does not end in one of SETS.
     """
 
     def __init__(self, name, root=None):
@@ -66,12 +66,12 @@ class FeatureSet:
         return self.root / self.scenario / f"{self.name}_{what}.npy"
 
     def command(self, script="get_feature", options=""):
-        """The command line that writes this set's features (or, by another script, what is derived from them)."""
+        """The command that writes this set's features (or, with another script, files derived from them)."""
         config = f" {self._config()}" if script == "get_feature" else ""
         return f"python tools/get_feature/{script}.py{config}{options} --SD {self.name}{self._place(script)}"
 
     def _place(self, script):
-        """Options that say where the files are; get_feature must find the old model and the images there, too."""
+        """Options for a feature_save elsewhere; get_feature also needs the old model and the images there."""
         root = pathlib.Path(os.path.abspath(self.root))  # not resolved: the directory may be a link to a larger disk
         if root == REPO / "feature_save":
             return ""
@@ -89,7 +89,7 @@ class FeatureSet:
 
 
 def _parse(path):
-    """`(FeatureSet, what)` of a file of a feature_save directory, or None if its name is not of that form."""
+    """`(FeatureSet, what)` of a file in a feature_save directory; None for any other name."""
     path = pathlib.Path(path)
     kinds = "feature|label|avg_feature|credible_entropy_feature|credible_ratio_[0-9.]+_feature"
     match = re.fullmatch(rf"(.+?)_({kinds})\.npy", path.name)
@@ -100,7 +100,7 @@ def _parse(path):
 
 
 def command_for(path):
-    """The command that writes the file `path` of a feature_save directory, as far as its name tells."""
+    """The command that writes `path`, a file in a feature_save directory, as far as its name tells."""
     parsed = _parse(path)
     if parsed is None:
         return "python tools/get_feature/get_feature.py CONFIG --SD NAME"
@@ -114,21 +114,21 @@ def command_for(path):
     return files.command()
 
 
-def again(path):
-    return f"write it again: {command_for(path)}"
+def rewrite(path):
+    return f"rewrite it: {command_for(path)}"
 
 
-def again_from_images(path):
-    """As `again`, but for a file that is derived from features the features come first."""
+def rewrite_from_images(path):
+    """As `rewrite`, but a file derived from features needs those first."""
     parsed, own = _parse(path), command_for(path)
     first = parsed[0].command() if parsed else own
-    return f"write it again: {own if first == own else f'{first} && {own}'}"
+    return f"rewrite it: {own if first == own else f'{first} && {own}'}"
 
 
 def check_not_older(path, old_model_path):
-    """Hold the file `path`, made from an old model's features, against that model; old_model_path "" or None: don't.
+    """Raise FeatureError, with the command to run, if the old model is missing or newer than `path`, made from it.
 
-    Raises FeatureError, with the command to run, if the model was written after the file; and if it is not there.
+    old_model_path "" or None: no check.
     """
     if not old_model_path:
         return
@@ -136,12 +136,12 @@ def check_not_older(path, old_model_path):
     if not model.is_file():
         raise FeatureError(
             f'old_model_path {model}: no such file; correct it in the config, or set it to "": '
-            f"it only serves to tell that {path} is not older"
+            f"it is only used to check the age of {path}"
         )
     if pathlib.Path(path).stat().st_mtime_ns < model.stat().st_mtime_ns:
         raise FeatureError(
-            f"{path}: older than old_model_path {model}, so another model's; {again_from_images(path)}   "
-            '(if it is that model\'s and only the times are wrong, set old_model_path to "")'
+            f"{path}: older than old_model_path {model}; {rewrite_from_images(path)}   "
+            '(if it is from that model and only the file times are wrong, set old_model_path to "")'
         )
 
 
@@ -149,37 +149,39 @@ def check_not_older(path, old_model_path):
 
 
 def open_array(path, ndim, kind):
-    """Memory-map a .npy file of `ndim` dimensions whose dtype is of `kind` (np.floating, np.integer, np.bool_).
+    """Memory-map a .npy file with `ndim` dimensions and a dtype of `kind` (np.floating, np.integer, np.bool_).
 
-    Raises FeatureError with the command that writes the file where it is missing, damaged or of another form.
+    Raises FeatureError, with the command that writes it, if it is missing, damaged or of another shape or type.
     """
     try:
         array = np.load(path, mmap_mode="r")
     except FileNotFoundError:
-        raise FeatureError(f"{path}: no such file; write it by: {command_for(path)}") from None
+        raise FeatureError(f"{path}: no such file; write it: {command_for(path)}") from None
     except (ValueError, EOFError, OSError) as error:
-        raise FeatureError(f"{path}: not a readable .npy file ({error}); {again(path)}") from error
+        raise FeatureError(f"{path}: not a readable .npy file ({error}); {rewrite(path)}") from error
     if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
-        held = f"{array.dtype} {list(array.shape)}"
-        raise FeatureError(f"{path}: holds {held}, not {ndim}-D {kind.__name__}; {again(path)}")
+        found = f"{array.dtype} {list(array.shape)}"
+        raise FeatureError(f"{path}: {found}, expected {ndim}-D {kind.__name__}; {rewrite(path)}")
     return array
 
 
 def open_feature_set(files):
-    """`(features [N, D], labels [N])` of a FeatureSet, memory-mapped. Raises FeatureError, also for unequal lengths."""
+    """`(features [N, D], labels [N])` of a FeatureSet, memory-mapped. Raises FeatureError, also if lengths differ."""
     features, labels = open_array(files.feature, 2, np.floating), open_array(files.label, 1, np.integer)
     if len(features) != len(labels) or not len(features):
         raise FeatureError(
-            f"{files.feature}: {len(features)} rows, but {files.label.name} has {len(labels)}; both must have as many "
-            f"as there are images. Write them again: {files.command()}"
+            f"{files.feature}: {len(features)} rows, but {files.label.name} has {len(labels)}; both need one per "
+            f"image. Rewrite them: {files.command()}"
         )
     return features, labels
 
 
 def save_array(path, array):
-    """Write a .npy file under a temporary name and rename it once it is whole and on the disk."""
+    """Write a .npy file atomically."""
     try:
         with atomic_write(path) as file:
             np.save(file, array)
     except OSError as error:
-        raise FeatureError(f"{path}: could not be written ({error.strerror})") from error
+        raise FeatureError(
+            f"{path}: cannot be written ({error.strerror}); check the disk and its free space"
+        ) from error

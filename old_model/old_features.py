@@ -1,7 +1,7 @@
-"""The old model's features of a training set as a run uses them: the rows of a batch, held against its labels.
+"""The old model's features of a training set: reads the rows of a batch and checks their labels.
 
-old_model/feature_set.py says which files there are and which commands write them. The loader's workers read the rows
-of the images that they decode (engine/loader.py), so that a method finds them in its batch.
+old_model/feature_set.py lists the files and the commands that write them. The loader's workers read the rows of the
+images that they decode (engine/loader.py), so a method finds them in its batch.
 """
 
 import os
@@ -11,23 +11,23 @@ import weakref
 
 import numpy as np
 
-from old_model.feature_set import FeatureError, again, again_from_images, check_not_older, command_for, open_array
+from old_model.feature_set import FeatureError, check_not_older, open_array, rewrite, rewrite_from_images
 
-LABELS_SAMPLED = 1024  # rows whose labels are compared with the record file when features are opened
+LABELS_SAMPLED = 1024  # rows whose labels are compared with the record file on opening
 
 
 class OldFeatures:
     """The old model's features, labels and credible flags of every image of a training set.
 
-    train_set: a data set of dataset.py; row i of every file belongs to its image i. Lengths and a spread sample of the
-        labels are compared here, all labels as the batches come (`compare_labels`).
+    train_set: a data set of dataset.py; row i of every file belongs to its image i. Lengths and an even sample of the
+        labels are checked here, all labels batch by batch (`compare_labels`).
     feature_path: …_feature.npy, float [N, D]. label_path: int [N]; "" or None = the …_label.npy beside it.
-    credible_path: bool [N], …_credible_ratio_90_feature.npy, say; "" or None = every row is credible.
-    embedding_size: the width that the new model needs; None = any.
-    old_model_path: the model that the files must not be older than; "" or None = not checked.
+    credible_path: bool [N], such as …_credible_ratio_90_feature.npy; "" or None = every row is credible.
+    embedding_size: the new model's; None = any.
+    old_model_path: the files must not be older than this model; "" or None = not checked.
 
     `features` and `labels` are memory-mapped: the ranks of a machine share one copy.
-    Raises FeatureError, with the command to run, for files that are missing, stale or not of this training set.
+    Raises FeatureError, with the command to run, for files that are missing, stale or of another training set.
     """
 
     def __init__(
@@ -42,21 +42,21 @@ class OldFeatures:
         self._credible = RowFile(credible_path, 1, np.bool_) if credible_path else None
         for file in filter(None, (self._rows, self._labels, self._credible)):
             if len(file.array) != len(train_set):
-                remedy = again_from_images(file.path) if file is self._credible else again(self.path)
+                remedy = rewrite_from_images(file.path) if file is self._credible else rewrite(self.path)
                 raise FeatureError(
                     f"{file.path}: {len(file.array)} rows, but {self.record} has {len(train_set)} images: "
-                    f"it was made from another record file; {remedy}"
+                    f"made from another record file; {remedy}"
                 )
         if embedding_size is not None and self.width != embedding_size:
             raise FeatureError(
                 f"{self.path}: features of width {self.width}, but embedding_size is {embedding_size}; "
-                "set embedding_size to the old model's, or take the features of an old model of that width; "
-                f"if that model has changed since, {again(self.path)}"
+                "set embedding_size to the old model's, or use the features of an old model of that width; "
+                f"if the old model has changed, {rewrite(self.path)}"
             )
         check_not_older(self.path, old_model_path)
         if self._credible:
             if not self._credible.array.any():
-                raise FeatureError(f"{credible_path}: no row is credible; {again(credible_path)}")
+                raise FeatureError(f"{credible_path}: no row is credible; {rewrite(credible_path)}")
             check_not_older(credible_path, old_model_path)
         rows = np.unique(np.linspace(0, len(train_set) - 1, LABELS_SAMPLED).astype(np.int64)) if len(train_set) else []
         self.compare_labels(rows, [train_set.label(int(row)) for row in rows])
@@ -65,52 +65,53 @@ class OldFeatures:
         return len(self.features)
 
     def compare_labels(self, rows, labels):
-        """Raise FeatureError where the stored class of a row differs from `labels` [B], the record file's."""
+        """Raise FeatureError if a row's stored class differs from `labels` [B], the record file's."""
         stored = self._labels.read(np.asarray(rows, np.int64))
         wrong = np.flatnonzero(stored != np.asarray(labels))
         if len(wrong):
             raise FeatureError(
                 f"{self.path}: row {rows[wrong[0]]} is of class {stored[wrong[0]]}, but in {self.record} of class "
-                f"{labels[wrong[0]]}: the features were made from another record file. "
-                f"Run get_feature again: {command_for(self.path)}"
+                f"{labels[wrong[0]]}: made from another record file; {rewrite(self.path)}"
             )
 
     def read(self, rows, out=None):
-        """Rows int64 [B] as stored: float32 [B, D], in `out` where given. FeatureError for a row that is not finite."""
+        """The rows int64 [B] as stored: float32 [B, D], in `out` if given. FeatureError for a non-finite row."""
         out = self._rows.read(rows, np.empty((len(rows), self.width), np.float32) if out is None else out)
         finite = np.isfinite(out).all(axis=1)
         if not finite.all():
-            raise FeatureError(f"{self.path}: NaN or infinity in row {rows[~finite][0]}; {again(self.path)}")
+            raise FeatureError(f"{self.path}: NaN or infinity in row {rows[~finite][0]}; {rewrite(self.path)}")
         return out
 
     def read_credible(self, rows):
-        """bool [B]: which of the rows int64 [B] have an old feature that may be used."""
+        """bool [B]: which of the rows int64 [B] have a credible old feature."""
         return self._credible.read(rows) if self._credible else np.ones(len(rows), bool)
 
 
 class RowFile:
-    """Rows of a .npy file of `ndim` dimensions whose dtype is of `kind`, read by system calls; `array` is its mapping.
+    """Reads rows of a .npy file (`ndim`, `kind`: see `open_array`) by system calls; `array` is its memory map.
 
-    Through the mapping, a file that is cut short or a failing disk would end the process with SIGBUS, and each row
-    that is not in memory would cost 128 KB of reading ahead. Pickled (to a spawned worker) it opens the file again.
+    Through the map, a truncated file or a failing disk would kill the process with SIGBUS, and each uncached row would
+    cost 128 KB of readahead. Unpickled (in a spawned worker) it reopens the file.
     Raises FeatureError with the command that writes the file.
     """
 
     def __init__(self, path, ndim, kind):
-        self.path, self.form, self.array = path, (ndim, kind), open_array(path, ndim, kind)
+        self.path, self.expected, self.array = path, (ndim, kind), open_array(path, ndim, kind)
         self.file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.file)
 
     def __reduce__(self):
-        return RowFile, (self.path, *self.form)
+        return RowFile, (self.path, *self.expected)
 
     def read(self, rows, out=None):
-        """The rows int64 [B], of the array's own dtype, or in `out` [B, …] and its dtype."""
+        """The rows int64 [B], in the file's dtype, or in `out` [B, …] and its dtype."""
         outside = (rows < 0) | (rows >= len(self.array))
         if outside.any():
-            raise IndexError(f"{self.path}: row {rows[outside][0]} is outside its {len(self.array)} rows")
+            raise IndexError(
+                f"{self.path}: row {rows[outside][0]} is out of range, the file has {len(self.array)} rows"
+            )
         shape = len(rows), *self.array.shape[1:]
-        if not self.array.flags.c_contiguous:  # column by column, as np.save writes a transposed array
+        if not self.array.flags.c_contiguous:  # Fortran order, as np.save writes a transposed array
             stored = self.array[rows]
         else:
             direct = out is not None and out.dtype == self.array.dtype
@@ -122,11 +123,11 @@ class RowFile:
         return out
 
     def _read_stored(self, rows, values):
-        """Fill `values` [B, …], contiguous and of the file's own type, and return it."""
+        """Fill `values` [B, …], contiguous and of the file's dtype, and return it."""
         size = self.array[:1].nbytes
         offsets = (self.array.offset + rows * size).tolist()
         if hasattr(os, "posix_fadvise"):
-            for offset in offsets:  # the disk gets all requests at once
+            for offset in offsets:  # all requests reach the disk at once
                 os.posix_fadvise(self.file, offset, size, os.POSIX_FADV_WILLNEED)
         memory = memoryview(values.reshape(-1).view(np.uint8))
         for place, (row, offset) in enumerate(zip(rows, offsets)):
@@ -141,8 +142,8 @@ class RowFile:
                 read = read + more if more else 0
         except OSError as error:
             raise FeatureError(
-                f"{self.path}: row {row} cannot be read ({error.strerror}); is its disk still there? "
-                f"If the file is lost, {again(self.path)}"
+                f"{self.path}: row {row} cannot be read ({error.strerror}); check the disk. "
+                f"If the file is lost, {rewrite(self.path)}"
             ) from error
         if not read and len(memory):
-            raise FeatureError(f"{self.path}: ends before row {row} is whole, so it was cut; {again(self.path)}")
+            raise FeatureError(f"{self.path}: truncated before the end of row {row}; {rewrite(self.path)}")

@@ -1,9 +1,9 @@
 """Runs that are killed with SIGKILL and resumed: in a chosen line of the code, or from outside at any moment.
 
 `whole_run` trains without interruption, every checkpoint kept aside. `kill_and_resume` trains the same config again,
-each attempt killed at another point, and holds what is on the disk against the whole run: after every kill the newest
-complete set, whole and bit for bit; at the end all that a run leaves behind. tests/engine/test_kill_and_resume.py does
-so with a few dozen kills, tests/soak.py for as long as one likes.
+each attempt killed at another point, and compares the disk with the whole run: after every kill the newest
+complete set, bit for bit; at the end all files of the run. tests/engine/test_kill_and_resume.py does
+it with a few dozen kills, tests/soak.py for as long as you like.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from tests.conftest import draw_image, draw_record_set
 from tests.ranks import PRELOAD
 
 NUM_IMAGE, NUM_CLASSES = 38, 5
-SECONDS = 120  # after which an attempt is taken to hang
-TO_NOTICE = 30  # seconds that a rank has to end of itself once another was killed
+SECONDS = 120  # after which an attempt counts as hanging
+TO_NOTICE = 30  # seconds for a rank to end by itself after another was killed
 # Calls before and after which a run can be killed, by name, such as "before update"; for those that change names on the
 # disk the file's kind stands beside it, "after replace rank". "half of save": as many bytes of a file are written.
 WATCHED = (
@@ -162,7 +162,7 @@ def attempt(task, name, kill, *overrides, keep=None):
 
 
 def _wait(ranks):
-    """Wait until all have ended; those that have not in time."""
+    """Wait until all have ended; returns those that have not in time."""
     deadline = time.monotonic() + SECONDS
     running = {process.sentinel: rank for rank, process in enumerate(ranks)}
     while running and time.monotonic() < deadline:
@@ -279,7 +279,7 @@ def _some(random, ranks):
 
 
 def kill_and_resume(task, kills, name="killed", tell=print):
-    """Run after run, killed by `kills` in turn, until one comes to its end; holds all against the whole run.
+    """Run after run, killed by `kills` in turn, until one finishes; compares each with the whole run.
 
     Returns how many were killed, for one may end before it comes to its kill. `tell` gets a line for each.
     """
@@ -315,7 +315,7 @@ def check_sets(task, name, before=()):
 
 
 def check_end(task, name):
-    """Hold all that a finished run left behind against what the whole one did: names and contents.
+    """Compare all files of a finished run with the whole run's: names and contents.
 
     One that was killed after its last checkpoint, but before it deleted an older one, has that, or a part of it, left.
     """

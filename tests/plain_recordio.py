@@ -1,4 +1,4 @@
-"""The record format read in the plainest way, for tests that hold recordio.py and image_layout against it.
+"""A plain reader of the record format, for comparison with recordio.py and image_layout.
 
 `hold_against_plain` is the whole of it: two files of any bytes, and whatever a RecordReader can be asked about them.
 """
@@ -16,7 +16,7 @@ _WORD = struct.pack("<I", MAGIC)
 
 
 class Wrong(Exception):
-    """The format does not allow this."""
+    """Not allowed by the format."""
 
 
 def plain_index(text):
@@ -86,7 +86,7 @@ def _same(a, b):
 
 
 def _holds(reader, plain, ask, same=lambda a, b: a == b):
-    """Whether `ask()` gives what `plain()` gives, and a RecordError naming the file where that is Wrong."""
+    """Assert that `ask()` equals `plain()`, or raises a RecordError naming the file where that raises Wrong."""
     try:
         expected = plain()
     except Wrong:

@@ -1,4 +1,4 @@
-"""Kill runs and resume them, for as long as one likes: `make soak MINUTES=60`.
+"""Kill runs and resume them, for as long as you like: `make soak MINUTES=60`.
 
     python tests/soak.py --minutes 20 --seed 1
 

@@ -10,7 +10,7 @@ from recordio import IRHeader, RecordError
 
 
 class Reader(types.SimpleNamespace):
-    """What `image_layout` asks of a reader of the keys 0 ... `size` - 1, the first of them a header of `counts`."""
+    """A fake reader for `image_layout` with keys 0 ... `size` - 1, the first a header of `counts`."""
 
     path, idx_path = "a.rec", types.SimpleNamespace(name="a.idx")
 
@@ -30,14 +30,14 @@ class Reader(types.SimpleNamespace):
         return None
 
 
-def test_a_count_of_images_alone_may_be_beyond_2_to_the_24():
+def test_an_image_count_alone_may_exceed_2_to_the_24():
     size = 2**24 + 2
     assert image_layout(Reader(size=size, counts=[size])) == (range(1, size), None)
-    with pytest.raises(RecordError, match="so many classes cannot be told apart"):
+    with pytest.raises(RecordError, match="float32 labels cannot tell"):
         image_layout(Reader(size=size, counts=[size, 2**24 + 2**10]))
 
 
 @pytest.mark.parametrize("counts", [[3e38], [3e38, 3e38], [5, 3e38], [2**24, 3e38], [3e38, 5], [2**62, 2**62]])
-def test_giant_counts_are_refused_without_counting(counts):
+def test_giant_counts_are_refused_quickly(counts):
     with pytest.raises(RecordError, match=r"a\.rec: key 0 at offset 0: "):
         image_layout(Reader(size=5, counts=counts))

@@ -1,4 +1,4 @@
-"""docs/fidelity.md lists exactly the config values that depart from the published ones."""
+"""docs/fidelity.md lists exactly the config values that differ from the published ones."""
 
 import ast
 import pathlib

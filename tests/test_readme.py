@@ -1,4 +1,4 @@
-"""The README's flow, each command as it stands there, on a copy of the tree with small data.
+"""The README's flow, each command verbatim, on a copy of the tree with small data.
 
 Only what sets the scale is changed: eight ranks become two, `BCT_OVERRIDES` makes the networks `tiny` and the runs
 short, and where r18 and r50 are named for the evaluation, `tiny` is what was trained.

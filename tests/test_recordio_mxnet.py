@@ -1,4 +1,4 @@
-"""recordio.py against MXNet's own, which runs in a process of its own; skipped where it does not import."""
+"""recordio.py against MXNet's, run in a separate process; skipped if it cannot be imported."""
 
 import json
 import random
@@ -102,7 +102,7 @@ def test_pack_is_the_same_byte_for_byte(answer):
         assert recordio.pack(header, b"image").hex() == theirs
 
 
-def test_unpack_is_the_same(answer):
+def test_unpack_equals_mxnets(answer):
     for packed, theirs in zip(answer["packed"], answer["unpacked"], strict=True):
         header, payload = recordio.unpack(bytes.fromhex(packed))
         assert [header.flag, np.ravel(header.label).tolist(), header.id, header.id2, payload.hex()] == theirs

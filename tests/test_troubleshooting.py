@@ -22,7 +22,7 @@ def quoted_messages():
 
 
 def messages_of(tree):
-    """All strings of a module but docstrings; `…` for what an f-string or a %-form puts in; neighbours are one."""
+    """All strings of a module but docstrings; `…` for inserted values; adjacent strings are joined."""
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -33,19 +33,19 @@ def messages_of(tree):
 
 @pytest.fixture(scope="module")
 def sources():
-    """Every string of the sources, one a line."""
+    """Every string of the sources, one per line."""
     paths = [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py"))]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
     return "\n".join(text.replace("\n", " ") for tree in trees for text in messages_of(tree))
 
 
 @pytest.mark.parametrize("message", quoted_messages())
-def test_every_message_is_one_of_the_sources(message, sources):
+def test_every_quoted_message_is_in_the_sources(message, sources):
     pattern = ".*".join(re.escape(part) for part in message.split("…"))
     assert re.search(pattern, sources), "no source has this message any more: correct the page"
 
 
-def test_every_key_is_one_of_a_config():
+def test_every_key_exists():
     spans = re.findall(r"`([^`]+)`", "\n".join(line.partition(" | ")[2] for line in page().splitlines()))
     named = {span for span in spans if re.fullmatch(r"[a-z]+(_[a-z]+)+", span)}
     known = load_config("configs/base.py")

@@ -1,4 +1,4 @@
-"""No file that the repo reads is unpickled, but for .bin sets, by the allow-lists of engine/bin_files.py."""
+"""No file is unpickled except .bin sets, through the allow-lists of engine/bin_files.py."""
 
 import ast
 import pathlib
@@ -62,6 +62,6 @@ def test_no_file_is_unpickled():
         "class Mine(pickle._Unpickler): pass",
     ],
 )
-def test_what_would_be_found(line):
+def test_the_checker_finds_each_form(line):
     assert len(list(complaints(line))) == 1
     assert not list(complaints("torch.load(path, weights_only=True); np.load(path); pickle.dumps(x)"))

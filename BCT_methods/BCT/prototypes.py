@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from old_model.feature_set import FeatureError, again_from_images, check_not_older, open_array
+from old_model.feature_set import FeatureError, check_not_older, open_array, rewrite_from_images
 
 
 def load_prototypes(path, num_classes, embedding_size, old_model_path=None):
@@ -23,14 +23,14 @@ def load_prototypes(path, num_classes, embedding_size, old_model_path=None):
         raise FeatureError(
             f"{path}: prototypes of width {width}, but embedding_size is {embedding_size}; "
             "set embedding_size to the old model's, or take the prototypes of an old model of that width; "
-            f"if that model has changed since, {again_from_images(path)}"
+            f"if that model has changed since, {rewrite_from_images(path)}"
         )
     if classes != num_classes:
         raise FeatureError(
             f"{path}: {classes} rows, but the training set has {num_classes} classes: "
-            f"the prototypes were made from another record file; {again_from_images(path)}"
+            f"the prototypes were made from another record file; {rewrite_from_images(path)}"
         )
     if not np.isfinite(prototypes).all():
-        raise FeatureError(f"{path}: holds NaN or infinity; {again_from_images(path)}")
+        raise FeatureError(f"{path}: holds NaN or infinity; {rewrite_from_images(path)}")
     check_not_older(path, old_model_path)
     return F.normalize(torch.from_numpy(prototypes), dim=1)

@@ -12,7 +12,7 @@ from core import distributed
 from core.config import require
 from engine.extract import extract_features
 from engine.monitor import log
-from old_model.feature_set import FeatureError, again, save_array
+from old_model.feature_set import FeatureError, rewrite, save_array
 
 SHORT = 2.0  # old features of a smaller median norm make raw class means that hardly pull
 CLASSES_SAMPLED = 64  # spread over all of them, for that median
@@ -126,7 +126,7 @@ class Refinement(torch.nn.Module):
                 device=self.device,
             )
         except ValueError as error:
-            raise FeatureError(f"{self.old.path}: {error}; {again(self.old.path)}") from error
+            raise FeatureError(f"{self.old.path}: {error}; {rewrite(self.old.path)}") from error
         self.prototypes.zero_()
         self.prototypes[start:stop] = share.to(self.device, torch.float32)
         distributed.all_reduce_(self.prototypes)

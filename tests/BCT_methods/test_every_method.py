@@ -71,7 +71,7 @@ def test_labels_of_another_record_file_end_the_run_of_every_method_with_old_feat
 
 def test_a_method_whose_base_config_declares_no_old_features_is_told_what_to_write(folder):
     kind = type("New", (importlib.import_module("BCT_methods.BCT.train").BCT,), {"old_features": "rows"})
-    with pytest.raises(ConfigError, match="New uses old features, but.*declares no old_embedding; begin it with"):
+    with pytest.raises(ConfigError, match="New uses old features, but.*declares no old_embedding; start it with"):
         kind(
             load_config(
                 REPO / "BCT_methods/BCT/configs/base.py",

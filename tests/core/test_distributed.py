@@ -1,7 +1,6 @@
 """Collectives on gloo ranks against the same computation in one process."""
 
 import os
-import time
 
 import pytest
 import torch
@@ -88,7 +87,7 @@ def test_init_distributed_without_a_launcher_is_a_single_process(monkeypatch):
 def test_tasks_of_slurm_without_ranks_are_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(SystemExit, match="Slurm started 8 tasks, but none knows its rank.* Have srun start torchrun"):
+    with pytest.raises(SystemExit, match="Slurm started 8 tasks without RANK.* Have srun start torchrun"):
         distributed.init_distributed()
 
 
@@ -114,18 +113,8 @@ def test_a_failing_rank_ends_the_run_with_its_traceback():
         run_ranks(fail_on_rank, 2, 1)
 
 
-def wait_forever():
-    if distributed.rank() == 1:
-        time.sleep(60)
-
-
-def test_a_hanging_rank_is_ended():
-    with pytest.raises(TimeoutError, match="did not end"):
-        run_ranks(wait_forever, 2, timeout=1.5)
-
-
 class Recorded:
-    """Stands for a tensor on the CPU; notes what is asked of it."""
+    """A fake CPU tensor that records calls."""
 
     is_cuda = False
 

@@ -23,12 +23,12 @@ from recordio import RecordError
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
-            "OutOfMemoryError: CUDA out of memory. Set a smaller batch_size, with gradient_acc raised",
+            "OutOfMemoryError: CUDA out of memory. Lower batch_size, raising gradient_acc",
         ),
     ],
 )
 @pytest.mark.parametrize("rank", [None, "3"])
-def test_what_a_user_can_mend_ends_with_one_line(error, line, rank, capsys, monkeypatch):
+def test_user_errors_end_with_one_line(error, line, rank, capsys, monkeypatch):
     class Ended(BaseException):
         pass
 
@@ -47,14 +47,14 @@ def test_what_a_user_can_mend_ends_with_one_line(error, line, rank, capsys, monk
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EBADF, "Bad file descriptor"), ValueError("x")])
-def test_a_bug_goes_through(error, monkeypatch):
+def test_a_bug_propagates(error, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(type(error)), report_errors():
         raise error
 
 
 def test_a_bug_on_a_rank_ends_it_at_once_with_its_traceback():
-    """Without a wait at Python's exit for what other ranks, or threads, are still at."""
+    """Without waiting at exit for other ranks or threads."""
     script = (
         "import os, threading, time\nfrom core.errors import report_errors\n"
         "threading.Thread(target=time.sleep, args=(600,)).start()\nwith report_errors():\n    os.no_such_thing"
@@ -66,5 +66,5 @@ def test_a_bug_on_a_rank_ends_it_at_once_with_its_traceback():
     assert "no_such_thing" in done.stderr.splitlines()[-2]
 
 
-def test_scripts_without_torch_do_not_wait_for_it():
+def test_errors_does_not_import_torch():
     subprocess.run([sys.executable, "-c", "import sys, core.errors; assert 'torch' not in sys.modules"], check=True)

@@ -1,4 +1,4 @@
-"""A file is there whole or not at all."""
+"""Atomic file writes."""
 
 import os
 
@@ -7,7 +7,7 @@ import pytest
 from core.files import atomic_write
 
 
-def test_a_file_has_its_name_only_once_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+def test_a_file_is_renamed_once_complete_and_synced(tmp_path, monkeypatch):
     path, synced = tmp_path / "a.bin", []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     with atomic_write(str(path)) as file:
@@ -16,11 +16,11 @@ def test_a_file_has_its_name_only_once_it_is_whole_and_on_the_disk(tmp_path, mon
         assert not path.exists() and len(list(tmp_path.iterdir())) == 1
         assert not synced
     assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
-    assert synced[0] == 5 and len(synced) == 2  # with what the file's own buffer still held; then the directory
+    assert synced[0] == 5 and len(synced) == 2  # including the file's own buffer; then the directory
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("wrong"), KeyboardInterrupt()])
-def test_a_failure_leaves_what_was_there(tmp_path, error):
+def test_a_failure_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.bin"
     for before in (None, b"before"):
         if before:
@@ -32,7 +32,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
         assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([before] if before else [])
 
 
-def test_a_failed_sync_or_rename_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_sync_or_rename_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
 
@@ -45,9 +45,3 @@ def test_a_failed_sync_or_rename_leaves_what_was_there(tmp_path, monkeypatch):
             with atomic_write(path) as file:
                 file.write(b"new")
         assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_directory_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        with atomic_write(tmp_path / "none" / "a.bin"):
-            pass

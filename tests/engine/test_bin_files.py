@@ -1,4 +1,4 @@
-"""The .bin reader on what the picklers write, and on what only an attacker would."""
+"""The .bin reader on real pickles and on hostile ones."""
 
 import os
 import pickle
@@ -85,26 +85,9 @@ def test_reads_what_python_2_wrote(path, protocol):
 def test_reads_plain_data_in_other_containers(path, images, same, protocol):
     assert read(path, pickle.dumps((images, same), protocol)) == (IMAGES, SAME)
     assert read(path, pickle.dumps([images, same], protocol)) == (IMAGES, SAME)
-    if protocol < 4:  # before framed strings of a stated length
+    if protocol < 4:  # before strings with a length field
         numpy_2 = pickle.dumps((images, same), protocol).replace(b"numpy.core.", b"numpy._core.")
         assert read(path, numpy_2) == (IMAGES, SAME)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    strategies.lists(
-        strategies.tuples(strategies.binary(min_size=1), strategies.binary(min_size=1), strategies.booleans()),
-        min_size=1,
-        max_size=6,
-    )
-)
-def test_any_set_is_read_back(tmp_path_factory, pairs):
-    images, same = [image for pair in pairs for image in pair[:2]], [pair[2] for pair in pairs]
-    path = tmp_path_factory.getbasetemp() / "any.bin"
-    for protocol in PROTOCOLS:
-        assert read(path, pickle.dumps((images, same), protocol)) == (images, same)
-    for protocol in range(3):
-        assert read(path, python2_pickle(images, same, protocol)) == (images, same)
 
 
 # --- what is no set --------------------------------------------------------------------------------------------------
@@ -123,12 +106,12 @@ def test_any_set_is_read_back(tmp_path_factory, pairs):
         (([b"x", b"y"], [-1]), "pair 0 has no boolean"),
         (([b"x", b"y"], np.array([2])), "pair 0 has no boolean"),
         (([b"x", b"y"], [None]), "pair 0 has no boolean"),
-        (([b"x", b"y"], [1.0]), "has no place"),
-        (([b"x", b"y"], np.array([1.0])), "NumPy array of f8"),
-        ((b"x", b"y", True), "no pair of lists"),
-        ((b"xy", [True]), "no pair of lists"),
-        ({"images": [b"x", b"y"], "same": [True]}, "has no place"),
-        (True, "no pair of lists"),
+        (([b"x", b"y"], [1.0]), "is not allowed"),
+        (([b"x", b"y"], np.array([1.0])), "NumPy array of dtype f8"),
+        ((b"x", b"y", True), "not a pair of lists"),
+        ((b"xy", [True]), "not a pair of lists"),
+        ({"images": [b"x", b"y"], "same": [True]}, "is not allowed"),
+        (True, "not a pair of lists"),
     ],
 )
 def test_wrong_content_is_an_error(path, content, why):
@@ -143,15 +126,17 @@ def test_no_code_runs(path, tmp_path, protocol):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
     for content in ([Evil()], ([Evil(), b"x"], [True]), ([b"x", b"y"], [Evil()])):
-        refused(path, pickle.dumps(content, protocol), r"it asks for 'posix\.mkdir', which has no place")
+        refused(path, pickle.dumps(content, protocol), r"posix\.mkdir', which is not allowed")
     assert not (tmp_path / "owned").exists()
 
 
-def test_only_what_the_picklers_ask_for_is_called(path):
+def test_only_the_picklers_calls_are_allowed(path):
     whole = pickle.dumps((IMAGES, SAME), 2)
     for other in (b"utf-8", b"UTF-16", b"bz2_codec"):
         assert b"X\x06\0\0\0latin1" in whole
-        refused(path, whole.replace(b"X\x06\0\0\0latin1", b"X" + struct.pack("<I", len(other)) + other), "calls what")
+        refused(
+            path, whole.replace(b"X\x06\0\0\0latin1", b"X" + struct.pack("<I", len(other)) + other), "call that is not"
+        )
     for name in (b"decode", b"lookup", b"encode.__class__"):
         refused(path, whole.replace(b"c_codecs\nencode\n", b"c_codecs\n" + name + b"\n"), rf"_codecs\.{name.decode()}")
     for start in (b"cbuiltins\nbytearray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
@@ -159,17 +144,17 @@ def test_only_what_the_picklers_ask_for_is_called(path):
         refused(path, b"\x80\x02" + start + b"U\1xU\1y\x86b.", "state")
 
 
-def test_cut_anywhere_it_is_refused(path):
+def test_a_set_truncated_anywhere_is_refused(path):
     for whole in (pickle.dumps((IMAGES, SAME), 4), pickle.dumps((IMAGES, SAME), 0), python2_pickle(IMAGES, SAME, 2)):
         for length in range(1, len(whole), 5):
             refused(path, whole[:length])
     refused(path, b"", "empty")
 
 
-def test_what_is_no_file_is_named(path, tmp_path):
-    os.mkfifo(path)  # to open it would wait for a writer
+def test_a_path_that_is_not_a_file_is_named(path, tmp_path):
+    os.mkfifo(path)  # opening it would wait for a writer
     for target in (path, tmp_path, tmp_path / "none.bin"):
-        with pytest.raises(VerificationError, match="no such verification set; .* take it out of val_targets"):
+        with pytest.raises(VerificationError, match="no such verification set; .* remove it from val_targets"):
             read_bin(target)
 
 
@@ -183,20 +168,20 @@ def test_every_other_opcode_is_refused(path, opcode):
     """Persistent ids, extensions, classes, out-of-band buffers, dictionaries, sets, ..."""
     for argument in (b"", b"\0" * 8, b"\xff" * 8, b"os\nsystem\n"):
         before = b"\x80\x05" + pickle.dumps(IMAGES)[2:-1]
-        refused(path, before + opcode.code.encode("latin-1") + argument + b".", "has no place")
+        refused(path, before + opcode.code.encode("latin-1") + argument + b".", "is not allowed")
 
 
 @pytest.mark.parametrize("opcode", [b"T", b"B", b"X", b"\x8d", b"\x8e", b"\x95", b"\x96", b"\x8a", b"r", b"j"])
-def test_no_number_in_the_file_reserves_memory(path, opcode):
-    """A length field, or a memo index: with 2**32 - 2 the unpickler in C reserves 64 GB."""
+def test_no_declared_length_allocates_memory(path, opcode):
+    """A length field, or a memo index: with 2**32 - 2 the C unpickler allocates 64 GB."""
     for number in (2**31 - 1, 2**32 - 2, 2**63 - 1, 2**64 - 1):
         refused(path, b"\x80\x04]" + opcode + (number % 2**64).to_bytes(8, "little") + b"five.")
     refused(path, b"\x80\x02]p" + b"9" * 10000 + b"\n.")
     refused(path, pickle.dumps(np.zeros(2, np.uint8), 2).replace(b"K\x02", b"J\xff\xff\xff\x7f"))
 
 
-def test_tuples_that_hold_the_one_before_twice_are_not_walked_through(path):
-    """2**60 values, to whoever compares, hashes or prints them."""
+def test_exponentially_nested_tuples_are_not_traversed(path):
+    """2**60 values if compared, hashed or printed."""
     doubled = b"".join(b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86" for level in range(60))
     deep = b"\x80\x02\x88" + doubled
     for data in (
@@ -210,7 +195,7 @@ def test_tuples_that_hold_the_one_before_twice_are_not_walked_through(path):
         refused(path, data)
 
 
-def test_values_inside_themselves_are_refused(path):
+def test_self_containing_values_are_refused(path):
     for data in (
         b"\x80\x02]q\0h\0a.",
         b"\x80\x02]q\0h\0a]\x88a\x86.",
@@ -225,7 +210,7 @@ def test_as_many_values_as_bytes_are_refused(path, nested):
     refused(path, b"\x80\x04\x88" + nested * (100_000 // len(nested)) + b".")
 
 
-def test_text_encoded_again_and_again_takes_no_more_than_the_file(path):
+def test_text_encoded_repeatedly_is_bounded_by_the_file_size(path):
     image = bytes(10_000)
     text = b"X" + struct.pack("<I", len(image)) + image
     begin = b"\x80\x02](c_codecs\nencode\nq\1" + text + b"q\2X\6\0\0\0latin1q\3\x86q\4R"
@@ -272,7 +257,7 @@ WAYS += [pickle.dumps((np.array(IMAGES, object), np.array(SAME)), protocol) for 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(strategies.binary(max_size=200) | PROGRAM.map(lambda program: program + b"."))
-def test_whatever_the_bytes(tmp_path_factory, data):
+def test_random_bytes(tmp_path_factory, data):
     harmless(tmp_path_factory.getbasetemp() / "bytes.bin", data)
 
 
@@ -287,7 +272,7 @@ def test_whatever_the_bytes(tmp_path_factory, data):
         max_size=3,
     ),
 )
-def test_whatever_is_changed_in_a_set(tmp_path_factory, data, edits):
+def test_random_edits_of_a_set(tmp_path_factory, data, edits):
     changed = bytearray(data)
     for place, count, new in edits:
         at = place % len(changed)

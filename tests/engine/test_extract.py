@@ -1,4 +1,4 @@
-"""Feature files written on one rank and many."""
+"""Feature files written by one and many ranks."""
 
 import errno
 import os
@@ -46,9 +46,9 @@ def embed_one_by_one(model, dataset):
     return np.stack(rows)
 
 
-def test_extracts_what_the_model_gives_row_by_row(tmp_path):
+def test_rows_equal_embedding_one_by_one(tmp_path):
     model, dataset = Pooled().train(), training_set()
-    model.dropout.eval()  # a part that its owner has set otherwise
+    model.dropout.eval()  # a part that its owner put into eval mode
     feature, label = tmp_path / "new" / "a_feature.npy", tmp_path / "new" / "a_label.npy"
     state = {key: value.clone() for key, value in model.state_dict().items()}
     extract_features(model, dataset, feature, label, embedding_size=WIDTH, batch_size=4, num_workers=0)
@@ -73,7 +73,7 @@ def _extract_on_a_rank(feature, label, images, wrap):
 @pytest.mark.parametrize("world_size, images, wrap", [(2, 11, False), (2, 5, True), (3, 2, False)])
 def test_ranks_fill_one_file_together(tmp_path, world_size, images, wrap):
     feature, label = str(tmp_path / "a_feature.npy"), str(tmp_path / "a_label.npy")
-    # Whoever returns may read: the file is there on every rank.
+    # On return, every rank can read the file.
     assert run_ranks(_extract_on_a_rank, world_size, feature, label, images, wrap) == [True] * world_size
     dataset = training_set(images)
     np.testing.assert_allclose(np.load(feature), embed_one_by_one(Pooled(), dataset), atol=1e-5)
@@ -99,7 +99,7 @@ def test_a_failed_extraction_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):
+def test_a_full_disk_fails_before_the_work(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends bit for bit as the one that nobody disturbed."""
+"""A run that is killed at any moment and resumed ends bit for bit like an undisturbed one."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("method, ranks, keys", RUNS, ids=[f"{method}-{ranks}" for method, ranks, _ in RUNS])
-def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(method, ranks, keys, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(method, ranks, keys, tmp_path):
     task = make_task(tmp_path, method, ranks, seed=SEED, **keys)
     random = np.random.default_rng([SEED, ranks, *map(ord, method)])
     kills = draw_kills(random, task, *whole_run(task), KILLS, outside=1)
@@ -38,19 +38,19 @@ def test_kills_in_the_worst_places(tmp_path):
     kills = [
         Kill("before update", 1, (0, 1)),  # nothing is there yet
         Kill("before replace rank", 1, (1,)),  # the first set, half of it
-        Kill("before replace DONE", 3, (0,)),  # all of the third set but its marker
-        Kill("after replace DONE", 1, (0,)),  # a set is complete, and two older ones are there
-        Kill("after unlink DONE", 1, (0,)),  # an old set has lost its marker and nothing else
-        Kill("after unlink rank", 1, (0,)),  # and its marker and a file
+        Kill("before replace DONE", 3, (0,)),  # the third set without its DONE
+        Kill("after replace DONE", 1, (0,)),  # a set is complete, two older ones still there
+        Kill("after unlink DONE", 1, (0,)),  # an old set has lost only its DONE
+        Kill("after unlink rank", 1, (0,)),  # and DONE and one file
         Kill("before update", 1, (0,)),  # has resumed, and done nothing
         Kill("before replace softmax", 1, (1,)),  # the last model.pt is there, the class centres are older
         Kill("before replace rank", 1, (0,)),  # the last set, half of it
-        Kill("after replace DONE", 1, (0, 1)),  # all is written, what is older not deleted
+        Kill("after replace DONE", 1, (0, 1)),  # all is written, older sets are not yet deleted
     ]
     assert kill_and_resume(task, kills) == len(kills)
 
 
-def test_what_a_killed_process_was_writing_goes_at_the_next_start(tmp_path):
+def test_leftovers_of_a_kill_are_deleted_at_the_next_start(tmp_path):
     task = make_task(tmp_path, "MixBCT", 2)
     whole_run(task)
 

@@ -23,7 +23,7 @@ def test_to_input_is_the_plain_formula(mirrored):
 
 
 def epoch(dataset, batch_size, world_size=1, number=0, start_step=0, workers=0, seed=5):
-    """The global batches of an epoch, [(images, labels, index)], put together from all ranks."""
+    """The global batches of an epoch, [(images, labels, index)], concatenated over all ranks."""
     ranks = []
     for rank in range(world_size):
         loader = TrainLoader(dataset, batch_size, "cpu", workers, seed, rank, world_size)
@@ -60,11 +60,11 @@ def test_any_number_of_ranks_sees_the_same_global_batches(larger, world_size, ba
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(larger, workers):
+def test_batches_do_not_depend_on_workers(larger, workers):
     assert same(epoch(larger, 9), epoch(larger, 9, workers=workers))
 
 
-def test_a_restart_inside_an_epoch_continues_it(larger):
+def test_start_step_continues_an_epoch(larger):
     whole = epoch(larger, 8, number=3)
     assert same(whole[4:], epoch(larger, 8, number=3, start_step=4, workers=1)) and len(whole) == 7
     assert epoch(larger, 8, number=3, start_step=7) == []
@@ -72,7 +72,7 @@ def test_a_restart_inside_an_epoch_continues_it(larger):
         TrainLoader(larger, 8, "cpu", 0).set_epoch(0, 8)
 
 
-def test_epochs_are_permutations_that_follow_from_seed_and_epoch(larger):
+def test_epochs_are_permutations_drawn_from_seed_and_epoch(larger):
     orders = {}
     for seed, number in ((5, 0), (5, 1), (6, 0), (6, 1)):
         rows = torch.cat([index for _, _, index in epoch(larger, 61, number=number, seed=seed)])
@@ -82,7 +82,7 @@ def test_epochs_are_permutations_that_follow_from_seed_and_epoch(larger):
     assert len(orders) == 4
 
 
-def test_one_loader_through_many_epochs_some_left_early(larger):
+def test_a_loader_survives_epochs_left_early(larger):
     loader = TrainLoader(larger, 6, "cpu", 2, seed=5)
     for number, steps in ((0, 10), (1, 1), (2, 10), (3, 4), (4, 10)):
         loader.set_epoch(number)
@@ -90,12 +90,12 @@ def test_one_loader_through_many_epochs_some_left_early(larger):
         assert same(taken, epoch(larger, 6, number=number)[:steps])
 
 
-def test_batches_stay_as_they_were_when_later_ones_arrive(larger):
+def test_later_batches_do_not_overwrite_earlier_ones(larger):
     kept = [batch[:3] for batch in TrainLoader(larger, 6, "cpu", 1, seed=5)]
     assert same(kept, epoch(larger, 6))
 
 
-def test_the_training_generator_is_left_alone(larger):
+def test_the_training_generator_is_not_used(larger):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -103,11 +103,11 @@ def test_the_training_generator_is_left_alone(larger):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_rest_that_fills_no_global_batch_is_dropped(larger):
+def test_the_incomplete_global_batch_is_dropped(larger):
     assert len(TrainLoader(larger, 10, "cpu", 0)) == 6 and len(TrainLoader(larger, 10, "cpu", 0, world_size=4)) == 1
     with pytest.raises(ValueError, match=r"train\.rec has 61 images, fewer than one global batch of 16 x 4 ranks"):
         TrainLoader(larger, 16, "cpu", 0, world_size=4)
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="batch_size = 0"):
         TrainLoader(larger, 0, "cpu", 0)
 
 
@@ -127,13 +127,13 @@ def test_extraction_keeps_order_and_never_mirrors(larger, workers, start, stop):
     assert rows == []
 
 
-def test_extraction_refuses_rows_outside_the_set(larger):
+def test_extraction_rows_out_of_range_are_refused(larger):
     for start, stop in ((-1, 4), (4, 3), (0, 62)):
         with pytest.raises(ValueError, match=f"rows {start} to {stop} are not within the 61"):
             ExtractLoader(larger, 8, "cpu", 0, start, stop)
 
 
-def test_synthetic_sets_have_the_same_surface():
+def test_synthetic_sets_have_the_same_interface():
     dataset = open_train_set("synthetic", num_classes=5, num_image=20)
     assert (len(dataset), dataset.num_image, dataset.num_classes) == (20, 20, 5)
     image, label, index = dataset[7]
@@ -147,7 +147,7 @@ def test_synthetic_sets_have_the_same_surface():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_gives_what_the_cpu_gives(larger):
+def test_cuda_equals_the_cpu(larger):
     for make in (TrainLoader, ExtractLoader):
         pairs = zip(make(larger, 6, "cuda", 2), make(larger, 6, "cpu", 2), strict=True)
         for batch, expected in pairs:

@@ -1,4 +1,4 @@
-"""A data file that is lost under a run: an error that names it, and a last checkpoint to resume from."""
+"""A data file lost during a run: the error names it, and the last checkpoint can be resumed."""
 
 import os
 
@@ -15,7 +15,7 @@ KEYS = {"batch_size": 6, "num_epoch": 1, "checkpoint_steps": 4}  # 10 steps
 
 
 class LosesFile(L2):
-    """After 5 of 10 steps the file `lost` is cut."""
+    """After 5 of 10 steps the file `lost` is truncated."""
 
     lost = None
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory, make_record_set):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """What a run comes to that loses nothing."""
+    """The result of an undisturbed run."""
     return train(L2, write_config(folder, "L2", "whole", **{**KEYS, "checkpoint_steps": 0}))
 
 
@@ -43,7 +43,7 @@ def whole(folder):
     "name, workers, error",
     [("set.rec", 0, RecordError), ("set.rec", 1, RecordError), ("old_feature.npy", 1, FeatureError)],
 )
-def test_the_run_names_the_file_and_resumes_once_it_is_back(folder, whole, name, workers, error):
+def test_a_lost_file_is_named_and_the_run_resumes_once_it_is_back(folder, whole, name, workers, error):
     path = write_config(folder, "L2", f"{name[:3]}_{workers}", **KEYS, num_workers=workers)
     content = (folder / name).read_bytes()
     with pytest.raises(error, match=name.replace(".", r"\.")):
@@ -63,7 +63,7 @@ class LosesWorker(L2):
         return super().losses(batch)
 
 
-def test_a_lost_worker_ends_the_run_between_two_steps(folder):
+def test_a_dead_worker_ends_the_run_between_two_steps(folder):
     path = write_config(folder, "L2", "run", **{**KEYS, "checkpoint_steps": 2}, num_workers=2)
     with pytest.raises(WorkerError, match="killed by SIGKILL"):
         train(LosesWorker, path)

@@ -1,4 +1,4 @@
-"""What a person reads of a run: insightface's line, speed and time left, a bar that log lines do not tear apart."""
+"""A run's output: insightface's log line, speed and time left, a progress bar that survives log lines."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from tests.engine.test_trainer import close_log_files  # noqa: F401
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The monitor's time: it moves when a test adds to `clock.now`, in seconds."""
+    """The monitor's clock, advanced by setting `clock.now`, in seconds."""
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(monitor_module, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -27,7 +27,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def lines(monkeypatch):
-    """What the log says, as words."""
+    """The log lines."""
     lines = []
     monkeypatch.setattr(log, "info", lambda form, *words: lines.append(form % words))
     monkeypatch.setattr(log, "warning", lambda form, *words: lines.append("warning: " + form % words))
@@ -40,7 +40,7 @@ def take(monitor, step, index=(0,), **terms):
 
 
 class Scaler:
-    """As engine/build.py's, on paper."""
+    """A fake of engine/build.py's scaler."""
 
     skipped = torch.tensor(0)
 
@@ -54,7 +54,7 @@ class Scaler:
 # --- the line ----------------------------------------------------------------------------------------------------
 
 
-def test_the_line_is_insightfaces_to_the_letter(clock, lines):
+def test_the_log_line_is_insightfaces(clock, lines):
     monitor = Monitor(total_steps=7202, images_per_step=64, start_step=0)
     clock.now = 4.0
     take(monitor, 0, cls=20.0)
@@ -66,7 +66,7 @@ def test_the_line_is_insightfaces_to_the_letter(clock, lines):
     ]
 
 
-def test_what_insightface_does_not_say_comes_after_its_line(clock, lines):
+def test_extra_values_follow_insightfaces_line(clock, lines):
     monitor, scaler = Monitor(total_steps=10, images_per_step=64, start_step=0), Scaler()
     scaler.skipped = torch.tensor(3)
     clock.now = 1.0
@@ -95,7 +95,7 @@ def test_a_line_is_the_mean_since_the_last_and_goes_to_tensorboard(clock, lines)
     assert scalars["loss", 4] == 10.5 and scalars["speed", 4] == 8.0
 
 
-def test_speed_leaves_pauses_out_and_the_time_left_has_them_in(clock, lines):
+def test_pauses_count_for_the_time_left_not_for_the_speed(clock, lines):
     """A step takes 2 s, every 10 steps there is a verification of 30 s; one of them fails."""
     monitor = Monitor(total_steps=7300, images_per_step=8, start_step=100)  # resumed
     for step in range(100, 140):
@@ -112,11 +112,11 @@ def test_speed_leaves_pauses_out_and_the_time_left_has_them_in(clock, lines):
     assert second[1] == f"{(7300 - 140) * (20 * 2 + 2 * 30) / 20 / 3600:.1f}"  # since the first line
 
 
-# --- a loss that is no number, steps that are skipped --------------------------------------------------------------
+# --- non-finite losses, skipped steps ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_term_that_is_no_number_stops_with_step_terms_and_rows(value):
+def test_a_non_finite_term_raises_with_step_terms_and_rows(value):
     monitor = Monitor(total_steps=500, images_per_step=2, start_step=0)
     for step in range(RECENT + 20):
         take(monitor, step, cls=step)
@@ -127,7 +127,7 @@ def test_a_term_that_is_no_number_stops_with_step_terms_and_rows(value):
     assert list(monitor.recent) == [(step, {"cls": float(step)}) for step in range(20, 120)]
 
 
-def test_a_run_whose_steps_are_all_skipped_says_so_once(lines):
+def test_all_steps_skipped_warns_once(lines):
     monitor, scaler = Monitor(total_steps=100, images_per_step=2, start_step=0), Scaler()
     for step in range(1, 61):
         scaler.skipped = scaler.skipped + 1
@@ -139,7 +139,7 @@ def test_a_run_whose_steps_are_all_skipped_says_so_once(lines):
 
 
 @pytest.mark.parametrize("frequent", [1, 10])
-def test_a_scale_that_finds_its_level_is_no_reason_to_warn(lines, frequent):
+def test_a_settling_loss_scale_does_not_warn(lines, frequent):
     """Six skips at the start, then every 40th step."""
     monitor, scaler = Monitor(total_steps=200, images_per_step=2, start_step=0), Scaler()
     for step in range(1, 201):
@@ -157,7 +157,7 @@ class FullDisk:
     close = add_scalar
 
 
-def test_a_disk_that_tensorboard_finds_full_ends_nothing_and_hides_no_error(clock, lines):
+def test_a_full_disk_ends_only_tensorboard(clock, lines):
     with Monitor(100, 8, 0, FullDisk()) as monitor:
         for clock.now in (1.0, 2.0):
             monitor.line(int(clock.now), 0, 0.1)
@@ -208,7 +208,7 @@ def on_terminal(monkeypatch, tmp_path, watched=(True, True)):
 LINE = re.compile(r"Training: \S+ \S+-(Speed .* hours|a word)")
 
 
-def test_log_lines_stand_above_the_bar(monkeypatch, tmp_path):
+def test_log_lines_are_printed_above_the_bar(monkeypatch, tmp_path):
     screen, _ = on_terminal(monkeypatch, tmp_path)
     with Monitor(total_steps=40, images_per_step=8, start_step=10) as monitor:
         assert "| 10/40 [" in screen.rows()[-1]
@@ -223,7 +223,7 @@ def test_log_lines_stand_above_the_bar(monkeypatch, tmp_path):
     assert screen.rows()[-1] == "" and "| 30/40 [" in screen.rows()[-2], "the next output begins a new line"
 
 
-def test_a_run_that_fails_leaves_the_terminal_in_order(monkeypatch, tmp_path):
+def test_a_failed_run_leaves_the_terminal_clean(monkeypatch, tmp_path):
     screen, _ = on_terminal(monkeypatch, tmp_path)
     with pytest.raises(NonFiniteLoss), Monitor(total_steps=40, images_per_step=8, start_step=0) as monitor:
         take(monitor, 0, cls=math.nan)
@@ -234,8 +234,8 @@ def test_a_run_that_fails_leaves_the_terminal_in_order(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("watched", [(False, False), (False, True), (True, False)])
-def test_no_bar_where_nobody_watches(monkeypatch, tmp_path, watched):
-    """`> file`, `| tee file`, `2> file`: what is written is what the log file has, to the byte."""
+def test_no_bar_without_a_terminal(monkeypatch, tmp_path, watched):
+    """`> file`, `| tee file`, `2> file`: the output equals the log file to the byte."""
     out, err = on_terminal(monkeypatch, tmp_path, watched)
     with Monitor(total_steps=4, images_per_step=8, start_step=0) as monitor:
         for step in range(4):

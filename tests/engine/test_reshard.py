@@ -22,7 +22,7 @@ CLASSES, GLOBAL_BATCH, STOPPED, STEPS = 7, 12, 4, 8  # 7 classes: the shards of 
 
 
 def states_of(ranks, total=CLASSES):
-    """States as checkpoints have them, of `total` classes in order, each class with its number everywhere."""
+    """States as in checkpoints, of `total` classes; every value of a class is its number."""
     states = []
     for rank in range(ranks):
         classes = torch.arange(*rows_of_rank(total, rank, ranks), dtype=torch.float32)
@@ -45,7 +45,7 @@ def states_of(ranks, total=CLASSES):
 
 @pytest.mark.parametrize("before", [1, 2, 3, 8])
 @pytest.mark.parametrize("after", [1, 2, 4, 8])
-def test_each_rank_gets_its_classes_whatever_ranks_there_were(before, after):
+def test_resharding_gives_each_rank_its_classes(before, after):
     old, expected = states_of(before), states_of(after)
     untouched = copy.deepcopy(old)
     for rank in range(after):
@@ -87,7 +87,7 @@ def config_of(folder, method, ranks, name, **keys):
 
 
 def stopped_run(method, path):
-    """Train to the end and leave the checkpoint of step STOPPED alone, as if the run had been killed behind it."""
+    """Train to the end and keep only the checkpoint of step STOPPED, as if the run had been killed after it."""
     train(METHODS[method], path)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
@@ -96,7 +96,7 @@ def stopped_run(method, path):
 
 
 def resumed(method, path, *overrides):
-    """What this rank holds right after resuming, and at the end."""
+    """This rank's state right after resuming, and at the end."""
     torch.set_num_threads(1)
     kind = type("Watched", (METHODS[method],), {"build_backbone": lambda self: without_batch_norm()})
     trainer = kind(load_config(path, ["--resume", "True", *overrides]))
@@ -126,7 +126,7 @@ def resumed(method, path, *overrides):
         ("NCCL", 2, 3, {"alpha": 8.0, "beta": 0.0}),  # its queue has no logits
     ],
 )
-def test_the_run_ends_as_it_would_have(folder, method, before, after, keys):
+def test_a_run_resumed_on_other_ranks_ends_like_the_whole_run(folder, method, before, after, keys):
     name = f"{method}_{before}_{after}"
     path = config_of(folder, method, before, name, **keys)
     run_ranks(stopped_run, before, method, path)
@@ -150,7 +150,7 @@ def test_the_run_ends_as_it_would_have(folder, method, before, after, keys):
     draws = [start["random"].tolist() for start, _ in results]
     assert all(first != second for i, first in enumerate(draws) for second in draws[:i])
 
-    # And ends, up to rounding, where the run that nobody stopped does.
+    # And ends, up to rounding, like the undisturbed run.
     undisturbed = run_ranks(train_method, 1, method, config_of(folder, method, 1, f"{name}_whole", **keys))[0]
     for _, (backbone, _, _) in results:
         for key, value in undisturbed[0].items():
@@ -183,6 +183,6 @@ def test_another_global_batch_resumes_at_the_same_image_with_a_warning(folder, s
     ((start, _),) = run_ranks(resumed, 1, "MixBCT", path, "--batch_size", "24")
     assert start["step"] == step
     log = (folder / name / "training.log").read_text()
-    assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr stays" in log
+    assert "written by 2 ranks with a global batch of 12 images, this run of 1 ranks has 24; lr is not rescaled" in log
     # Fewer steps have been done by now, yet the later set is the newest.
     assert sets_of(folder / name) == [(stopped, 2), (4, 1)]

@@ -1,4 +1,4 @@
-"""A signal in an awkward moment: the run stops after a whole step, with a checkpoint, and can be resumed."""
+"""A signal at an awkward moment: the run stops after a whole step, with a checkpoint, and can be resumed."""
 
 import os
 import pickle
@@ -62,7 +62,7 @@ def test_a_signal_stops_after_a_whole_step_with_a_checkpoint(where, after, sets,
 
 
 @pytest.mark.parametrize("where", ["update", "verify", "save_models", "save_checkpoint"])
-def test_a_signal_at_the_last_step_finds_the_run_finished(where, path, tmp_path):
+def test_a_signal_at_the_last_step_leaves_a_finished_run(where, path, tmp_path):
     signalled(where, 18)(load_config(path)).train()
     log = (tmp_path / "run/training.log").read_text()
     assert "Global Step: 18 " in log and "stopped by" not in log
@@ -71,7 +71,7 @@ def test_a_signal_at_the_last_step_finds_the_run_finished(where, path, tmp_path)
     assert sets_of(tmp_path / "run") == [(16, 1), (18, 1)]
 
 
-def test_a_run_in_a_thread_takes_no_signals(path, tmp_path):
+def test_a_run_in_a_thread_ignores_signals(path, tmp_path):
     handler, failed = signal.getsignal(signal.SIGTERM), []
 
     def train():

@@ -70,7 +70,7 @@ def at_work(**environment):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """The directory of a run that nobody disturbs."""
+    """The output of an undisturbed run."""
     process = start(folder, "whole")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
@@ -92,14 +92,14 @@ def test_max_restarts_resumes_from_the_last_checkpoint(folder, whole):
     assert_same_end(whole, folder / "restarted")
 
 
-def test_without_restarts_the_run_ends_and_says_so(folder):
+def test_without_restarts_the_run_fails(folder):
     process = start(folder, "dead", DIES="1")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
     assert [step for step, _ in sets_of(folder / "dead")] == [3, 6]
 
 
-def test_a_sigterm_to_torchrun_stops_all_ranks_and_the_log_says_how_to_resume(folder, whole):
+def test_sigterm_to_torchrun_stops_all_ranks_and_logs_how_to_resume(folder, whole):
     process = start(folder, "stopped", WAITS="1")
     deadline = time.monotonic() + 100
     while not all((folder / f"stopped/waits_{rank}").exists() for rank in range(2)):

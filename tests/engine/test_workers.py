@@ -1,4 +1,4 @@
-"""Data workers: what a lost file, a lost worker and a full /dev/shm are called; who ends them, and who does not."""
+"""Data workers: errors on a lost file, a dead worker and a full /dev/shm; who ends the workers."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def rec(tmp_path, make_record_set):
 
 
 def ended(pid, seconds=10):
-    """Whether the process `pid` ends within so many seconds."""
+    """Whether the process `pid` ends in time."""
     try:
         file = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -45,7 +45,7 @@ def begun(dataset, workers=2):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A DataLoader that waits for a batch looks after its workers every tenth of a second, not every 5 s."""
+    """A waiting DataLoader checks its workers every 0.1 s instead of every 5 s."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
 
 
@@ -60,7 +60,7 @@ def test_a_file_that_is_cut_or_overwritten_is_named(rec, workers, size):
 
 
 class CutWhileRead(RecordDataset):
-    """Its file is cut after the size was looked at."""
+    """Its file is truncated after the size check."""
 
     def __init__(self, rec):
         super().__init__(rec)
@@ -72,7 +72,7 @@ class CutWhileRead(RecordDataset):
 
 
 def test_a_file_cut_while_it_is_read_is_named(rec, quick):
-    for start in (0, 30):  # the first records lie in a page that is still there in part; for others a worker dies
+    for start in (0, 30):  # the first records are in a page that still exists in part; for others a worker dies
         data = CutWhileRead(rec)
         with pytest.raises(RecordError, match=r"train\.rec: 100 bytes, but \d+ when"):
             list(ExtractLoader(data, 6, "cpu", 1, start))
@@ -99,7 +99,7 @@ def test_a_disk_that_is_gone(rec, monkeypatch):
 
     file = FileSize(rec)
     monkeypatch.setattr("engine.workers.os.stat", stale)
-    with pytest.raises(RecordError, match=r"train\.rec: out of reach now \(Stale file handle\)"):
+    with pytest.raises(RecordError, match=r"train\.rec: no longer accessible \(Stale file handle\)"):
         file.check()
 
 
@@ -107,23 +107,23 @@ def test_a_disk_that_is_gone(rec, monkeypatch):
     "number, message",
     [
         (signal.SIGKILL, "killed by SIGKILL.*memory.*lower num_workers = 2"),
-        (signal.SIGBUS, r"SIGBUS, though .*train\.rec has the size.*/dev/shm.*lower num_workers = 2.*dmesg"),
-        (signal.SIGSEGV, "died of SIGSEGV.*num_workers = 0, instead of 2"),
+        (signal.SIGBUS, r"SIGBUS, but .*train\.rec has not changed.*/dev/shm.*lower num_workers = 2.*dmesg"),
+        (signal.SIGSEGV, "died of SIGSEGV.*num_workers = 0"),
     ],
 )
-def test_a_lost_worker_is_explained_with_the_next_batch(rec, number, message):
+def test_a_dead_worker_is_reported_with_the_next_batch(rec, number, message):
     before = signal.getsignal(signal.SIGCHLD)
     loader, batches, workers = begun(RecordDataset(rec))
     os.kill(workers[1].pid, number)
     assert ended(workers[1].pid)
-    assert signal.getsignal(signal.SIGCHLD) is before  # nothing is raised here, in the midst of a step
+    assert signal.getsignal(signal.SIGCHLD) is before  # nothing is raised here, in the middle of a step
     with pytest.raises(WorkerError, match=message):
         list(batches)
     with pytest.raises(WorkerError, match=message):
         next(iter(loader))
 
 
-def test_a_worker_lost_while_its_batch_is_waited_for(rec, quick):
+def test_a_worker_killed_while_its_batch_is_pending(rec, quick):
     class Killed(RecordDataset):
         def fill(self, rows, images):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -147,7 +147,9 @@ def test_too_little_shared_memory(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     data = SyntheticDataset(num_classes=2, num_image=900)
-    with pytest.raises(WorkerError, match=r"num_workers = 4 need 129 MB .*No space left on device \(28\)\):.*/dev/shm"):
+    with pytest.raises(
+        WorkerError, match=r"num_workers = 4 needs 129 MB .*No space left on device \(28\)\):.*/dev/shm"
+    ):
         TrainLoader(data, 400, "cpu", 4)
     assert len(list(TrainLoader(data, 400, "cpu", 0))) == 2  # needs none
 

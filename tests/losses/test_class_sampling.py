@@ -41,7 +41,7 @@ def test_loss_is_the_softmax_over_the_sampled_classes(world_size, classes, sampl
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_all_positives_are_kept_even_where_they_exceed_the_rate(world_size):
+def test_all_positives_are_kept_even_beyond_the_rate(world_size):
     embeddings, weight, _ = problem(24)
     labels = torch.arange(12) * 2
     results = run_ranks(step_on_rank, world_size, embeddings, weight, labels, 0.1)
@@ -73,7 +73,7 @@ def sampled_rows(classifier, labels):
     return classifier.weight.grad.coalesce().indices()[0]
 
 
-def test_negatives_are_drawn_evenly_and_anew():
+def test_negatives_are_drawn_uniformly_in_each_step():
     _, weight, _ = problem(20)
     classifier = make(ArcFace(), weight, sample_rate=0.5)
     counts = torch.zeros(20)
@@ -89,7 +89,7 @@ def test_sampling_is_seeded_and_can_be_restored():
     _, weight, labels = problem(50)
     first, same = (make(ArcFace(), weight, sample_rate=0.4, seed=1) for _ in range(2))
     other = make(ArcFace(), weight, sample_rate=0.4, seed=2)
-    torch.manual_seed(5)  # the global generator plays no part
+    torch.manual_seed(5)  # the global generator must not matter
     rows = [sampled_rows(first, labels).tolist() for _ in range(3)]
     state = first.sampling_state()
     later = [sampled_rows(first, labels).tolist() for _ in range(3)]
@@ -128,7 +128,7 @@ OPTIMIZERS = {
     "sgd": (torch.optim.SGD, SlowSGD, dict(lr=0.3, momentum=0.9, weight_decay=0.01)),
     "adamw": (torch.optim.AdamW, SlowAdamW, dict(lr=0.05, weight_decay=0.1)),
 }
-TABLES = {"momentum_buffer": "buffer", "exp_avg": "first", "exp_avg_sq": "second"}  # as the slow ones call them
+TABLES = {"momentum_buffer": "buffer", "exp_avg": "first", "exp_avg_sq": "second"}  # names in the slow optimisers
 
 
 def start(name, sample_rate):
@@ -146,7 +146,7 @@ def tables(classifier, optimizer):
 
 
 def saved_and_loaded(name, classifier, optimizer):
-    """Both anew, from a checkpoint of these."""
+    """New ones, loaded from a checkpoint of these."""
     file = io.BytesIO()
     torch.save([classifier.state_dict(), classifier.sampling_state(), optimizer.state_dict()], file)
     file.seek(0)
@@ -159,7 +159,7 @@ def saved_and_loaded(name, classifier, optimizer):
 
 
 def train_on_rank(name, accumulate, save_at):
-    """Six steps of sampled training, beside an optimiser that goes row by row; returns what `tables` does."""
+    """Six steps of sampled training against a row-by-row optimiser; returns `tables`."""
     embeddings, _, labels = problem(41)
     classifier, optimizer, expected = start(name, 0.5)
     for step in range(6):
@@ -190,19 +190,19 @@ def train_through_and_in_parts(name, accumulate):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name, accumulate", [("sgd", 1), ("adamw", 1), ("sgd", 2)])
-def test_each_centre_keeps_its_own_state_through_checkpoints_too(world_size, name, accumulate):
+def test_each_centre_keeps_its_state_also_through_a_checkpoint(world_size, name, accumulate):
     for whole, parts in run_ranks(train_through_and_in_parts, world_size, name, accumulate):
         assert whole.keys() == parts.keys() and len(whole) > 1
         assert all(torch.equal(parts[key], value) for key, value in whole.items())
 
 
 def spread_labels(step):
-    """Twelve classes of 41, some in every quarter, others than in the step before."""
+    """Twelve classes of 41, spread evenly, others in every step."""
     return (torch.arange(12) * 41 // 12 + step) % 41
 
 
 def train_on_positives(name):
-    """Five steps that sample nothing but the positives; the losses, and what `tables` does."""
+    """Five steps that sample only the positives; the losses and `tables`."""
     embeddings, _, _ = problem(41)
     classifier, optimizer, _ = start(name, 0.01)
     losses = []
@@ -217,7 +217,7 @@ def train_on_positives(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_number_of_ranks_takes_the_steps_of_a_plain_loop(name):
-    """Where no random negative comes in, shards of 41, 21 or 11 and 10 classes are all the same softmax."""
+    """Without random negatives, shards of 41, 21 or 11 and 10 classes give the same softmax."""
     embeddings, _, _ = problem(41)
     _, _, expected = start(name, 0.01)
     losses = []
@@ -235,7 +235,7 @@ def test_every_number_of_ranks_takes_the_steps_of_a_plain_loop(name):
             torch.testing.assert_close(got, getattr(expected, TABLES.get(key, key)), rtol=1e-8, atol=1e-10)
 
 
-def test_forgetting_to_attach_does_not_pass_silently():
+def test_forgetting_attach_raises():
     embeddings, weight, labels = problem(30)
     for make_optimizer in (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.1)):
         classifier = make(ArcFace(), weight, sample_rate=0.4)

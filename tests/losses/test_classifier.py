@@ -1,4 +1,4 @@
-"""What a classifier owes the trainer: a method's own, with shards and parameters that all ranks share, trains alike."""
+"""The classifier interface: a method's own classifier with shards and replicated parameters, on several ranks."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 
 
 class Turned(Classifier):
-    """PartialFC behind a linear map that all ranks share, and a count of what each class is worth."""
+    """PartialFC behind a replicated linear map, with a parameter and a buffer that are sharded by class."""
 
     class_sharded = {"worth": 0, "table": 1}
 
@@ -30,7 +30,7 @@ class Turned(Classifier):
 
 class HasTurned(Plain):
     def build_classifier(self):
-        torch.manual_seed(self.cfg.seed + self.rank)  # the trainer hands rank 0's map to all
+        torch.manual_seed(self.cfg.seed + self.rank)  # the trainer broadcasts rank 0's map
         return Turned(super().build_classifier())
 
 

@@ -11,7 +11,7 @@ from losses import old_prototype_loss
 
 
 def batch(size=6, classes=4, width=5, seed=0, lengths=(1.0,)):
-    """The prototypes' norms are `lengths`, in turns: BCT's are 1, UniBCT's those of raw class means."""
+    """The prototypes' norms cycle through `lengths`: 1 as for BCT, others as for UniBCT's raw class means."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = 3 * torch.randn(size, width, generator=generator, dtype=torch.float64)
     prototypes = torch.randn(classes, width, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Means of unit rows and distances to them, against plain loops."""
+"""Class means of unit rows, and distances to them, against plain loops."""
 
 import math
 
@@ -53,14 +53,14 @@ def test_means_squares_and_distances_against_loops(labels, seed, dtype):
     np.testing.assert_array_equal(features, before)
 
 
-def test_a_row_of_zeros_has_no_direction_and_counts_as_zeros():
+def test_a_row_of_zeros_stays_zero():
     features, labels = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([1, 1])
     means = unit_class_means(features, labels, 2)
     np.testing.assert_allclose(means, [[0, 0], [0.3, 0.4]])
     np.testing.assert_allclose(squared_distances_to_means(features, labels, means), [0.25, 0.25])
 
 
-def test_a_row_that_is_not_finite_is_named():
+def test_a_non_finite_row_is_named():
     features, labels = np.ones((20, 2)), np.zeros(20, int)
     features[16, 1] = np.nan
     with pytest.raises(FeatureError, match="row 16 .*not finite"):

@@ -29,7 +29,7 @@ from old_model.feature_set import (
         ("f512_r18_arc_data100", "EXdata", "train.rec"),
     ],
 )
-def test_names_lead_to_files(tmp_path, name, scenario, record):
+def test_files_of_a_name(tmp_path, name, scenario, record):
     files = FeatureSet(name, tmp_path)
     assert files.record == record
     assert files.old_model == name.rpartition("_")[0]
@@ -42,7 +42,7 @@ def test_names_lead_to_files(tmp_path, name, scenario, record):
 
 
 @pytest.mark.parametrize("name", ["f128_r18_softmax", "class70", "_class70", "f128_class71", "../f128_class70", ""])
-def test_names_that_are_none(name):
+def test_invalid_names_are_refused(name):
     with pytest.raises(FeatureError, match="class70"):
         FeatureSet(name)
 
@@ -79,7 +79,7 @@ def test_the_command_finds_the_old_model_of_a_workspace():
     )
 
 
-def test_the_command_names_no_place_for_the_repos_own_directory(monkeypatch, tmp_path):
+def test_the_command_omits_the_default_directory(monkeypatch, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "feature_save").symlink_to(tmp_path / "disk")
     monkeypatch.setattr(feature_set, "REPO", tmp_path)
@@ -116,7 +116,7 @@ def test_a_file_must_not_be_older_than_its_model(place):
         check_not_older(files.feature, model)
     assert str(stale.value).startswith(f"{files.feature}: older than old_model_path {model}")
     assert get in str(stale.value) and "&&" not in str(stale.value)
-    # What is derived from features is not mended before they are.
+    # Derived files are rewritten after the features.
     with pytest.raises(FeatureError) as stale:
         check_not_older(files.credible(0.9), model)
     assert f"{get} && python tools/get_feature/denoise_credible.py --T 0.9" in str(stale.value)
@@ -132,7 +132,7 @@ def test_the_model_must_be_there(place):
 # --- Opening and saving ------------------------------------------------------------------------------------------
 
 
-def test_nothing_in_a_file_is_run(tmp_path):
+def test_loading_runs_no_code(tmp_path):
     np.save(tmp_path / "a_feature.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(FeatureError, match="not a readable .npy file"):
         open_array(tmp_path / "a_feature.npy", 2, np.floating)
@@ -143,7 +143,7 @@ def test_a_file_of_another_kind(tmp_path):
     files.feature.parent.mkdir()
     np.save(files.feature, np.zeros((11, 6), np.int64))
     np.save(files.label, np.arange(11) % 4)
-    with pytest.raises(FeatureError, match="holds int64"):
+    with pytest.raises(FeatureError, match="int64"):
         open_feature_set(files)
     np.save(files.feature, np.zeros((4, 6), np.float32))
     with pytest.raises(FeatureError, match="4 rows, but .*_label.npy has 11"):

@@ -124,4 +124,4 @@ def test_command_names_what_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         credible_entropy.main(["--SD", "old_class70", "--feature_save", str(tmp_path)])
     error = capsys.readouterr().err
-    assert "old_class70_feature.npy: no such file; write it by: python tools/get_feature/get_feature.py" in error
+    assert "old_class70_feature.npy: no such file; write it: python tools/get_feature/get_feature.py" in error
