@@ -1,7 +1,7 @@
 """UniBCT: BCT whose prototypes are refined by the structure of the new features (IJCAI 2022, arXiv:2203.01583).
 
-cd BCT_methods/UniBCT/
-torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
+    cd BCT_methods/UniBCT/
+    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
 """
 
 import pathlib
@@ -19,7 +19,7 @@ from losses import old_prototype_loss
 class UniBCT(Trainer):
     """Classify by the new class centres and, from `compat_start_epoch` on, by refined means of the old features."""
 
-    old_features = "labels"  # of a batch; the refinement reads all rows itself
+    old_features = "labels"  # batches need only these; the refinement reads all rows itself
 
     def setup(self):
         check_config(self.cfg)
