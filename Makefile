@@ -1,8 +1,8 @@
-# make demo        the whole flow, small, on this machine; ends in a table          SEED=1: other data and weights
+# make demo        the whole flow on a small scale; ends with a table               SEED=1: other data and weights
 # make compare     all methods and an independent model on the demo's data          SEEDS="0 1 2": mean and range
-# make test        the tests
+# make test        all tests
 # make lint        ruff check and ruff format --check
-# make soak        kill runs with SIGKILL and resume them, for 20 minutes           MINUTES=600: over night
+# make soak        kill runs with SIGKILL and resume them, for 20 minutes           MINUTES=600: overnight
 # make clean-demo  delete demo/
 PYTHON  ?= python3
 SEED    ?= 0

@@ -19,6 +19,7 @@ import contextlib
 import itertools
 import os
 import pathlib
+import sys
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -303,7 +304,8 @@ class Trainer:
     @classmethod
     def main(cls, argv=None):
         parser = argparse.ArgumentParser(
-            description=cls.__doc__,
+            usage="%(prog)s [-h] config [--key value ...]",
+            description=sys.modules[cls.__module__].__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="Any config key can be overridden after the config: --key value. configs/base.py explains each.",
             allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""BCT: the new features must also be right for the old classifier (CVPR 2020, arXiv:2003.11942).
+"""BCT: the old classifier must classify the new features correctly too (CVPR 2020, arXiv:2003.11942).
 
 cd BCT_methods/BCT/
 torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_BCT_softmax_to_arc_f128.py
@@ -17,7 +17,7 @@ from engine.trainer import Trainer
 
 
 class BCT(Trainer):
-    """Classify by the new class centres, and by the old class means, which stay as they are."""
+    """Classify by the new class centres and by the fixed class means of the old features."""
 
     def setup(self):
         cfg = self.cfg

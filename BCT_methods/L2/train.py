@@ -1,4 +1,4 @@
-"""L2: the new feature of each image is drawn to its old one; with a threshold, only to its neighbourhood.
+"""L2: pull each image's new feature to its old one, or with a threshold to within that distance (arXiv:2003.11942).
 
 cd BCT_methods/L2/
 torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_L2_softmax_to_arc_f128.py
@@ -16,7 +16,7 @@ from engine.trainer import Trainer
 
 
 class L2(Trainer):
-    """Classify, and keep every new feature near the old one of its image."""
+    """Classify, and pull every new feature to its image's old one."""
 
     old_features = "rows"
 

@@ -18,13 +18,13 @@ from engine.trainer import Trainer
 
 
 class NCCL(Trainer):
-    """Classify, and keep each image's neighbourhood among the old features, by embeddings and by class logits."""
+    """Classify, and preserve each image's neighbourhood among the old features, in embeddings and class logits."""
 
     old_features = "rows"
 
     def setup(self):
         cfg = self.cfg
-        every_class = f"1 where beta = {cfg.beta}: the logit loss takes all classes; set sample_rate = 1 or beta = 0"
+        every_class = f"1 with beta = {cfg.beta}: the logit loss needs all classes; set sample_rate = 1 or beta = 0"
         require(cfg, "sample_rate", cfg.sample_rate == 1 or cfg.beta == 0, every_class)
         require(cfg, "queue_size", cfg.queue_size >= 1, "at least 1")
         require(cfg, "temperature", cfg.temperature > 0, "above 0")
@@ -48,7 +48,7 @@ class NCCL(Trainer):
         return terms if logit is None else {**terms, "logit": self.cfg.beta * logit}
 
     def logits(self, old, new):
-        """Cosines of the global batch's old and new features to this rank's class centres; gradient to the new."""
+        """Cosines of the global batch's old and new features to this rank's class centres; gradient to the new only."""
         new_logits = self.classifier.cosines(gather_with_grad(new))
         with torch.no_grad():
             return self.classifier.cosines(gather(old)), new_logits

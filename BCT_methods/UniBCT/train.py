@@ -19,7 +19,7 @@ from losses import old_prototype_loss
 class UniBCT(Trainer):
     """Classify by the new class centres and, from `compat_start_epoch` on, by refined means of the old features."""
 
-    old_features = "labels"  # of a batch; the refinement reads all rows itself
+    old_features = "labels"  # batches need only these; the refinement reads all rows itself
 
     def setup(self):
         check_config(self.cfg)

@@ -337,7 +337,7 @@ def refused(capsys, function, *arguments):
 def test_what_get_feature_refuses(place, capsys):
     config = place.read_text()
     assert "--SD old_tiny_arc_class70" in refused(capsys, get_feature, place, "--SD", "other_arc_class70")
-    assert "trained on class30" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_data70")
+    assert "--SD old_tiny_arc_class70" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_data70")
     assert "class70" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc")
     assert "batch_size" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class70", "--batchsize", "5")
     assert "give it first" in refused(capsys, denoise_credible, "--SD", "old_tiny_arc_class70", "--batch_size=5")
@@ -353,7 +353,7 @@ def test_what_get_feature_refuses(place, capsys):
     assert f"train_old_arc.py {place} --workspace {place.parent}" in error
     (place.parent / "data" / "train.rec").unlink()
     error = refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class100")
-    assert "train.rec: no such file; it is MS1M-V3 as insightface publishes it" in error and "split" not in error
+    assert "train.rec: no such file; put MS1M-V3's" in error and "split" not in error
     assert not (place.parent / "feature_save").exists()
 
 

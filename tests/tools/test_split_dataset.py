@@ -148,7 +148,7 @@ def test_ratios_that_name_no_two_parts_are_refused(tmp_path, make_record_set, ra
 
 def test_a_ratio_that_leaves_a_part_without_classes_is_refused(tmp_path, make_record_set):
     make_record_set(tmp_path, [0, 1])
-    with pytest.raises(ValueError, match="ratio 0.1 of 2 classes"):
+    with pytest.raises(ValueError, match="--ratio 0.1 of 2 classes"):
         tool.split(tmp_path, 0.1)
 
 

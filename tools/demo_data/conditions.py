@@ -1,4 +1,4 @@
-"""What differs from one image of a person to the next: pose, expression, light, camera, and what is in the way."""
+"""What varies between images of one person: pose, expression, light, camera, occlusion."""
 
 import dataclasses
 import math
@@ -11,11 +11,11 @@ OCCLUDER_SHARE = (0.58, 0.18, 0.06, 0.09, 0.09)
 
 @dataclasses.dataclass
 class Conditions:
-    """One image's circumstances; angles in radians, lengths in mm of the head unless said otherwise."""
+    """One image's conditions; angles in radians, lengths in mm on the head unless noted."""
 
     yaw: float  # > 0: to the image's right
     pitch: float  # > 0: upwards
-    roll: float  # in-plane, of loose crops; alignment takes it out of the aligned ones
+    roll: float  # in-plane, of loose crops; alignment removes it
     distance: float  # of the camera
     smile: float  # -1 .. 1
     mouth_open: float
@@ -24,12 +24,12 @@ class Conditions:
     gaze: tuple
     hair_volume: float  # factor on the identity's own
     hair_length: float  # mm added to the identity's own
-    light: tuple  # where the light comes from: x, y (image), the rest is towards the viewer
+    light: tuple  # direction of the light: x, y (image); the rest is towards the viewer
     contrast: float  # 0 flat light .. 1 hard light
     tint: tuple  # factor on blue, green and red
     gamma: float
     exposure: float
-    resolution: float  # share of the pixels across that the camera resolved
+    resolution: float  # share of the image width that the camera resolved
     blur: float  # standard deviation in pixels at 112 across
     motion: tuple  # dx, dy of the motion blur, pixels at 112 across
     noise: float  # standard deviation in grey levels
@@ -37,11 +37,11 @@ class Conditions:
     jpeg: int
     occluder: str
     occluder_place: tuple
-    scenery: np.ndarray  # [8, 9] numbers that background, clothes and occluder are drawn from
+    scenery: np.ndarray  # [8, 9] random numbers for background, clothes and occluder
     jitter: np.ndarray  # [5, 2] error of the landmark detector, in pixels of the aligned face
 
     def quality(self):
-        """0 .. 1, what a face detector would make of the image; near 1 for a sharp frontal face."""
+        """A face detector's score for the image, 0 .. 1; near 1 for a sharp frontal face."""
         soft = self.blur + 0.25 * math.hypot(*self.motion) + 1.2 * max(0.0, 0.9 - self.resolution)
         turned = abs(self.yaw) + 0.7 * abs(self.pitch)
         hidden = {"": 0.0, "glasses": 0.1, "sunglasses": 0.3, "hand": 0.5, "block": 0.5}[self.occluder]
@@ -49,7 +49,7 @@ class Conditions:
 
 
 def draw_conditions(rng, variation=1.0, harm=1.0):
-    """A new set of circumstances. `variation` scales what varies, `harm` the camera's faults once more."""
+    """New conditions. `variation` scales everything that varies, `harm` scales camera faults on top."""
     n = rng.standard_normal(18) * variation
     u = rng.random(8)
     harm = harm * variation
@@ -86,7 +86,7 @@ def draw_conditions(rng, variation=1.0, harm=1.0):
 
 
 def next_frame(rng, before, variation=1.0):
-    """A later frame of the same video: the scene and the camera stay, the person moves a little."""
+    """The next frame of the same video: same scene and camera, the person moves a little."""
     n = rng.standard_normal(9) * variation
     return dataclasses.replace(
         before,
@@ -105,7 +105,7 @@ def next_frame(rng, before, variation=1.0):
 
 
 def _motion(rng, harm):
-    """Motion blur in one image of five."""
+    """Motion blur, in one image out of five."""
     chance, length, angle = rng.random(3)
     length = 4.5 * harm * length if chance < 0.2 else 0.0
     return float(length * math.cos(math.pi * angle)), float(length * math.sin(math.pi * angle))

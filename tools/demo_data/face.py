@@ -1,7 +1,7 @@
 """Draws a person under given conditions: from millimetres on the head to pixels of an image (BGR, uint8).
 
-A `Portrait` knows where the five landmarks lie; its `paint` takes the 2×3 map from the image plane (mm) to the
-pixels. Drawing is flat colour with soft shadows on top; the camera's faults come after (`capture`).
+A `Portrait` has the five landmarks; its `paint` takes the 2×3 map from the image plane (mm) to pixels. It draws flat
+colour with soft shadows on top; camera faults are added later (`capture`).
 """
 
 import math
@@ -16,7 +16,7 @@ from tools.demo_data.geometry import Head
 SKIN = np.array([[215, 226, 250], [150, 186, 232], [92, 134, 188], [60, 88, 136], [38, 52, 84]], float)  # BGR
 HAIR = np.array([[130, 190, 226], [70, 118, 168], [42, 68, 104], [26, 32, 46], [20, 18, 20]], float)
 IRIS = np.array([[196, 158, 108], [120, 140, 110], [50, 96, 138], [30, 52, 84], [18, 28, 42]], float)
-# Freckles lie where a fixed low-discrepancy sequence puts them; people differ in how many show.
+# Freckles follow a fixed low-discrepancy sequence; people differ in how many show.
 _K = np.arange(1, 41)
 FRECKLES = np.stack([(_K * 0.618034 % 1 - 0.5) * 84, 8 + (_K * 0.754878 % 1) * 40], axis=1)
 
@@ -92,7 +92,7 @@ def _background(canvas, scenery):
 
 
 def _behind(canvas, p):
-    """Long hair, neck, shoulders and ears, all of which the face covers."""
+    """Long hair, neck, shoulders and ears, behind the face."""
     t, project, skin = p.t, p.head.project, p.colours.skin
     length = t.hair_length + p.c.hair_length
     if length > 12:
@@ -124,7 +124,7 @@ def _behind(canvas, p):
 
 
 def _skin(canvas, p):
-    """What lies on the skin or models it: blush, folds, cheekbones, beard, freckles, moles."""
+    """Details of the skin: blush, folds, cheekbones, beard, freckles, moles."""
     t, project, colours = p.t, p.head.project, p.colours
     if t.blush > 0.05:
         cheeks = [project(ellipse(side * 41, 38, 15, 11)) for side in (-1, 1)]
@@ -170,7 +170,7 @@ def _beard(canvas, p):
             (t.mouth_width + 12, t.mouth_y - 10),
             (0.86 * t.face_width, 34),
         ]
-        half = [*inner, *right]  # from the mouth's middle round the cheek to the chin
+        half = [*inner, *right]  # from the middle of the mouth around the cheek to the chin
         loop = [*half, (0, t.chin_y + 2), *[(-x, y) for x, y in reversed(half)]]
         canvas.blend([project(np.array(loop))], hair, density, 2.5)
     if max(t.moustache, t.stubble * 0.6) > 0.05:
@@ -194,7 +194,7 @@ def _nose(canvas, p):
     side_of_light = 1 if p.c.light[0] > 0 else -1
     bridge = np.array([0.25, 0.55, 1.0])
     for side in (-1, 1):
-        lit = -side * side_of_light  # 1: the shadow's side
+        lit = -side * side_of_light  # 1: in shadow
         line = [
             (side * (t.nose_bridge + 3), -9),
             (side * t.nose_bridge, 4),
@@ -258,7 +258,7 @@ def _eye(canvas, p, side):
 
 
 def _hair(canvas, p):
-    """The hair in front: one flat shape, strands within it, and the soft shadow that it casts on the skin."""
+    """The hair in front: a flat shape, strands within it, and its soft shadow on the skin."""
     t, project, colour = p.t, p.head.project, p.colours.hair
     outline, lower, crown = geometry.hair(t, t.hair_volume * p.c.hair_volume, t.hair_length + p.c.hair_length)
     canvas.shade_line(project(lower), -0.30, 6.0)
@@ -271,7 +271,7 @@ def _hair(canvas, p):
     roots = lower[::2, None]  # [strands, 1, 2]
     along = np.array([0.08, 0.38, 0.7, 1.02])
     strands = crown + (roots * (1.1, 1.0) - crown) * along[:, None]  # [strands, 4, 2]
-    strands[..., 0] *= 1 + 0.35 * np.sin(np.pi * along)  # they fall round the skull
+    strands[..., 0] *= 1 + 0.35 * np.sin(np.pi * along)  # they follow the skull
     strands[..., 0] += t.hair_wave * 1.8 * np.sin(1.3 * np.arange(len(roots))[:, None] + 2.1 * np.arange(4))
     for k, strand in enumerate(project(geometry.smooth(strands, steps=4), 5)):
         canvas.stroke(strand, colour * (0.84, 1.14)[k % 2] + 5 * (k % 2), 2.2)
@@ -279,7 +279,7 @@ def _hair(canvas, p):
 
 
 def _lit(canvas, p):
-    """The picture under the image's light: the head's curvature and the soft shadows, as one factor per pixel."""
+    """The lit image: the head's curvature and the soft shadows as one factor per pixel."""
     height, width = canvas.pixels.shape[:2]
     rows, columns = canvas.soft.shape
     inverse = cv2.invertAffineTransform(canvas.matrix)
@@ -299,7 +299,7 @@ def _lit(canvas, p):
 
 
 def _occluder(canvas, p):
-    """Glasses, a hand or some object before the face: never part of the identity."""
+    """Glasses, a hand or an object in front of the face; not part of the identity."""
     t, c, project = p.t, p.c, p.head.project
     look = c.scenery[7]
     if c.occluder in ("glasses", "sunglasses"):

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-# Where a 112×112 aligned face has its eyes, nose tip and mouth corners (the left one in the image first).
+# Eyes, nose tip and mouth corners of an aligned 112×112 face (left in the image first).
 STANDARD_POINTS = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.729904, 92.2041]]
 )
@@ -14,13 +14,13 @@ DEPTH = 92.0  # mm from the head's axis to its front
 
 @functools.cache
 def _spline_weights(steps):
-    """Catmull-Rom weights [4, steps] of four neighbours at `steps` places between the middle two."""
+    """Catmull-Rom weights [4, steps] of four neighbours at `steps` positions between the middle two."""
     t = np.arange(steps) / steps
     return 0.5 * np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3])
 
 
 def smooth(points, closed=False, steps=6):
-    """Catmull-Rom spline through `points` [..., n, 2], sampled `steps` times a segment -> [..., m, 2]."""
+    """Catmull-Rom spline through `points` [..., n, 2], sampled `steps` times per segment -> [..., m, 2]."""
     p = np.asarray(points, float)
     first, last = (p[..., -1:, :], p[..., :2, :]) if closed else (p[..., :1, :], p[..., -1:, :])
     p = np.concatenate([first, p, last], axis=-2)
@@ -46,10 +46,10 @@ def apply(matrix, points):
 
 
 class Head:
-    """An ellipsoid with the identity's width, seen by a camera after a turn.
+    """An ellipsoid of the identity's width, turned and seen by a camera.
 
-    `yaw` > 0 turns the face to the image's right, `pitch` > 0 upwards (radians); `distance` is the camera's, in mm,
-    and sets the perspective.
+    `yaw` > 0 turns the face to the image's right, `pitch` > 0 upwards (radians); `distance` of the camera, in mm, sets
+    the perspective.
     """
 
     def __init__(self, traits, yaw, pitch, distance):
@@ -64,7 +64,7 @@ class Head:
         return DEPTH * np.sqrt(np.maximum(1.0 - x * x - y * y, 0.03))
 
     def project(self, points, lift=0.0):
-        """Points [..., 2] on the surface, raised by `lift` mm (number or [...]) -> the same in the image plane, mm."""
+        """Points [..., 2] on the surface, raised by `lift` mm (number or [...]) -> points in the image plane, mm."""
         points = np.asarray(points, float)
         x, y, z = points[..., 0], points[..., 1], self.depth(points) + lift
         x, z = x * self.cos_yaw + z * self.sin_yaw, z * self.cos_yaw - x * self.sin_yaw
@@ -76,7 +76,7 @@ class Head:
 
 
 def face_outline(t):
-    """The face's contour, ear to ear over the chin and the crown -> [m, 2], closed."""
+    """The face's contour over chin and crown -> [m, 2], closed."""
     right = [
         (0.42 * t.temple_width, t.crown_y + 8),
         (0.86 * t.temple_width, -72),
@@ -127,7 +127,7 @@ def eye(t, side, openness, gaze):
 
 
 def brow(t, side, raised):
-    """One brow's outline -> [m, 2], closed; `raised` mm by expression."""
+    """One brow's outline -> [m, 2], closed; `raised` in mm."""
     u = np.linspace(0, 1, 9)
     x = t.brow_gap - 2 + u * t.brow_length
     tilt = math.tan(math.radians(t.brow_tilt))

@@ -1,13 +1,13 @@
-"""A person as a vector: some seventy independent normal draws that set the face's traits, all of them continuous."""
+"""A person as a vector: about seventy independent normal draws that set continuous traits of the face."""
 
 from types import SimpleNamespace
 
 import numpy as np
 
-# name: (mean, standard deviation, weight of `sex`, weight of `age`). Lengths are in millimetres of a human head, in a
-# frame whose origin lies between the pupils, x to the image's right, y down. Weights say how far the two traits that
-# all others may lean on (sex > 0: masculine; age > 0: older) shift a trait, in its own standard deviations, so that
-# faces are plausible as a whole. Means and spreads follow common anthropometric tables, somewhat exaggerated.
+# name: (mean, standard deviation, weight of `sex`, weight of `age`). Lengths are in millimetres on a human head, with
+# the origin between the pupils, x to the image's right, y down. The weights say how far sex (> 0: masculine) and age
+# (> 0: older) shift a trait, in its own standard deviations, so that faces are plausible as a whole. Means and spreads
+# follow common anthropometric tables, somewhat exaggerated.
 TRAITS = {
     # head
     "face_width": (67.0, 4.0, 0.3, 0.2),
@@ -55,7 +55,7 @@ TRAITS = {
     "lip_lower": (8.0, 2.1, -0.3, -0.2),
     "lip_bow": (1.8, 1.0, -0.1, -0.1),
     "lip_red": (0.5, 0.28, -0.4, -0.1),
-    "mouth_tilt": (0.0, 1.6, 0.0, -0.3),  # mm that the corners lie above the middle
+    "mouth_tilt": (0.0, 1.6, 0.0, -0.3),  # mm by which the corners lie above the middle
     "philtrum": (0.4, 0.25, 0.0, 0.0),
     # skin
     "melanin": (0.42, 0.28, 0.0, 0.0),  # 0 fair .. 1 dark
@@ -91,7 +91,7 @@ TRAITS = {
     "mole2_y": (-38.0, 9.0, 0.0, 0.0),
     "mole2_size": (-0.4, 1.0, 0.0, 0.0),
 }
-# Shares and other bounded quantities; a draw outside is moved to the bound.
+# Limits that values are clipped to.
 BOUNDS = {
     "eye_open": (3.4, 9.0),
     "lid_crease": (1.5, 9.0),
@@ -133,22 +133,22 @@ BOUNDS = {
     "nose_depth": (10.0, 34.0),
     "redness": (-1.8, 1.8),
 }
-SPREAD = 0.62  # of people about the mean face: 1 is the table above, less makes them more alike
+SPREAD = 0.62  # of people around the mean face: 1 is the table above, less makes them more alike
 DIMENSIONS = 2 + len(TRAITS)
 
 
 def draw_identity(rng):
-    """A new person: float64 [DIMENSIONS] of standard normal draws, cut at ±2.2 so that nobody is a monster."""
+    """A new person: float64 [DIMENSIONS] of standard normal draws, clipped at ±2.2 to keep faces plausible."""
     return np.clip(rng.standard_normal(DIMENSIONS), -2.2, 2.2)
 
 
 def traits(vector):
     """The vector's traits by name, in the units of `TRAITS` (a namespace of floats).
 
-    Dark skin comes with dark hair and eyes more often than not, as in people: their melanin leans on the skin's.
+    The melanin of hair and eyes depends on the skin's, so dark skin mostly comes with dark hair and eyes.
     """
     if np.shape(vector) != (DIMENSIONS,):
-        raise ValueError(f"an identity is a vector of {DIMENSIONS} numbers, not of shape {np.shape(vector)}")
+        raise ValueError(f"an identity must have shape ({DIMENSIONS},), not {np.shape(vector)}")
     sex, age = vector[:2]
     values = {
         name: mean + SPREAD * sd * (z + sex_weight * sex + age_weight * age)

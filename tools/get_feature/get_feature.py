@@ -1,16 +1,16 @@
-"""Embed a training set with a trained old model; the features go to feature_save/.
+"""Embed a training set with a trained old model and write the features to feature_save/.
 
     python tools/get_feature/get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70
 
-The last part of --SD says what is embedded: class30, class70, class100, data30, data70 or data100, beside the record
-file that the config's `rec` names. The part before it must be the config's name without its own set: it is how the
-files tell which old model made them. Writes
+The last part of --SD says which set to embed: class30, class70, class100, data30, data70 or data100; its record file is
+expected in the directory of the config's `rec`. The part before it must be the config's name without its own set, so
+that file names say which old model made them. Writes
 
     feature_save/{EXclass,EXdata,OPclass,OPdata}/<SD>_feature.npy   float32 [N, D], in record order, never flipped
                                                  <SD>_label.npy     int64 [N]
 
 Under torchrun or torch.distributed.launch each rank embeds its own rows. Files newer than the model and the record
-file are left as they are. Any key of the config can be overridden: --batch_size 256 --num_workers 8.
+file are kept.
 """
 
 import pathlib

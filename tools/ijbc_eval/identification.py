@@ -1,4 +1,4 @@
-"""1:N, open set: rank of the own gallery entry, and TPIR at a given FPIR, without sorting a single row."""
+"""1:N, open set: rank of the true gallery entry, and TPIR at a given FPIR, without sorting any row."""
 
 import dataclasses
 
@@ -14,9 +14,9 @@ TOP = (1, 5, 10)
 class Search:
     """All probes [Q] against one gallery.
 
-    mated bool [Q]: the probe's subject is in the gallery. rank int32 [Q]: 1 + gallery subjects that score as high as
-    the own one or higher (ties count against the probe); 0 where not mated. score float32 [Q]: of a mated probe, its
-    own entry's score if that is above all others, else −inf; of a non-mated probe, the highest score.
+    mated bool [Q]: the probe's subject is in the gallery. rank int32 [Q]: 1 + the number of other subjects that score
+    at least as high as the probe's own (ties count against the probe); 0 if not mated. score float32 [Q]: for a mated
+    probe its own entry's score if that is above all others, else −inf; for a non-mated probe the highest score.
     """
 
     mated: np.ndarray
@@ -24,15 +24,15 @@ class Search:
     score: np.ndarray
 
     def top(self, k):
-        """Share of mated probes whose own entry is among the first k; NaN without mated probes."""
+        """Share of mated probes whose own entry ranks in the top k; NaN without mated probes."""
         ranks = self.rank[self.mated]
         return float(np.mean(ranks <= k)) if len(ranks) else float("nan")
 
     def threshold_at(self, fpir, protocol="exact"):
-        """The lowest threshold that lets at most a share `fpir` of the non-mated probes find somebody above it.
+        """The lowest threshold above which at most a share `fpir` of the non-mated probes score.
 
-        As published: of the n highest scores in descending order the one at place max(int(n · fpir) − 1, 0), from 0;
-        "found" being strictly above it, that lets one non-mated probe fewer through than `fpir` allows.
+        published: of the n non-mated scores in descending order the one at 0-based position max(int(n · fpir) − 1, 0).
+        A hit must be strictly above it, so one non-mated probe fewer passes than `fpir` allows.
         """
         highest = self.score[~self.mated]
         if protocol == "published":
@@ -42,7 +42,7 @@ class Search:
         return np.partition(highest, -1 - allowed)[-1 - allowed] if allowed < len(highest) else -np.inf
 
     def tpir_at(self, fpir, protocol="exact"):
-        """Share of mated probes whose own entry scores above all others and above the threshold; NaN when undefined."""
+        """Share of mated probes whose own entry scores above all others and above the threshold; NaN if undefined."""
         if not self.mated.any() or self.mated.all():
             return float("nan")
         return float(np.mean(self.score[self.mated] > self.threshold_at(fpir, protocol)))
@@ -67,14 +67,14 @@ def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
             matrix = np.maximum.reduceat(matrix, starts, axis=1)
         rows = np.arange(len(matrix))
         own_score = matrix[rows, own[part]]
-        as_high = np.count_nonzero(matrix >= own_score[:, None], axis=1)  # the own entry is one of them
+        as_high = np.count_nonzero(matrix >= own_score[:, None], axis=1)  # includes the own entry
         rank[part] = np.where(mated[part], as_high, 0)
         score[part] = np.where(mated[part], np.where(as_high == 1, own_score, -np.inf), matrix.max(axis=1))
     return Search(mated, rank, score)
 
 
 def mean_top(searches, k, protocol="exact"):
-    """Top-k of the galleries as one figure: the mean of theirs; as published, the hits in all of them / all probes."""
+    """Top-k over the galleries: the mean; published: hits in all galleries / all probes."""
     if protocol == "published":
         return pooled_top([one.rank for one in searches], k)
     return float(np.mean([one.top(k) for one in searches]))
@@ -85,15 +85,15 @@ def mean_tpir(searches, fpir, protocol="exact"):
 
 
 def pooled_top(ranks, k):
-    """Hits / all probes: ranks int [Q], or [G, Q] where hits count from every gallery."""
+    """Hits / all probes; ranks int [Q], or [G, Q] to count hits in every gallery."""
     ranks = np.asarray(ranks)
     return float(np.count_nonzero((ranks > 0) & (ranks <= k)) / ranks.shape[-1])
 
 
 def summary(searches, mixed_rank=None, protocol="exact", fpirs=FPIRS, top=TOP):
-    """Top-k [R, len(top)] and TPIR [R, len(fpirs)]: a row for each gallery, their mean, and as published "mixed".
+    """Top-k [R, len(top)] and TPIR [R, len(fpirs)]: a row per gallery, their mean, and if published "mixed".
 
-    mixed_rank int32 [Q]: ranks in the galleries stacked to one, needed as published; that row has no TPIR (NaN).
+    mixed_rank int32 [Q]: ranks in the merged galleries, needed for published; that row has no TPIR (NaN).
     """
     tops = [[one.top(k) for k in top] for one in searches]
     tpirs = [[one.tpir_at(fpir, protocol) for fpir in fpirs] for one in searches]

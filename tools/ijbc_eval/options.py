@@ -20,7 +20,7 @@ def whole_number(low):
         except ValueError:
             value = None
         if value is None or value < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {low}, not {text}")
         return value
 
     return parse
@@ -38,47 +38,34 @@ def positive(text):
 
 
 def add_data_arguments(parser):
-    """The options that say where the data is and how data and figures are read."""
+    """The options of the data, its cache, and how figures are computed."""
     add = parser.add_argument
-    add(
-        "-d",
-        "--data_path",
-        type=pathlib.Path,
-        default=REPO / "dataset",
-        help="directory that holds IJBC/ and/or IJBB/ (default: dataset under the repo root)",
-    )
-    add("-s", "--subset", choices=list(GALLERIES), default="IJBC")
-    add("-b", "--batch_size", type=whole_number(1), default=128, help="images at once (default 128)")
-    add("-F", "--force_reload", action="store_true", help="recompute everything, ignoring what is cached")
-    add("--skip-bad-images", action="store_true", help="leave unreadable images out, and name them in the result")
-    add(
-        "--workers",
-        type=whole_number(0),
-        default=min(os.cpu_count() or 1, 16),
-        help="processes that read and align images (default: the number of cores, at most 16); 0: in this one",
-    )
-    add(
-        "--cache-dir",
-        type=pathlib.Path,
-        default=DEFAULT_CACHE,
-        help=f"kept embeddings and parsed lists (default {DEFAULT_CACHE} in the current directory)",
-    )
+    help_data = "directory of IJBC/ and/or IJBB/ (default: dataset under the repo root)"
+    add("-d", "--data_path", type=pathlib.Path, default=REPO / "dataset", help=help_data)
+    add("-s", "--subset", choices=list(GALLERIES), default="IJBC", help="(default: IJBC)")
+    add("-b", "--batch_size", type=whole_number(1), default=128, help="images per forward pass (default: 128)")
+    add("-F", "--force_reload", action="store_true", help="ignore all caches and recompute")
+    add("--skip-bad-images", action="store_true", help="skip unreadable images and list them in the result")
+    help_workers = "processes that read and align images, 0: this one (default: the number of cores, at most 16)"
+    add("--workers", type=whole_number(0), default=min(os.cpu_count() or 1, 16), help=help_workers)
+    help_cache = f"cached embeddings and parsed lists (default: {DEFAULT_CACHE} in the current directory)"
+    add("--cache-dir", type=pathlib.Path, default=DEFAULT_CACHE, help=help_cache)
     add(
         "--input-scale",
         type=positive,
         default=INPUT_SCALE,
         metavar="S",
-        help=f"models see (pixel - 127.5) / S (default {INPUT_SCALE:g}, as published for IJB; training and feature "
-        "extraction have 127.5); no effect on MXNet models that scale their input themselves",
+        help=f"the models' input is (pixel - 127.5) / S (default: {INPUT_SCALE:g}, as published for IJB; training and "
+        "feature extraction use 127.5); ignored by MXNet models that scale their input themselves",
     )
     add(
         "--protocol",
         choices=PROTOCOLS,
         default="exact",
-        help="exact: no more false positives than the FPR or FPIR allows, 1:N as the mean of the galleries; published: "
-        "as the scripts in circulation read it, to compare with published numbers: 1:1 at the ROC point with the "
-        "nearest FPR; TPIR above the non-mated score number max(int(n*FPIR), 1) from the top; top-k from the hits in "
-        "both galleries together, and in both stacked to one (mixed)",
+        help="exact (the default): no more false positives than the FPR or FPIR allows, 1:N as the mean of the "
+        "galleries; published: as in the published scripts, to compare with published numbers: 1:1 at the ROC point "
+        "with the nearest FPR; TPIR above the non-mated score number max(int(n*FPIR), 1) from the top; top-k from the "
+        "hits in both galleries, and in both merged into one (mixed)",
     )
 
 

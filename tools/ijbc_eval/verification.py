@@ -1,24 +1,24 @@
-"""1:1: scores of template pairs, and the exact ROC of tens of millions of them."""
+"""1:1: scores of template pairs, and an exact ROC over tens of millions of them."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-PROTOCOLS = ("exact", "published")  # how figures are read, 1:1 here and 1:N in identification.py
+PROTOCOLS = ("exact", "published")  # how figures are computed, 1:1 here and 1:N in identification.py
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-_BLOCK = 1 << 28  # entries of a score matrix held at once: 1 GiB
-_DENSE_COST = 32  # a product computes an entry about this much faster than a pair is gathered and multiplied
+_BLOCK = 1 << 28  # entries of a score matrix in memory at once: 1 GiB
+_DENSE_COST = 32  # about how many times faster a matrix product is, per entry, than gathering and multiplying a pair
 
 
 def pair_scores(first_features, second_features, first, second):
     """Cosine of each pair: float32 [P].
 
     first_features [A, D], second_features [B, D]: float32, L2-normalised, of the templates that occur first and second.
-    first, second: integer [P], rows of the pair's templates among those.
+    first, second: integer [P], rows of the pair's templates in those.
 
-    Lists like IJB-C's pair few thousand templates with each other many times over: the whole score matrix costs
-    less than gathering the features of every pair, and a score is then one look-up.
+    Lists like IJB-C's pair a few thousand templates many times over: the whole score matrix is cheaper than gathering
+    the features of every pair, and a score is then one look-up.
     """
     scores = np.empty(len(first), np.float32)
     columns = len(second_features)
@@ -37,14 +37,14 @@ def pair_scores(first_features, second_features, first, second):
 
 
 def _look_up(block, offset, columns, first, second, scores):
-    """Fill in the scores of the pairs that `block` holds: entries `offset` and on of the flattened score matrix."""
+    """Fill in the scores of the pairs in `block`, the entries from `offset` on of the flattened score matrix."""
 
     def work(part):
         place = first[part].astype(np.int64)  # NumPy 1 would multiply int32 rows by an int64 scalar in int32
         place *= columns
         place += second[part]
         if not offset and place.max() < len(block):
-            np.take(block, place, out=scores[part], mode="clip")  # "raise", the default, would copy through a buffer
+            np.take(block, place, out=scores[part], mode="clip")  # the default, "raise", would copy via a buffer
         else:
             inside = (place >= offset) & (place < offset + len(block))
             scores[part][inside] = block[place[inside] - offset]
@@ -53,8 +53,8 @@ def _look_up(block, offset, columns, first, second, scores):
 
 
 def _in_parts(length, size, work):
-    """Call `work(slice)` for all parts of `size` of a range, on a thread for each core, at most eight: NumPy lets go
-    of the interpreter in its loops, and parts this small stay in the processor's cache."""
+    """Call `work(slice)` for all parts of `size` of a range, on one thread per core, at most eight: NumPy releases the
+    GIL in its loops, and parts this small stay in the processor's cache."""
     parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(work, parts):
@@ -62,9 +62,9 @@ def _in_parts(length, size, work):
 
 
 class Roc:
-    """The ROC of scores [P] with labels [P] (true = same person). Keeps both classes sorted; exact under ties.
+    """The ROC of scores [P] with labels [P] (true = same person), exact with ties; keeps both classes sorted.
 
-    A pair is accepted when its score is above the threshold. ValueError when a class is missing or a score is NaN.
+    A pair is accepted if its score is above the threshold. ValueError if a class is missing or a score is NaN.
     """
 
     def __init__(self, scores, label):
@@ -88,10 +88,10 @@ class Roc:
         return float((int(below) + int(not_above)) / (2 * len(self.genuine) * len(self.impostor)))
 
     def tpr_at(self, fpr, protocol="exact"):
-        """The largest TPR whose FPR does not exceed `fpr` (0 … 1), or as published: `nearest_tpr`.
+        """The largest TPR whose FPR does not exceed `fpr` (0 … 1); published: `nearest_tpr`.
 
-        Exact, with k the most impostors that may pass, the threshold is the (k+1)-th largest impostor score: above it
-        are at most k impostors, and any lower threshold lets that one, with all that tie with it, pass.
+        If at most k impostors may pass, the threshold is the (k+1)-th largest impostor score: at most k impostors are
+        above it, and any lower threshold would let that one pass, with all that tie with it.
         """
         if protocol == "published":
             return self.nearest_tpr(fpr)
@@ -102,11 +102,11 @@ class Roc:
         return self.impostor[-1 - allowed] if allowed < len(self.impostor) else -np.inf
 
     def nearest_tpr(self, fpr):
-        """The TPR of the ROC point whose FPR is nearest to `fpr`, as insightface-derived scripts read it.
+        """The TPR of the ROC point whose FPR is nearest to `fpr`, as in insightface-derived scripts.
 
-        Those take the points of sklearn's `roc_curve`, which drops points on straight stretches, and of two equally
-        near ones the one of the lower threshold. The nearest point may lie *above* the FPR asked for, so that this
-        can exceed `tpr_at`: by one step of the ROC as a rule, by much where impostor scores tie or are few.
+        Those use the points of sklearn's `roc_curve`, which drops collinear points, and of two equally near ones the
+        one with the lower threshold. The nearest point may lie *above* the requested FPR, so this can exceed `tpr_at`:
+        usually by one step of the ROC, by far more if impostor scores tie or are few.
         """
         fps, tps = self._corners()
         distance = np.abs(fps / len(self.impostor) - fpr)
@@ -114,7 +114,7 @@ class Roc:
         return float(tps[nearest] / len(self.genuine))
 
     def _corners(self):
-        """False and true positives at the ROC's corner points, descending thresholds, from (0, 0)."""
+        """False and true positives at the ROC's corner points, from (0, 0) by descending threshold."""
         if not hasattr(self, "_corner_cache"):
             thresholds = np.unique(np.concatenate([self.genuine, self.impostor]))[::-1]
             fps = len(self.impostor) - np.searchsorted(self.impostor, thresholds, "left")
@@ -126,7 +126,7 @@ class Roc:
 
 
 def most_allowed(rate, total):
-    """The largest whole k with k / total ≤ rate. Not floor(rate · total): 0.29 · 100 is 28.999999999999996."""
+    """The largest integer k with k / total ≤ rate. Not floor(rate · total): 0.29 · 100 is 28.999999999999996."""
     allowed = min(int(rate * total), total)
     while allowed < total and (allowed + 1) / total <= rate:
         allowed += 1

@@ -1,4 +1,4 @@
-"""L2's own keys. They are over configs/base.py and old_model/keys.py, which explain the others."""
+"""L2's own keys; configs/base.py and old_model/keys.py explain the others."""
 
 from easydict import EasyDict as edict
 

@@ -92,12 +92,9 @@ def test_undefined_figures_and_no_independent_model(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda one: one["new"].append({**one["new"][0], "name": "L2"}),
-            "MixBCT, L2, free; .*a.json has .*same models",
-        ),
+        (lambda one: one["new"].append({**one["new"][0], "name": "L2"}), "MixBCT, L2, free, .*a.json.*same models"),
         (lambda one: one["data"].update(fpr=1e-4), "FPR 0.0001 .*FPR 0.001"),
-        (lambda one: one.pop("old"), "KeyError: 'old'.*write it again"),
+        (lambda one: one.pop("old"), "KeyError: 'old'"),
     ],
 )
 def test_reports_that_do_not_belong_together(paths, tmp_path, change, message):

@@ -208,7 +208,7 @@ def test_what_the_reader_sees(report, report_dir, shared_set):
             assert figure in text and figure in shown
     enrolled = [{subject for _, subject in rows} for rows in shared_set.galleries.values()]
     others = min(sum(subject not in gallery for _, subject in shared_set.probes) for gallery in enrolled)
-    assert f"(for each gallery at least {others} of them are of people not in it)" in text
+    assert f"(at least {others} of them non-mated" in text
     assert "Same: NOT compatible" in text and "Same: NOT compatible" in shown
     assert "(models.png)" in text and "(backfill.png)" in text
     for name in ("models.png", "backfill.png"):
@@ -221,14 +221,13 @@ def test_verdicts(report):
     better = {**base, "tpr": 0.99, "tpir": 0.99}
     criterion = {"tpr": True, "tpir": True}
     model = {"name": "Good", "self": better, "cross": better, "compatible": True, "criterion": criterion}
-    assert compat_text.verdicts({**report, "new": [model]}) == [
-        "Good: compatible: it queries the old gallery better than the old model does."
-    ]
+    [verdict] = compat_text.verdicts({**report, "new": [model]})
+    assert verdict.startswith("Good: compatible")
     criterion = {"tpr": True, "tpir": False}
     half = {"name": "Half", "self": base, "cross": base, "compatible": False, "criterion": criterion}
     [short, worse] = compat_text.verdicts({**report, "new": [half]})
     assert short.startswith("Half: NOT compatible") and "TPIR" in short and "TPR" not in short
-    assert "no better than the old model in 1:1 TPR" in worse
+    assert "no better" in worse and "1:1 TPR" in worse
 
 
 def test_caveats(report):
@@ -237,8 +236,8 @@ def test_caveats(report):
     assert len(lines) == 3
     assert compat_text.caveats(report) == []
     [read, nowhere, fpr, *_] = compat_text.caveats({**report, "data": {**data, "protocol": "published"}})
-    assert "not exactly" in read and nowhere.startswith("9 probes are of people in no gallery")
-    assert "no error" in lines[0] and "no error" not in fpr
+    assert "--protocol published" in read and nowhere.startswith("9 probes are of people in no gallery")
+    assert "not a single error" in lines[0] and "not a single error" not in fpr
 
 
 def test_undefined_figures_become_null_and_can_be_drawn(report, tmp_path):

@@ -119,7 +119,7 @@ def test_a_list_of_two_columns(tmp_path, make_ijb):
     faces = protocol.faces()
     assert protocol.probes(faces).subject.tolist() == [subject for _, subject in made.probes]
     path.write_text(path.read_text()[:-2])
-    message = rf"probe_mixed\.csv line {len(rows) + 1}: .*add a newline .* if it is whole"
+    message = rf"probe_mixed\.csv line {len(rows) + 1}: .*add a newline"
     with pytest.raises(meta.EvalError, match=message):
         protocol.probes(faces)
 

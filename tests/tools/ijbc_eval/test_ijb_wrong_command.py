@@ -54,8 +54,7 @@ def test_numbers_out_of_range(capsys, options):
         with pytest.raises(SystemExit):
             module.parse_arguments([*needed, "-d", "data", *options])
         error = capsys.readouterr().err
-        assert options[0] in error and "must be a whole number of at least" in error and options[1] in error
-    assert compat_report.parse_arguments(["--old", "o", "--new", "n", "-d", "d", "-b", "1", "--workers", "0"])
+        assert options[0] in error and "at least" in error and options[1] in error
 
 
 @pytest.mark.parametrize("scale", ["0", "-128", "nan", "inf", "x"])
@@ -96,11 +95,11 @@ def test_the_independent_model_is_opened_before_anything_is_embedded(report_opti
 @pytest.mark.parametrize(
     ("lines", "pattern"),
     [
-        (["5"], "no gallery template"),
+        (["5"], "line 1: .* not a gallery template"),
         (["{0}", "{0}"], "line 2: .* listed twice"),
         (["{0}"], "lists 1 of"),
-        (["{0}", "²"], "line 2: .* no gallery template"),
-        (["9" * 5000], "no gallery template"),
+        (["{0}", "²"], "line 2: .* not a gallery template"),
+        (["9" * 5000], "line 1: .* not a gallery template"),
     ],
 )
 def test_a_wrong_backfill_order(made, report_options, lines, pattern):
@@ -133,14 +132,14 @@ SEARCH = {"scores": CUBE, "label": np.stack([LABEL, LABEL]), "rank": CUBE.astype
     ("changed", "pattern"),
     [
         ({"label": np.ones(4)}, "label has pairs of one kind only"),
-        ({"label": np.zeros(4, bool)}, "one kind only"),
-        ({"label": 2 * LABEL - 1}, "label must hold 1"),
-        ({"label": LABEL.astype(str)}, "label must hold 1"),
+        ({"label": np.zeros(4, bool)}, "label has pairs of one kind only"),
+        ({"label": 2 * LABEL - 1}, "label must be 1"),
+        ({"label": LABEL.astype(str)}, "label must be 1"),
         ({"label": LABEL[:3]}, "do not fit together"),
         ({"names": ["x", "y"]}, "do not fit together"),
         ({"scores": np.zeros((0, 4)), "names": []}, "do not fit together"),
         ({"scores": np.zeros((1, 0)), "label": []}, "do not fit together"),
-        ({"scores": np.where(SCORES > 0.8, np.nan, SCORES)}, "scores of run 0 hold NaN"),
+        ({"scores": np.where(SCORES > 0.8, np.nan, SCORES)}, "scores of run 0 contain NaN"),
         ({"scores": SCORES.astype(str)}, "scores are of type <U"),
         ({"scores": SCORES.astype(complex)}, "of type complex"),
         ({**SEARCH, "galleries": None}, "no array 'galleries'"),
@@ -148,7 +147,7 @@ SEARCH = {"scores": CUBE, "label": np.stack([LABEL, LABEL]), "rank": CUBE.astype
         ({**SEARCH, "galleries": ["G1"]}, "1 galleries do not fit"),
         ({**SEARCH, "rank": LABEL}, r"rank \(4,\)"),
         ({**SEARCH, "rank": CUBE}, r"\(float32\)"),
-        ({**SEARCH, "scores": CUBE * np.nan}, "hold NaN"),
+        ({**SEARCH, "scores": CUBE * np.nan}, "contain NaN"),
         ({**SEARCH, "label": LABEL}, "do not fit together"),
         ({**SEARCH, "mixed_rank": LABEL}, r"mixed_rank \(4,\)"),
         ({**SEARCH, "mixed_rank": SCORES}, r"\(float32\)"),
@@ -167,7 +166,7 @@ def test_arrays_that_are_a_result(capsys):
     np.savez("b.npz", **SEARCH, names=["x"])
     ijbc_eval.main(["-P", "a.npz", "b.npz"])
     assert "0.750000" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"b\.npz: has no array 'mixed_rank', .* write it anew with"):
+    with pytest.raises(UserError, match=r"b\.npz: has no array 'mixed_rank', .*ijbc_eval\.py -N -R"):
         ijbc_eval.main(["-P", "b.npz", "--protocol", "published"])
     np.savez("c.npz", **SEARCH, names=["x"], mixed_rank=LABEL[None])
     ijbc_eval.main(["-P", "c.npz", "--protocol", "published"])
