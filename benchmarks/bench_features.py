@@ -1,11 +1,11 @@
-"""The tools that read millions of old features, each against a plain loop with one mask for each class.
+"""Tools that read millions of old features, each against a plain loop with one mask per class.
 
     python benchmarks/bench_features.py                     3.6 million × 128, the new part of MS1M-V3
     python benchmarks/bench_features.py --rows 200000       a smaller machine
 
-Class means (BCT), credible rows (MixBCT), class boundaries (AdvBCT) and refined prototypes (UniBCT; with the features
-as the new model's, too) of a memory-mapped .npy file, in random order of classes whose sizes are spread log-normally.
-The loop's cost is quadratic: it gets about --loop-rows rows in memory, and the tools beside it the same.
+Class means (BCT), credible rows (MixBCT), class boundaries (AdvBCT) and refined prototypes (UniBCT, using the same
+features as the new model's) of a memory-mapped .npy file in random order, with log-normal class sizes. The loop's cost
+is quadratic, so the ratio is measured on about --loop-rows rows in memory.
 """
 
 import functools
@@ -96,9 +96,9 @@ def main():
                 results[way] = way(some_features, some_labels, some_classes)
 
             times = in_turns({way: functools.partial(run, way) for way in (tool, loop)}, args.rounds, warmup=0)
-            # Float32 sums of the loop may turn a close decision between two rows.
+            # The loop's float32 sums may flip a close decision between two rows.
             if np.mean(np.isclose(results[tool], results[loop], atol=1e-4)) < 0.9999:
-                sys.exit(f"{name}: the plain loop comes to another result")
+                sys.exit(f"{name}: the plain loop gives another result")
             print_ratio(f"plain loop / {name}", times[loop], times[tool], form=".1f")
 
 

@@ -1,9 +1,9 @@
-"""IJB-C at full size with random features: the evaluation against the plain way, in one run.
+"""IJB-C at full size with random features: the evaluation against a plain implementation.
 
     python benchmarks/bench_ijb.py                 full size: 469,375 images, 23,124 templates, 15,658,489 pairs
     python benchmarks/bench_ijb.py --scale 0.1     a tenth of the images and templates, a hundredth of the pairs
 
-1:1 from image features to TPR at six FPRs and AUC, beside the plain way in float32; and 1:N.
+1:1 from image features to TPR at six FPRs and AUC, also by the plain implementation in float32; and 1:N.
 """
 
 import pathlib
@@ -24,9 +24,9 @@ WIDTH = 128
 
 
 def make_protocol(scale, rng):
-    """Random faces, pairs (a gallery template, a probe; in random order) and subjects, shaped like IJB-C's.
+    """Random faces, pairs (a gallery template, a probe; in random order) and subjects, of IJB-C's shape.
 
-    Templates 0 … gallery − 1 are the gallery, one a subject; every probe is of one of these subjects.
+    Templates 0 … gallery − 1 are the gallery, one per subject; every probe is of one of these subjects.
     """
     gallery, probes = round(GALLERY * scale), round(PROBES * scale)
     pairs, genuine = round(PAIRS * scale**2), round(GENUINE * scale)
@@ -55,17 +55,17 @@ def make_protocol(scale, rng):
 
 
 def make_features(faces, subject, rng):
-    """Image embeddings and mirrored ones: a direction for each subject, and noise that overlaps with the others'."""
+    """Embeddings of images and mirrored images: a direction per subject, and noise that overlaps with the others'."""
     centres = rng.normal(size=(subject.max() + 1, WIDTH)).astype(np.float32)
     embs = 0.45 * centres[subject[faces.template]]
     drift = rng.normal(size=(len(faces.template_ids), WIDTH)).astype(np.float32)
-    embs += drift[faces.template]  # what a template's images have in common beside the subject
+    embs += drift[faces.template]  # common to a template's images
     embs += rng.standard_normal(embs.shape, np.float32)
     return embs, embs + 0.1 * rng.standard_normal(embs.shape, np.float32)
 
 
 def plain_way(faces, pairs, embs, embs_f):
-    """`(scores, TPRs, AUC)` as evaluation scripts in circulation come to them, but in float32, which is faster."""
+    """`(scores, TPRs, AUC)` as in the published scripts, but in float32, which is faster."""
     features = (embs + embs_f) * faces.scores[:, None]
     templates = np.zeros((len(faces.template_ids), features.shape[1]), np.float32)
     for row in range(len(templates)):
@@ -92,7 +92,7 @@ def our_way(faces, pairs, embs, embs_f):
 
 
 def one_to_n(templates, subject, gallery):
-    """Two galleries, each with half of the subjects; the probes of the other half are the non-mated ones."""
+    """Two galleries with half of the subjects each; probes of the other half are non-mated."""
     probes = np.arange(gallery, len(subject))
     halves = np.arange(gallery // 2), np.arange(gallery // 2, gallery)
     return identification.summary(
@@ -114,7 +114,7 @@ def main():
         ours = our_way(*given)
     scores, tprs, area = (np.abs(np.subtract(one, other)).max() for one, other in zip(ours, plain_way(*given)))
     print(
-        f"{peak.mib:.0f} MiB beside the inputs; largest difference to the plain way: scores {scores:.1e}, "
+        f"{peak.mib:.0f} MiB on top of the inputs; largest difference to plain: scores {scores:.1e}, "
         f"TPR {tprs:.1e}, AUC {area:.1e}"
     )
     templates = template_features(*given[2:], faces, Setting())

@@ -1,9 +1,9 @@
-"""One worker's images a second: `TrainLoader`, against bare `cv2.imdecode` in this process.
+"""Images/s of one worker: `TrainLoader` against bare `cv2.imdecode` in this process.
 
     python benchmarks/bench_loader.py [--images 4096] [--rounds 8]
 
-Draws its own training set (112 x 112 JPEGs of quality 95, 6 to 12 KB). An epoch of the loader, from the records to
-normalised, mirrored float batches on the CPU, takes turns with decoding the same JPEGs, held in memory.
+Draws its own training set (112 x 112 JPEGs of quality 95, 6 to 12 KB). Epochs of the loader, from records to
+normalised, mirrored float batches on the CPU, alternate with decoding the same JPEGs from memory.
 """
 
 import itertools
@@ -25,7 +25,7 @@ def main():
     args = options(__doc__, images=4096, batch_size=128, rounds=8)
     images = args.images // args.batch_size * args.batch_size
     cv2.setNumThreads(0)
-    torch.set_num_threads(1)  # one worker, one thread beside it: what is compared is the work, not the spinning
+    torch.set_num_threads(1)  # one worker and one thread: compares the work, not spinning threads
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "train.rec")
         jpegs = draw_record_set(path, images)

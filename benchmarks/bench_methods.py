@@ -1,14 +1,13 @@
-"""What each method adds to a plain ArcFace step, as a share of that step.
+"""The cost that each method adds to a plain ArcFace step, as a share of that step.
 
     python benchmarks/bench_methods.py                                     # r18, batch 128, 65,402 classes
     python benchmarks/bench_methods.py --num-classes 2000 --batch-size 32 --network tiny --rounds 20
 
-A plain step is forward, backward and update of the backbone and the classifier. What a method adds is its own `losses`
-on given embeddings, forward and backward, with reading old features and updating its own parameters, but with a
-backbone and a classifier loss that cost nothing. All parts take turns. Old features come from a file that is in memory
-after the first rounds. UniBCT is between refinements. On CUDA the parts are timed alone, with the device idle before:
-an upper bound for the small ones, whose launches a real step hides. NCCL is the published run, NCCLdefinition has the
-logit loss as well.
+A plain step is forward, backward and update of backbone and classifier. A method's part is its own `losses` on given
+embeddings, forward and backward, reading old features and updating its own parameters, with a free backbone and
+classification loss. The parts alternate. The file of old features is in memory after the first rounds. UniBCT is
+between refinements. On CUDA each part is timed separately on an idle device: an upper bound for small parts, whose
+launches a real step hides. NCCL is the published run, NCCLdefinition has the logit loss too.
 """
 
 import importlib
@@ -28,12 +27,12 @@ from engine.loader import Batch
 from train_old_arc import OldArc
 
 METHODS = "MixBCT,L2,BCT,UniBCT,AdvBCT,NCCL,NCCLdefinition"
-VARIANTS = {"NCCLdefinition": ("NCCL", {"alpha": 1.0, "beta": 0.01})}  # a method at other keys than its configs'
+VARIANTS = {"NCCLdefinition": ("NCCL", {"alpha": 1.0, "beta": 0.01})}  # a method with keys other than its configs'
 EPOCH = 10  # UniBCT's prototype term is on
 
 
 class FreeClassifier:
-    """Cosines cost what they cost, the classification loss nothing; gradients pass through it to the embeddings."""
+    """Real cosines, but a free classification loss that passes gradients to the embeddings."""
 
     def __init__(self, classifier):
         self.cosines = classifier.cosines
@@ -49,7 +48,7 @@ def make_trainer(kind, config, keys):
 
 
 def make_extra(name, keys, plain, embeddings, batch):
-    """A function that runs once what the method adds to the step of `plain` on a given batch."""
+    """A function that runs the method's part, added to a step of `plain`, on a given batch."""
     folder, own_keys = VARIANTS.get(name, (name, {}))
     kind = getattr(importlib.import_module(f"BCT_methods.{folder}.train"), folder)
     config = next((REPO / "BCT_methods" / folder / "configs").glob(f"*_{folder}_*.py"))
@@ -62,7 +61,7 @@ def make_extra(name, keys, plain, embeddings, batch):
 
     def run():
         carried = batch
-        if method.old_features == "rows":  # in a run a worker reads them; here they count
+        if method.old_features == "rows":  # read by a worker in training, but timed here
             rows, old = batch.index.numpy(), method.old
             features = to_device(torch.from_numpy(old.read(rows)), method.device)
             carried = batch._replace(old=features, credible=torch.from_numpy(old.read_credible(rows)))
@@ -106,7 +105,7 @@ def main():
         def plain_step():
             plain.scaler.scale(sum(plain.losses(batch).values())).backward()
             plain.update()
-            # It is there when a method adds its own to it, as in a real step.
+            # As in a real step, a method adds its gradient to an existing one.
             plain.classifier.weight.grad = torch.zeros_like(plain.classifier.weight)
 
         extras = {name: make_extra(name, keys, plain, embeddings, batch) for name in args.methods.split(",")}

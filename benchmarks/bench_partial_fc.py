@@ -1,12 +1,12 @@
-"""Time and memory of a PartialFC step beside the plain softmax with the same margin, in one process.
+"""Time and memory of a PartialFC step against a plain softmax with the same margin, in one process.
 
     python benchmarks/bench_partial_fc.py                                # a shard of 93,431 classes on 8 ranks
     python benchmarks/bench_partial_fc.py --classes 93431 --batch 1024 --fp16           # a GPU, all classes
     python benchmarks/bench_partial_fc.py --classes 250000 --sample-rate 0.1 --optimizer
     python benchmarks/bench_partial_fc.py --classes 2000000 --sample-rate 0.1 --optimizer --alone
 
-A step is forward and backward from given embeddings, with --optimizer also an SGD step with momentum; both take turns.
-The plain softmax is F.linear of normalised rows, the margin by ordinary tensor operations, and F.cross_entropy.
+A step is forward and backward from given embeddings, with --optimizer also an SGD step with momentum; both alternate.
+The plain softmax is F.linear of normalised rows, the margin by tensor operations, and F.cross_entropy.
 """
 
 import argparse
@@ -27,7 +27,7 @@ S, MARGIN = 64.0, 0.5
 
 
 class PlainSoftmax(torch.nn.Module):
-    """ArcFace as one writes it first: every class, every operation by autograd."""
+    """ArcFace in its simplest form: all classes, every operation by autograd."""
 
     def __init__(self, embedding_size, num_classes, fp16):
         super().__init__()
@@ -67,8 +67,8 @@ def build(name, args):
 
 
 def peak_mib(args, name):
-    """Of three steps, centres and gradients included; in a process of its own, for memory that is freed stays held."""
-    build(name, argparse.Namespace(**{**vars(args), "classes": 16, "batch": 2}))()  # what libraries take at first use
+    """Peak of three steps, with centres and gradients; in its own process, since freed memory stays allocated."""
+    build(name, argparse.Namespace(**{**vars(args), "classes": 16, "batch": 2}))()  # the libraries' one-time memory
     with PeakMemory(args.device) as peak:
         step = build(name, args)
         for _ in range(3):

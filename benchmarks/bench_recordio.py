@@ -2,8 +2,8 @@
 
     python benchmarks/bench_recordio.py [--records 4000] [--rounds 7]
 
-Draws its own records (6 to 12 KB, as JPEGs of 112 x 112 faces are), then both read them in the same random order, in
-turns. Needs mxnet, which is for Python up to 3.11.
+Writes random records of 6 to 12 KB, like JPEGs of 112 x 112 faces; both readers, alternating, read them in the same
+random order. Needs mxnet, which supports Python up to 3.11.
 """
 
 import pathlib
@@ -22,7 +22,7 @@ from benchmarks.common import in_turns, options, print_ratio
 
 def main():
     args = options(__doc__, records=4000, rounds=7)
-    vars(np).setdefault("bool", bool)  # mxnet 1.9.1 needs the name that NumPy 1.24 took away
+    vars(np).setdefault("bool", bool)  # mxnet 1.9.1 needs this name, which NumPy 1.24 removed
     import mxnet
 
     draw = random.Random(0)
@@ -39,7 +39,7 @@ def main():
             {name: lambda read=read: [read(key) for key in keys] for name, read in readers.items()}, args.rounds
         )
         for name, spent in times.items():
-            print(f"{name:12s} {statistics.median(spent) / len(keys) * 1e6:8.2f} us a read of 6 to 12 KB")
+            print(f"{name:12s} {statistics.median(spent) / len(keys) * 1e6:8.2f} us per read of 6 to 12 KB")
         print_ratio("mxnet / recordio", times["mxnet"], times["recordio"], ".1f")
 
 

@@ -1,4 +1,4 @@
-"""How fast a config trains, and what everything around its model costs: ratio = run / bare step, in images a second.
+"""How fast a config trains, and what the code around its model costs: ratio = run / bare step, in images/s.
 
     python benchmarks/bench_train.py configs/f512_r50_arc_data100.py                     # its own data
     python benchmarks/bench_train.py configs/f512_r50_arc_data100.py --rec synthetic     # random images, no decoding
@@ -6,11 +6,11 @@
     python benchmarks/bench_train.py BCT_methods/L2/configs/OPclass_...py --draw 512 --fake-old
     torchrun --nproc_per_node=8 benchmarks/bench_train.py configs/f512_r50_arc_data100.py --rec synthetic
 
-Any key of the config can be overridden as in training: --batch_size 32 --num_workers 8. The run is the Trainer's own
-`train()`, timed from within its loader in rounds. Between them, with the data workers halted, as many bare steps are
-timed: the method's losses, backward and update on one batch that is used again. UniBCT is between refinements.
---draw and --fake-old write to the temporary directory (TMPDIR), which the ranks share. `--clock processor` counts the
-processor's time of this process, for a CPU that others use, too; with OMP_NUM_THREADS=1, since waiting threads count.
+Any config key can be overridden as in training: --batch_size 32 --num_workers 8. The run is the Trainer's own
+`train()`, timed in rounds from within its loader. Between rounds, with the data workers stopped, as many bare steps are
+timed: the method's losses, backward and update on one reused batch. UniBCT is between refinements.
+--draw and --fake-old write to the temporary directory (TMPDIR), which the ranks must share. `--clock processor` counts
+this process's CPU time, for a shared machine; set OMP_NUM_THREADS=1 with it, since waiting threads count.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SETTINGS = ("network", "num_classes", "embedding_size", "batch_size", "gradient_
 
 
 def trainer_class(config):
-    """By the config's place: that of its directory in BCT_methods, or train_old_softmax's or train_old_arc's."""
+    """The Trainer of the config's folder in BCT_methods, else train_old_softmax's or train_old_arc's, by its name."""
     parts = pathlib.Path(config).resolve().parts
     if "BCT_methods" in parts:
         name = f"BCT_methods.{parts[parts.index('BCT_methods') + 1]}.train"
@@ -54,7 +54,7 @@ def trainer_class(config):
 
 
 def make_config(args, overrides, folder):
-    """The run's config, with nothing saved or verified; drawn and synthetic sets have MS1M-V3's classes by default."""
+    """The run's config, without saving or verification; drawn and synthetic sets default to MS1M-V3's classes."""
     ours = {"output": f"{folder}/out", "save_all_states": False, "compat_start_epoch": 0, "refine_epochs": []}
     if args.draw:
         ours["rec"] = f"{folder}/train.rec"
@@ -76,21 +76,21 @@ def make_config(args, overrides, folder):
 
 
 def forget(old):
-    """Have the system drop the file of old features from memory (Linux)."""
-    old.features._mmap.madvise(mmap.MADV_DONTNEED)  # else it would keep what is mapped
+    """Evict the file of old features from the page cache (Linux)."""
+    old.features._mmap.madvise(mmap.MADV_DONTNEED)  # mapped pages are not evicted
     with open(old.path, "rb") as file:
         os.fsync(file)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Done(Exception):
-    """All rounds are timed; ends the run."""
+    """Ends the run after the last round."""
 
 
 class TimedLoader:
-    """The trainer's loader, which times rounds of the run and, between them, of bare steps.
+    """Wraps the trainer's loader and times rounds of the run and, between them, of bare steps.
 
-    `run`, `bare`, `wait`: seconds a step of each round, of `wait` in the loader's `next`.
+    `run`, `bare`, `wait`: seconds per step of each round; `wait` is the time in the loader's `next`.
     """
 
     def __init__(self, trainer, args):
@@ -126,9 +126,9 @@ class TimedLoader:
             yield batch
 
     def time_bare_steps(self, batch):
-        """As many as a round has, without the log; the run's schedule goes on where it was.
+        """Time as many bare steps as a round has, without log; the run's schedule is restored afterwards.
 
-        The data workers are halted: they neither work ahead nor take the processor from the steps.
+        The data workers are stopped, so that they neither prefetch nor compete for the CPU.
         """
         trainer, acc, workers = self.trainer, self.trainer.cfg.gradient_acc, multiprocessing.active_children()
 
@@ -161,8 +161,8 @@ def measure(args, overrides):
             trainer = trainer_class(args.config)(cfg)
             if trainer.steps_per_epoch <= args.warmup + args.rounds * args.steps:
                 raise ConfigError(
-                    f"{cfg.rec}: an epoch has {trainer.steps_per_epoch} steps, fewer than the rounds "
-                    "take; lower --steps or --batch_size, or leave num_image to --draw or synthetic"
+                    f"{cfg.rec}: an epoch of {trainer.steps_per_epoch} steps is too short for these rounds; "
+                    "lower --steps or --batch_size, or do not set num_image"
                 )
             timed = TimedLoader(trainer, args)
             with contextlib.suppress(Done):
@@ -185,7 +185,7 @@ def report(trainer, timed, args):
     if trainer.device.type == "cuda":
         held += f", GPU {torch.cuda.max_memory_reserved() / 2**20:.0f} MiB"
     print(f"memory     {held} at most in this process")
-    # The bare steps just before and just after a round, together.
+    # Each round is compared with the mean of the bare steps just before and after it.
     bare = [(before + after) / 2 for before, after in zip(timed.bare, timed.bare[1:])]
     common.print_ratio("speed of the run / bare step", bare, timed.run)
 
@@ -195,13 +195,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("config", help="config file; it comes first")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps a round")
-    parser.add_argument("--warmup", type=int, default=10, help="steps before the first round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--draw", type=int, default=0, metavar="N", help="a temporary record set of N drawn pictures")
-    parser.add_argument("--fake-old", action="store_true", help="random features of an old model, in a temporary file")
-    parser.add_argument("--cold", action="store_true", help="old features are on disk alone, as in the first epoch")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps per round (default: 20)")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before the first round (default: 10)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--draw", type=int, default=0, metavar="N", help="use a temporary record set of N drawn images")
+    parser.add_argument("--fake-old", action="store_true", help="use random old features in a temporary file")
+    parser.add_argument("--cold", action="store_true", help="evict old features from memory, as in the first epoch")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or CPU time (default: wall)")
     args, overrides = parser.parse_known_args()
     with report_errors():
         measure(args, overrides)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the timer, memory, the machine in words, drawn images and random old features."""
+"""Shared by the benchmarks: timer, memory, a line about the machine, drawn images and random old features."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ import recordio
 
 
 def options(doc, **defaults):
-    """The command line's options, --like-this, of these names, types and defaults; False is a switch."""
+    """Parse options --like-this with these names, types and defaults; False makes a switch."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
         how = {"action": "store_true"} if value is False else {"type": type(value), "default": value}
@@ -26,13 +26,13 @@ def options(doc, **defaults):
 
 
 def synchronize(device):
-    """Wait until `device` has done what it was given."""
+    """Wait until `device` is idle."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(function, device="cpu", clock=time.perf_counter):
-    """How long one call takes by `clock`, the device's work included."""
+    """Duration of one call by `clock`, including the device's work."""
     synchronize(device)
     start = clock()
     function()
@@ -41,7 +41,7 @@ def seconds(function, device="cpu", clock=time.perf_counter):
 
 
 def in_turns(parts, rounds, device="cpu", warmup=1):
-    """`{name: [seconds of each round]}` of the functions `parts`, which take turns: a busy machine slows all alike."""
+    """`{name: [seconds of each round]}` of the functions `parts`, run alternately so that load slows all equally."""
     times = {name: [] for name in parts}
     for number in range(warmup + rounds):
         for name, part in parts.items():
@@ -52,20 +52,20 @@ def in_turns(parts, rounds, device="cpu", warmup=1):
 
 
 def median(values, form=".3f"):
-    """The median and the range, as text."""
+    """Median and range as text."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def print_ratio(what, over, under, form=".3f"):
-    """The line that the documents quote: of each round over / under; median and range."""
+    """Print the line that docs quote: median and range of over / under in each round."""
     print(f"ratio  {what}: {median([a / b for a, b in zip(over, under)], form)}", flush=True)
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak`: peak.mib, the most held at once beyond the start.
+    """`with PeakMemory(device) as peak`: peak.mib is the peak memory above that at the start.
 
-    On the CPU the process's own pages (Linux, looked at 50 times a second), without those of mapped files; on CUDA
-    what torch allocated.
+    On the CPU the process's anonymous pages (Linux, sampled 50 times/s), without mapped files; on CUDA what torch
+    allocated.
     """
 
     def __init__(self, device="cpu"):
@@ -96,7 +96,7 @@ class PeakMemory:
 
 
 def machine(device="cpu"):
-    """Processor or GPU and the versions that a figure depends on, in one line."""
+    """CPU or GPU and versions, in one line."""
     if torch.device(device).type == "cuda":
         what = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
@@ -106,7 +106,7 @@ def machine(device="cpu"):
 
 
 def draw_jpeg(rng):
-    """A smooth picture with some grain, as a JPEG of the size that faces have at quality 95."""
+    """A smooth image with some grain, as a JPEG as large as a face at quality 95."""
     image = cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
     grain = rng.normal(0, 6, (112, 112, 1))
     return cv2.imencode(".jpg", np.clip(image + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
@@ -115,8 +115,8 @@ def draw_jpeg(rng):
 def draw_record_set(path, pictures, records=None, num_classes=100):
     """Write a training set; returns its JPEGs.
 
-    path: the .rec file; pictures: how many different ones are drawn; records: how many are written, the pictures over
-    and over (default: each once). Image i is of class i % num_classes.
+    path: the .rec file; pictures: number of different images; records: number of records, repeating the images
+    (default: each once). Image i is of class i % num_classes.
     """
     rng = np.random.default_rng(0)
     jpegs = [draw_jpeg(rng) for _ in range(pictures)]
@@ -130,7 +130,7 @@ def draw_record_set(path, pictures, records=None, num_classes=100):
 
 
 def write_features(path, labels, num_classes, width, seed=0):
-    """Write float32 [N, width] that cluster by class to the .npy file `path`; returns the class centres."""
+    """Write float32 [N, width], clustered by class, to the .npy file `path`; returns the class centres."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((num_classes, width), dtype=np.float32)
     features = np.lib.format.open_memmap(path, "w+", np.float32, (len(labels), width))
@@ -142,14 +142,14 @@ def write_features(path, labels, num_classes, width, seed=0):
 
 
 def old_feature_paths(folder):
-    """The config keys of an old model's files, all in `folder`; the other such keys empty."""
+    """Config keys of an old model's files, all in `folder`; the other such keys empty."""
     names = ("old_embedding", "old_embedding_label", "old_prototype", "credible_old_feature")
     paths = {name: str(pathlib.Path(folder) / f"{name}.npy") for name in names}
     return {**paths, "old_model_path": "", "center_radius": ""}
 
 
 def write_old_features(paths, labels, num_classes, width):
-    """Random files of an old model, where `old_feature_paths` has them, for a training set of these labels [N]."""
+    """Write random old-model files at the paths of `old_feature_paths`, for a training set with labels [N]."""
     centres = write_features(paths["old_embedding"], labels, num_classes, width)
     np.save(paths["old_embedding_label"], np.asarray(labels, np.int64))
     np.save(paths["old_prototype"], centres / np.linalg.norm(centres, axis=1, keepdims=True))

@@ -23,7 +23,7 @@ from core.config import load_config
 from engine.checkpoint import complete_sets
 from old_model import by_class
 from old_model.feature_set import FeatureError
-from tests.BCT_methods.whole_runs import REPO, launch, write_config, write_old_features
+from tests.BCT_methods.whole_runs import launch, write_config
 from tests.ranks import run_ranks
 
 WIDTH, CLASSES = 6, 5
@@ -311,14 +311,6 @@ def test_three_ranks_have_the_losses_and_gradients_of_one():
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path, make_record_set):
-    labels = [0, 1, 2, 3, 4] * 5
-    make_record_set(tmp_path / "set.rec", labels)
-    write_old_features(tmp_path, labels)
-    return tmp_path
-
-
 def test_terms_are_weighted_and_fade(folder):
     """p2s as it is, times 4; adv times 4 and (E - epoch + 1) / E, epochs counted from 0; the reversal grows."""
     trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", num_epoch=35)))
@@ -387,15 +379,3 @@ def test_train_script_on_two_ranks(folder):
     with np.load(folder / "old_center_radius.npz") as file:
         for name, expected in zip(("centers", "radius", "count"), class_boundaries(features, labels, 5)):
             np.testing.assert_array_equal(file[name], expected)
-
-
-def test_nine_configs_are_mixbcts_but_for_the_method():
-    paths = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
-    assert len(paths) == 9
-    for path in paths:
-        config, mixbct = (load_config(str(path).replace("MixBCT", method)) for method in ("AdvBCT", "MixBCT"))
-        for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
-            assert config[key] == mixbct[key], (path.name, key)
-        assert (config.threshold, config.p2s_weight, config.adv_weight, config.center_radius) == (0.4, 4.0, 4.0, "")
-        assert (config.normalize_input, config.clip_grad_norm) == (True, 5.0)
-        assert config.output.endswith(path.stem.replace("MixBCT", "AdvBCT"))

@@ -154,3 +154,16 @@ def test_train_script_on_two_ranks(method, folder, make_record_set):
     assert {"model.pt", "softmax_fc_gpu_0.pt", "softmax_fc_gpu_1.pt"} <= files
     if method == "UniBCT":
         assert np.load(folder / "out/prototypes_epoch_1.npy").shape == (3, WIDTH)
+
+
+@pytest.mark.parametrize("form", [*(method for method in METHODS if method != "MixBCT"), "weakenedL2"])
+def test_nine_configs_have_mixbcts_data_and_old_features(form):
+    configs = REPO / "BCT_methods"
+    for path in sorted((configs / "MixBCT/configs").glob("*_MixBCT_*.py")):
+        config = load_config(configs / form.removeprefix("weakened") / "configs" / path.name.replace("MixBCT", form))
+        mixbct = load_config(path)
+        for key in ("rec", "embedding_size", "old_embedding", "old_embedding_label"):
+            assert config.get(key, mixbct[key]) == mixbct[key], (path.name, key)
+        prototypes = config.get("old_prototype") or mixbct.old_embedding.replace("_feature.npy", "_avg_feature.npy")
+        assert prototypes == mixbct.old_embedding.replace("_feature.npy", "_avg_feature.npy")
+        assert config.output.endswith(path.stem.replace("MixBCT", form))

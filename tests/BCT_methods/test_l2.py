@@ -14,7 +14,7 @@ from dataset import RecordDataset
 from engine.loader import ExtractLoader
 from old_model.feature_set import FeatureError
 from old_model.old_features import OldFeatures
-from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
+from tests.BCT_methods.whole_runs import train, without_batch_norm, write_config
 
 
 def batch(size=6, width=5, seed=0, dtype=torch.float64):
@@ -97,14 +97,6 @@ def test_arguments_that_do_not_fit():
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path, make_record_set):
-    labels = [0, 1, 2, 3, 4] * 5
-    make_record_set(tmp_path / "set.rec", labels)
-    write_old_features(tmp_path, labels)
-    return tmp_path
-
-
 def distance_to_old(folder, backbone):
     """Mean distance of the features of a trained `without_batch_norm` from the old ones."""
     model, data = without_batch_norm(), RecordDataset(folder / "set.rec")
@@ -135,16 +127,3 @@ def test_values_and_files_that_do_not_fit(folder):
             L2(load_config(write_config(folder, "L2", "run", **keys)))
     with pytest.raises(FeatureError, match="embedding_size is 6"):
         L2(load_config(write_config(folder, "L2", "run", embedding_size=6)))
-
-
-def test_nine_configs_of_each_form_differ_from_mixbct_in_the_method_alone():
-    theirs = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
-    assert len(theirs) == 9
-    for path in theirs:
-        mixbct = load_config(path)
-        for form, threshold in (("L2", 0.0), ("weakenedL2", 0.2)):
-            config = load_config(REPO / "BCT_methods/L2/configs" / path.name.replace("MixBCT", form))
-            for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
-                assert config[key] == mixbct[key], (path.name, key)
-            assert (config.threshold, config.loss_weight) == (threshold, [1, 10])
-            assert config.output.endswith(path.stem.replace("MixBCT", form))

@@ -12,7 +12,7 @@ from core import distributed
 from core.config import ConfigError, load_config
 from engine.checkpoint import complete_sets
 from losses import ArcFace, PartialFC
-from tests.BCT_methods.whole_runs import REPO, launch, train, write_config, write_old_features
+from tests.BCT_methods.whole_runs import REPO, launch, train, write_config
 from tests.ranks import run_ranks
 
 WIDTH, CLASSES = 6, 7
@@ -210,14 +210,6 @@ def test_three_ranks_have_the_losses_and_gradients_of_one():
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path, make_record_set):
-    labels = [0, 1, 2, 3, 4] * 5
-    make_record_set(tmp_path / "set.rec", labels)
-    write_old_features(tmp_path, labels)
-    return tmp_path
-
-
 def test_without_the_logit_loss_no_logits_are_computed_or_kept(folder):
     trainer = NCCL(load_config(write_config(folder, "NCCL", "run", alpha=8.0, beta=0.0, queue_size=30)))
     trainer.classifier.cosines = None  # the second pass through the classifier
@@ -258,18 +250,6 @@ def test_train_script_on_two_ranks(folder):
     states = [torch.load(path, weights_only=True) for path in paths]
     assert [state["extra"]["consensus.queue_logits"].shape for state in states] == [(40, 3), (40, 2)]
     assert (states[0]["extra"]["consensus.queue_labels"] >= 0).all()  # 6 steps of 8
-
-
-def test_nine_configs_are_mixbcts_but_for_the_method():
-    paths = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
-    assert len(paths) == 9
-    for path in paths:
-        config, mixbct = (load_config(str(path).replace("MixBCT", method)) for method in ("NCCL", "MixBCT"))
-        for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
-            assert config[key] == mixbct[key], (path.name, key)
-        assert config.credible_old_feature == ""
-        assert (config.queue_size, config.alpha, config.beta, config.temperature) == (8192, 8.0, 0.0, 1.0)
-        assert config.output.endswith(path.stem.replace("MixBCT", "NCCL"))
 
 
 def test_the_definition_and_the_published_run_differ_in_two_keys():

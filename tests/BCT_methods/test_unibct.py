@@ -13,7 +13,7 @@ from core.config import ConfigError, load_config
 from engine.trainer import unwrap
 from losses import old_prototype_loss
 from old_model.feature_set import FeatureError
-from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
+from tests.BCT_methods.whole_runs import train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 
 
@@ -336,9 +336,6 @@ def test_all_ranks_embed_with_the_backbone_of_rank_0(folder):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"damping": 1.0}, "damping = 1.0"),
-        ({"temperature": 0.0}, "temperature = 0.0"),
-        ({"scale": 0.0}, "scale = 0.0"),
         ({"refine_epochs": [1.5]}, "refine_epochs = .1.5.; it must be a list of whole numbers"),
         ({"compat_start_epoch": -1}, "compat_start_epoch = -1; it must be at least 0"),
     ],
@@ -384,16 +381,3 @@ def test_features_that_do_not_fit(folder, make_record_set):
     write_old_features(folder, [0, 1, 3] * 8 + [4])
     with pytest.raises(FeatureError, match=r"class 2 has no image \(1 of 5 classes"):
         UniBCT(load_config(config(folder, "run")))
-
-
-def test_nine_configs_differ_from_mixbct_in_the_method_alone():
-    theirs = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
-    assert len(theirs) == 9
-    for path in theirs:
-        config, mixbct = (load_config(str(path).replace("MixBCT", method)) for method in ("UniBCT", "MixBCT"))
-        for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
-            assert config[key] == mixbct[key], (path.name, key)
-        assert (config.compat_start_epoch, config.refine_epochs, config.decay_epoch) == (10, [10, 20], [20, 26, 32])
-        assert (config.temperature, config.damping) == (0.05, 0.9)
-        assert (config.scale, config.normalize_prototypes) == (1, False)
-        assert config.output.endswith(path.stem.replace("MixBCT", "UniBCT"))

@@ -63,7 +63,7 @@ def test_ranks_share_a_run(tmp_path):
 def test_too_few_steps_are_an_error(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run(f"bench_train configs/f512_r50_arc_data100.py {TINY} --rec synthetic --num_image 23", monkeypatch)
-    assert "an epoch has 5 steps, fewer than the rounds take" in capsys.readouterr().err
+    assert "an epoch of 5 steps is too short" in capsys.readouterr().err
 
 
 class Stub:

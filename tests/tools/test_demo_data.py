@@ -65,11 +65,6 @@ def test_traits_are_continuous_and_bounded():
     assert sum(between[0][name] != between[-1][name] for name in between[0]) > 40
 
 
-def test_every_bound_belongs_to_a_trait():
-    assert set(identity.BOUNDS) <= set(identity.TRAITS)
-    assert all(low < high for low, high in identity.BOUNDS.values())
-
-
 def test_identity_of_another_length_is_refused():
     with pytest.raises(ValueError, match=str(identity.DIMENSIONS)):
         identity.traits(np.zeros(identity.DIMENSIONS + 1))

@@ -154,13 +154,6 @@ def test_backfill_equals_a_gallery_mixed_by_hand(report, plain_class, shared_set
         assert (tpir, top1) == pytest.approx((expected["tpir"], expected["top1"]))
 
 
-def test_backfill_runs_from_cross_test_to_self_test(report):
-    for model in report["new"]:
-        for key in ("tpir", "top1"):
-            assert model["backfill"][key][0] == model["cross"][key]
-            assert model["backfill"][key][-1] == model["self"][key]
-
-
 def test_backfill_order(tmp_path, shared_set, shared_cache):
     evaluation = compat_report.open_evaluation(
         compat_report.parse_arguments(

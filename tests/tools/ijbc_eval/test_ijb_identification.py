@@ -48,13 +48,6 @@ def test_a_score_equal_to_the_threshold_is_not_above_it():
     assert found.tpir_at(1.0) == found.top(1) == 1.0
 
 
-def test_fpir_one_gives_the_top_1_rate():
-    rng = np.random.default_rng(5)
-    found = search(random_features(rng, 9), np.arange(9), random_features(rng, 60), rng.integers(0, 18, 60))
-    assert 0 < found.top(1) < 1
-    assert found.tpir_at(1.0) == found.top(1)
-
-
 def test_the_best_of_a_subjects_templates_counts():
     rng = np.random.default_rng(6)
     gallery, probe = random_features(rng, 6), random_features(rng, 40)
@@ -67,17 +60,6 @@ def test_the_best_of_a_subjects_templates_counts():
             assert found.score[row] == max(best.values())
         else:
             assert found.rank[row] == sorted(best, key=best.get, reverse=True).index(one) + 1
-
-
-def test_the_order_of_gallery_and_probes_does_not_matter():
-    rng = np.random.default_rng(7)
-    gallery, probe = random_features(rng, 12), random_features(rng, 50)
-    subject, asked = np.arange(12), rng.integers(0, 24, 50)
-    expected = search(gallery, subject, probe, asked)
-    g, p = rng.permutation(12), rng.permutation(50)
-    found = search(gallery[g], subject[g], probe[p], asked[p])
-    np.testing.assert_array_equal(found.rank, expected.rank[p])
-    np.testing.assert_allclose(found.score, expected.score[p], atol=1e-6)
 
 
 def test_the_last_row_is_the_mean_of_the_galleries():
