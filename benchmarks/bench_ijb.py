@@ -15,8 +15,8 @@ from sklearn.metrics import auc, roc_curve
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repo root
 
 from benchmarks.common import PeakMemory, in_turns, machine, median, options, print_ratio
-from tools.ijbc_eval import identification, verification
-from tools.ijbc_eval.meta import Faces, Pairs
+from tools.ijbc_eval import metrics
+from tools.ijbc_eval.protocol import Faces, Pairs
 from tools.ijbc_eval.templates import Setting, template_features
 
 IMAGES, GALLERY, PROBES, PAIRS, GENUINE = 469_375, 3_531, 19_593, 15_658_489, 19_557
@@ -80,23 +80,23 @@ def plain_way(faces, pairs, embs, embs_f):
         part = slice(start, start + 5000)
         scores[part] = np.sum(templates[first[part]] * templates[second[part]], axis=1)
     fpr, tpr, _ = roc_curve(pairs.label, scores)
-    return scores, np.array([tpr[fpr <= point].max() for point in verification.FPRS]), auc(fpr, tpr)
+    return scores, np.array([tpr[fpr <= point].max() for point in metrics.FPRS]), auc(fpr, tpr)
 
 
 def our_way(faces, pairs, embs, embs_f):
     templates = template_features(embs, embs_f, faces, Setting())
-    scores = verification.pair_scores(
+    scores = metrics.pair_scores(
         templates[pairs.first_templates], templates[pairs.second_templates], pairs.first, pairs.second
     )
-    return scores, *verification.summary(scores, pairs.label)
+    return scores, *metrics.verification_summary(scores, pairs.label)
 
 
 def one_to_n(templates, subject, gallery):
     """Two galleries with half of the subjects each; probes of the other half are non-mated."""
     probes = np.arange(gallery, len(subject))
     halves = np.arange(gallery // 2), np.arange(gallery // 2, gallery)
-    return identification.summary(
-        [identification.search(templates[half], subject[half], templates[probes], subject[probes]) for half in halves]
+    return metrics.identification_summary(
+        [metrics.search(templates[half], subject[half], templates[probes], subject[probes]) for half in halves]
     )
 
 

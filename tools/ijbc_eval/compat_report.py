@@ -24,10 +24,10 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from core.errors import report_errors
-from tools.ijbc_eval import compat_text, identification, plots, verification
+from tools.ijbc_eval import compat_text, metrics, plots
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError, publish
-from tools.ijbc_eval.identification import mean_top, mean_tpir
+from tools.ijbc_eval.metrics import mean_top, mean_tpir
 from tools.ijbc_eval.models import ModelFile
 from tools.ijbc_eval.options import add_data_arguments, open_evaluation, whole_number
 
@@ -86,18 +86,18 @@ class Reading:
 def measure(evaluation, gallery_model, probe_model, reading):
     """The figures of one test as a dict of floats; `gallery_model` embeds the gallery and the first of each pair."""
     protocol = reading.protocol
-    roc = verification.Roc(evaluation.verify(gallery_model, probe_model), evaluation.pairs.label)
+    roc = metrics.Roc(evaluation.verify(gallery_model, probe_model), evaluation.pairs.label)
     searches = evaluation.identify(gallery_model, probe_model)
     figures = {
         "tpr": roc.tpr_at(reading.fpr, protocol),
         "auc": roc.auc,
         **identification_figures(searches, reading),
-        "tpr_at": {f"{point:g}": roc.tpr_at(point, protocol) for point in verification.FPRS},
-        "tpir_at": {f"{point:g}": mean_tpir(searches, point, protocol) for point in identification.FPIRS},
+        "tpr_at": {f"{point:g}": roc.tpr_at(point, protocol) for point in metrics.FPRS},
+        "tpir_at": {f"{point:g}": mean_tpir(searches, point, protocol) for point in metrics.FPIRS},
     }
     if protocol == "published":
         rank = evaluation.identify_mixed(gallery_model, probe_model)
-        figures |= {f"mixed_top{k}": identification.pooled_top(rank, k) for k in TOPS}
+        figures |= {f"mixed_top{k}": metrics.pooled_top(rank, k) for k in TOPS}
     return figures
 
 

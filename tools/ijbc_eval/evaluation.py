@@ -8,11 +8,10 @@ import numpy as np
 
 from tools.ijbc_eval.embed import EmbeddingStore
 from tools.ijbc_eval.files import EvalError
-from tools.ijbc_eval.identification import search
-from tools.ijbc_eval.meta import Protocol
+from tools.ijbc_eval.metrics import pair_scores, search
 from tools.ijbc_eval.models import INPUT_SCALE
+from tools.ijbc_eval.protocol import Protocol
 from tools.ijbc_eval.templates import Setting, template_features
-from tools.ijbc_eval.verification import pair_scores
 
 DEFAULT_CACHE = pathlib.Path("IJB_result") / "cache"
 
@@ -54,7 +53,7 @@ class Evaluation:
 
     @functools.cached_property
     def galleries(self):
-        """Gallery name -> meta.Subjects."""
+        """Gallery name -> protocol.Subjects."""
         return {name: self.protocol.gallery(name, self.faces) for name in self.protocol.gallery_files}
 
     @functools.cached_property
@@ -114,12 +113,12 @@ class Evaluation:
         return pair_scores(first[pairs.first_templates], second[pairs.second_templates], pairs.first, pairs.second)
 
     def identify(self, gallery_model, probe_model, setting=Setting()):
-        """1:N: an identification.Search for each gallery, in the order of `galleries`."""
+        """1:N: an metrics.Search for each gallery, in the order of `galleries`."""
         _ = self.probes  # lists first, as in `verify`; reading the probes reads the galleries too
         return self.identify_in(self.templates(gallery_model, setting), self.templates(probe_model, setting))
 
     def identify_mixed(self, gallery_model, probe_model, setting=Setting()):
-        """1:N in all galleries merged into one: ranks int32 [Q] as in identification.Search, for the "mixed" row."""
+        """1:N in all galleries merged into one: ranks int32 [Q] as in metrics.Search, for the "mixed" row."""
         probes, galleries = self.probes, self.galleries.values()
         template, subject = (
             np.concatenate([getattr(gallery, what) for gallery in galleries]) for what in ("template", "subject")

@@ -6,9 +6,9 @@ import pathlib
 
 from core.config import REPO
 from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
-from tools.ijbc_eval.meta import GALLERIES
+from tools.ijbc_eval.metrics import PROTOCOLS
 from tools.ijbc_eval.models import INPUT_SCALE
-from tools.ijbc_eval.verification import PROTOCOLS
+from tools.ijbc_eval.protocol import GALLERIES
 
 
 def whole_number(low):

@@ -7,8 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from tools.ijbc_eval.files import publish
-from tools.ijbc_eval.identification import Search, mean_tpir
-from tools.ijbc_eval.verification import Roc
+from tools.ijbc_eval.metrics import Roc, Search, mean_tpir
 
 _POINTS = 241  # per curve: forty per decade over six decades
 _BARS = ((-0.2, "cross", "cross-test", "#1f5fa8"), (0.2, "self", "new self-test", "#8fbfe8"))

@@ -3,7 +3,7 @@
 A result file is an npz of one test on one subset for K named runs:
     names str [K], task "11" or "1N", subset, protocol "exact" or "published", input_scale, bad_images str [·]
     1:1   scores float32 [K, P], label bool [P] (same person); fprs [F], tprs [K, F], auc [K]
-    1:N   scores float32 [K, G, Q], label bool [G, Q] (mated), rank int32 [K, G, Q], as in identification.Search;
+    1:N   scores float32 [K, G, Q], label bool [G, Q] (mated), rank int32 [K, G, Q], as in metrics.Search;
           galleries str [G]; mixed_rank int32 [K, Q], in the galleries merged into one;
           fpirs [F], tpirs [K, R, F], tops [T], top_rates [K, R, T]: R = the galleries, mean, if published also mixed
 Figures follow `protocol`; scores, label and ranks are the same for both protocols and suffice for either.
@@ -15,13 +15,13 @@ import zlib
 import numpy as np
 from prettytable import PrettyTable
 
-from tools.ijbc_eval import identification, verification
+from tools.ijbc_eval import metrics
 from tools.ijbc_eval.files import EvalError, publish
 
 
 def verification_result(names, scores, label, subset, protocol="exact"):
     """The arrays of a 1:1 result: names [K], scores float32 [K, P], label bool [P]."""
-    tprs, aucs = zip(*(verification.summary(one, label, protocol=protocol) for one in scores))
+    tprs, aucs = zip(*(metrics.verification_summary(one, label, protocol=protocol) for one in scores))
     return {
         "task": "11",
         "subset": subset,
@@ -29,7 +29,7 @@ def verification_result(names, scores, label, subset, protocol="exact"):
         "names": np.array(names),
         "scores": scores,
         "label": label,
-        "fprs": np.array(verification.FPRS),
+        "fprs": np.array(metrics.FPRS),
         "tprs": np.array(tprs),
         "auc": np.array(aucs),
     }
@@ -37,7 +37,7 @@ def verification_result(names, scores, label, subset, protocol="exact"):
 
 def identification_result(names, runs, mixed_rank, subset, galleries, protocol="exact"):
     """The arrays of a 1:N result: names [K], runs K lists with a Search for each gallery, mixed_rank int [K, Q]."""
-    tops, tpirs = zip(*(identification.summary(*run, protocol) for run in zip(runs, mixed_rank)))
+    tops, tpirs = zip(*(metrics.identification_summary(*run, protocol) for run in zip(runs, mixed_rank)))
     return {
         "task": "1N",
         "subset": subset,
@@ -48,9 +48,9 @@ def identification_result(names, runs, mixed_rank, subset, galleries, protocol="
         "scores": np.array([[one.score for one in run] for run in runs]),
         "rank": np.array([[one.rank for one in run] for run in runs]),
         "label": np.array([one.mated for one in runs[0]]),
-        "fpirs": np.array(identification.FPIRS),
+        "fpirs": np.array(metrics.FPIRS),
         "tpirs": np.array(tpirs),
-        "tops": np.array(identification.TOP),
+        "tops": np.array(metrics.TOP),
         "top_rates": np.array(tops),
     }
 
@@ -79,8 +79,7 @@ def load(path, protocol="exact"):
     if one_to_n:
         galleries = _check_search(path, found, scores, protocol)
         runs = [
-            [identification.Search(*parts) for parts in zip(label, ranks, run)]
-            for ranks, run in zip(found["rank"], scores)
+            [metrics.Search(*parts) for parts in zip(label, ranks, run)] for ranks, run in zip(found["rank"], scores)
         ]
         mixed_rank = found.get("mixed_rank", [None] * len(runs))  # exact figures do not need it
         return identification_result(names, runs, mixed_rank, subset, galleries, protocol)

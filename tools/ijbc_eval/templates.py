@@ -29,7 +29,7 @@ def template_features(embs, embs_f, faces, setting=Setting(), bad=None):
     """L2-normalised template features, float32 [templates, D], in the order of `faces.template_ids`.
 
     embs, embs_f: float32 [images, D], embeddings of the images and of the mirrored images.
-    faces: meta.Faces. bad: bool [images] or None; such images are ignored.
+    faces: protocol.Faces. bad: bool [images] or None; such images are ignored.
 
     A template is the sum over its media of the mean over a medium's images (IJB-A, Klare et al., CVPR 2015: a long
     video must not outweigh a portrait), so each image has the weight score / (images of its medium): T = W·E with W

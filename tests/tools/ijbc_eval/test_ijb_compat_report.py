@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from tools.ijbc_eval import compat_report, compat_text, plots
-from tools.ijbc_eval.identification import TOP
+from tools.ijbc_eval.metrics import TOP
 
 FPR, FPIR = 0.1, 0.3
 

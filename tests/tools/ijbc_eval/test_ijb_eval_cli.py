@@ -12,8 +12,7 @@ from sklearn.metrics import roc_curve
 
 from core.errors import UserError
 from tools.ijbc_eval import compat_report, ijbc_eval, options
-from tools.ijbc_eval.identification import FPIRS, TOP
-from tools.ijbc_eval.verification import FPRS
+from tools.ijbc_eval.metrics import FPIRS, FPRS, TOP
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "tools" / "ijbc_eval" / "ijbc_eval.py"

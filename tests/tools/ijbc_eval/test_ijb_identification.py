@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.ijbc_eval.identification import FPIRS, TOP, Search, mean_top, pooled_top, search, summary
+from tools.ijbc_eval.metrics import FPIRS, TOP, Search, identification_summary, mean_top, pooled_top, search
 from tools.ijbc_eval.templates import l2_normalise
 
 
@@ -66,7 +66,7 @@ def test_the_last_row_is_the_mean_of_the_galleries():
     rng = np.random.default_rng(8)
     asked = rng.integers(0, 18, (2, 60))
     runs = [search(random_features(rng, 9), np.arange(9), random_features(rng, 60), one) for one in asked]
-    tops, tpirs = summary(runs)
+    tops, tpirs = identification_summary(runs)
     assert tops.shape == (3, 3) and tpirs.shape == (3, 5)
     np.testing.assert_allclose(tops[2], (tops[0] + tops[1]) / 2)
     np.testing.assert_allclose(tpirs[2], (tpirs[0] + tpirs[1]) / 2)
@@ -88,7 +88,7 @@ def test_published_reads_like_the_scripts_in_circulation(plain_class, seed, firs
     halves = slice(0, first), slice(first, None)
     found = [search(gallery[half], subject[half], probe, asked) for half in halves]
     mixed = search(gallery, subject, probe, asked).rank
-    tops, tpirs = summary(found, mixed, "published")
+    tops, tpirs = identification_summary(found, mixed, "published")
     listed = [list(zip(subject[half].tolist(), subject[half].tolist())) for half in halves]
     expected = plain_class.published(
         listed, list(enumerate(asked.tolist())), gallery.astype(np.float64), probe.astype(np.float64), TOP, FPIRS
@@ -120,6 +120,6 @@ def test_published_top_k_weighs_every_probe_alike():
     assert mean_top(runs, 1) == pytest.approx((1 + 1 / 3) / 2)
     assert mean_top(runs, 1, "published") == 2 / 5
     assert pooled_top([2, 2, 1, 4, 0], 1) == 1 / 5 and pooled_top([2, 2, 1, 4, 0], 5) == 4 / 5
-    tops, tpirs = summary(runs, np.array([2, 2, 1, 4, 0]), "published")
+    tops, tpirs = identification_summary(runs, np.array([2, 2, 1, 4, 0]), "published")
     assert tops.shape == (4, 3) and tpirs.shape == (4, 5)
     assert tops[2:, 0].tolist() == [2 / 5, 1 / 5] and np.isnan(tpirs[3]).all()

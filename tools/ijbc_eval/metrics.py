@@ -1,14 +1,20 @@
-"""1:1: scores of template pairs, and an exact ROC over tens of millions of them."""
+"""The figures: 1:1 from an exact ROC over tens of millions of pairs; 1:N, open set, without sorting any row."""
 
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-PROTOCOLS = ("exact", "published")  # how figures are computed, 1:1 here and 1:N in identification.py
+PROTOCOLS = ("exact", "published")  # how figures are computed, 1:1 and 1:N
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _BLOCK = 1 << 28  # entries of a score matrix in memory at once: 1 GiB
 _DENSE_COST = 32  # about how many times faster a matrix product is, per entry, than gathering and multiplying a pair
+FPIRS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+TOP = (1, 5, 10)
+
+
+# --- 1:1 ------------------------------------------------------------------------------------------------------------
 
 
 def pair_scores(first_features, second_features, first, second):
@@ -135,7 +141,105 @@ def most_allowed(rate, total):
     return allowed
 
 
-def summary(scores, label, fprs=FPRS, protocol="exact"):
+def verification_summary(scores, label, fprs=FPRS, protocol="exact"):
     """`(TPR at each FPR float64 [len(fprs)], AUC)`."""
     roc = Roc(scores, label)
     return np.array([roc.tpr_at(fpr, protocol) for fpr in fprs]), roc.auc
+
+
+# --- 1:N ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Search:
+    """All probes [Q] against one gallery.
+
+    mated bool [Q]: the probe's subject is in the gallery. rank int32 [Q]: 1 + the number of other subjects that score
+    at least as high as the probe's own (ties count against the probe); 0 if not mated. score float32 [Q]: for a mated
+    probe its own entry's score if that is above all others, else −inf; for a non-mated probe the highest score.
+    """
+
+    mated: np.ndarray
+    rank: np.ndarray
+    score: np.ndarray
+
+    def top(self, k):
+        """Share of mated probes whose own entry ranks in the top k; NaN without mated probes."""
+        ranks = self.rank[self.mated]
+        return float(np.mean(ranks <= k)) if len(ranks) else float("nan")
+
+    def threshold_at(self, fpir, protocol="exact"):
+        """The lowest threshold above which at most a share `fpir` of the non-mated probes score.
+
+        published: of the n non-mated scores in descending order the one at 0-based position max(int(n · fpir) − 1, 0).
+        A hit must be strictly above it, so one non-mated probe fewer passes than `fpir` allows.
+        """
+        highest = self.score[~self.mated]
+        if protocol == "published":
+            place = max(int(len(highest) * fpir) - 1, 0)
+            return np.partition(highest, -1 - place)[-1 - place]
+        allowed = most_allowed(fpir, len(highest))
+        return np.partition(highest, -1 - allowed)[-1 - allowed] if allowed < len(highest) else -np.inf
+
+    def tpir_at(self, fpir, protocol="exact"):
+        """Share of mated probes whose own entry scores above all others and above the threshold; NaN if undefined."""
+        if not self.mated.any() or self.mated.all():
+            return float("nan")
+        return float(np.mean(self.score[self.mated] > self.threshold_at(fpir, protocol)))
+
+
+def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
+    """Search probes float32 [Q, D] in a gallery float32 [G, D], both L2-normalised; subjects are integers.
+
+    A subject with several gallery templates counts once, with the best of them.
+    """
+    order = np.argsort(gallery_subject, kind="stable")
+    subjects, starts = np.unique(gallery_subject[order], return_index=True)
+    gallery = np.ascontiguousarray(gallery[order].T)
+    own = np.minimum(np.searchsorted(subjects, probe_subject), len(subjects) - 1)
+    mated = subjects[own] == probe_subject
+    rank = np.zeros(len(probes), np.int32)
+    score = np.empty(len(probes), np.float32)
+    for start in range(0, len(probes), chunk):
+        part = slice(start, start + chunk)
+        matrix = probes[part] @ gallery
+        if len(subjects) < len(order):
+            matrix = np.maximum.reduceat(matrix, starts, axis=1)
+        rows = np.arange(len(matrix))
+        own_score = matrix[rows, own[part]]
+        as_high = np.count_nonzero(matrix >= own_score[:, None], axis=1)  # includes the own entry
+        rank[part] = np.where(mated[part], as_high, 0)
+        score[part] = np.where(mated[part], np.where(as_high == 1, own_score, -np.inf), matrix.max(axis=1))
+    return Search(mated, rank, score)
+
+
+def mean_top(searches, k, protocol="exact"):
+    """Top-k over the galleries: the mean; published: hits in all galleries / all probes."""
+    if protocol == "published":
+        return pooled_top([one.rank for one in searches], k)
+    return float(np.mean([one.top(k) for one in searches]))
+
+
+def mean_tpir(searches, fpir, protocol="exact"):
+    return float(np.mean([one.tpir_at(fpir, protocol) for one in searches]))
+
+
+def pooled_top(ranks, k):
+    """Hits / all probes; ranks int [Q], or [G, Q] to count hits in every gallery."""
+    ranks = np.asarray(ranks)
+    return float(np.count_nonzero((ranks > 0) & (ranks <= k)) / ranks.shape[-1])
+
+
+def identification_summary(searches, mixed_rank=None, protocol="exact", fpirs=FPIRS, top=TOP):
+    """Top-k [R, len(top)] and TPIR [R, len(fpirs)]: a row per gallery, their mean, and if published "mixed".
+
+    mixed_rank int32 [Q]: ranks in the merged galleries, needed for published; that row has no TPIR (NaN).
+    """
+    tops = [[one.top(k) for k in top] for one in searches]
+    tpirs = [[one.tpir_at(fpir, protocol) for fpir in fpirs] for one in searches]
+    tops.append([mean_top(searches, k, protocol) for k in top])
+    tpirs.append([mean_tpir(searches, fpir, protocol) for fpir in fpirs])
+    if protocol == "published":
+        tops.append([pooled_top(mixed_rank, k) for k in top])
+        tpirs.append([np.nan] * len(fpirs))
+    return np.array(tops), np.array(tpirs)

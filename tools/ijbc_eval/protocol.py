@@ -41,7 +41,7 @@ class Faces:
 
 @dataclasses.dataclass
 class Pairs:
-    """The 1:1 list, with the templates of each side numbered separately (see verification.pair_scores).
+    """The 1:1 list, with the templates of each side numbered separately (see metrics.pair_scores).
 
     first_templates, second_templates int32 [A], [B]: rows of Faces.template_ids that occur first and second in pairs.
     first, second int32 [P]: indices into those two; label bool [P]: same person.

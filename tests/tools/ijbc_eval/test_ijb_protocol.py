@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from tools.ijbc_eval import meta
-from tools.ijbc_eval.meta import Protocol
+from tools.ijbc_eval import protocol
+from tools.ijbc_eval.protocol import Protocol
 
 
 def pair_ids(faces, pairs):
@@ -50,7 +50,7 @@ def readers(monkeypatch):
         return read
 
     for name in counts:
-        monkeypatch.setattr(meta, name, counted(name, getattr(meta, name)))
+        monkeypatch.setattr(protocol, name, counted(name, getattr(protocol, name)))
     return counts
 
 
@@ -120,7 +120,7 @@ def test_a_list_of_two_columns(tmp_path, make_ijb):
     assert protocol.probes(faces).subject.tolist() == [subject for _, subject in made.probes]
     path.write_text(path.read_text()[:-2])
     message = rf"probe_mixed\.csv line {len(rows) + 1}: .*add a newline"
-    with pytest.raises(meta.EvalError, match=message):
+    with pytest.raises(protocol.EvalError, match=message):
         protocol.probes(faces)
 
 
