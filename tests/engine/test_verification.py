@@ -18,7 +18,7 @@ def write_set(path, images, same):
 
 
 def test_a_missing_set_is_an_error_before_training(tmp_path):
-    with pytest.raises(VerificationError, match=r"none\.bin: .* take it out of val_targets"):
+    with pytest.raises(VerificationError, match=r"none\.bin: .* remove it from val_targets"):
         Verifier(tmp_path, ["none"], 2, torch.device("cpu"))
 
 
