@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from core.distributed import all_reduce_
+from core.files import CheckpointError
 from engine.build import unwrap
-from engine.checkpoint import CheckpointError
 from engine.monitor import log
 from engine.schedule import set_step
 from losses.classifier import sharded_tensors

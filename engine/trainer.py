@@ -28,6 +28,7 @@ import backbones
 from core import distributed
 from core.config import ConfigError, load_config
 from core.errors import report_errors
+from core.files import save_atomically
 from dataset import open_train_set
 from engine import checkpoint
 from engine.build import make_optimizer, make_scaler, margin_loss, replicate, scales_loss, set_precision, unwrap
@@ -243,7 +244,7 @@ class Trainer:
         self.step += 1
 
     def verify(self):
-        self.refuse_non_finite_weights()
+        self.check_weights()
         distributed.broadcast_buffers(self.backbone)  # every rank verifies the model that is saved, rank 0's
         accuracies = self.verifier.run(unwrap(self.backbone))
         for name, value in accuracies.items():
@@ -269,26 +270,26 @@ class Trainer:
     def save_backbone(self, name):
         """Save rank 0's backbone, for `backbones.load_backbone`."""
         if self.rank == 0:
-            checkpoint.save_atomically(unwrap(self.backbone).state_dict(), pathlib.Path(self.cfg.output) / name)
+            save_atomically(unwrap(self.backbone).state_dict(), pathlib.Path(self.cfg.output) / name)
 
     def save_models(self):
         """Save the backbone as `model.pt`, each rank's class centres as `softmax_fc_gpu_{rank}.pt`."""
-        self.refuse_non_finite_weights()
+        self.check_weights()
         self.save_backbone("model.pt")
         if centres := self.classifier.state_dict():
             output = pathlib.Path(self.cfg.output)
-            checkpoint.save_atomically(centres, output / f"softmax_fc_gpu_{self.rank}.pt")
+            save_atomically(centres, output / f"softmax_fc_gpu_{self.rank}.pt")
             others = range(self.world_size + self.rank, 10**6, self.world_size)
             for path in itertools.takewhile(pathlib.Path.exists, (output / f"softmax_fc_gpu_{r}.pt" for r in others)):
                 path.unlink()  # from before a resume on fewer ranks
 
-    def refuse_non_finite_weights(self):
+    def check_weights(self):
         """Raise rather than save or rank non-finite weights, or those of a step with a non-finite loss."""
         self.monitor.flush()
         refuse_non_finite_weights(self)
 
     def save_checkpoint(self):
-        self.refuse_non_finite_weights()
+        self.check_weights()
         checkpoint.save_set(self.cfg.output, state_of(self))
 
     def resume(self):

@@ -62,7 +62,7 @@ CASES = {
     "L2": method("L2"),
     "weakened L2": method("L2", threshold=1.4),
 }
-CASES = {name: method(name) for name in METHODS} | CASES  # a new method needs no line here
+CASES = {name: method(name) for name in METHODS} | CASES  # a new method needs a line only for keys, or for by_batch
 
 
 def trained(case, path, *overrides):

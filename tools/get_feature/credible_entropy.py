@@ -35,7 +35,7 @@ from core import distributed
 from core.errors import report_errors
 from old_model.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
 from old_model.feature_set import FeatureError, open_feature_set, save_array
-from tools.get_feature.extraction import extract, make_parser, parse
+from tools.get_feature.cli import extract, make_parser, parse
 
 BLOCK = 1 << 24  # distances computed at once: 64 MB in float32, and a few copies
 

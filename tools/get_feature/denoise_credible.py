@@ -20,7 +20,7 @@ from core import distributed
 from core.errors import report_errors
 from old_model.by_class import squared_distances_to_means, unit_class_means
 from old_model.feature_set import FeatureError, open_feature_set, save_array
-from tools.get_feature.extraction import extract, make_parser, parse
+from tools.get_feature.cli import extract, make_parser, parse
 
 
 def credible_rows(features, labels, ratio):

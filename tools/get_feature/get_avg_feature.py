@@ -19,7 +19,7 @@ from core.errors import report_errors
 from dataset import open_train_set
 from old_model.by_class import add_by_class, chunks, count_classes
 from old_model.feature_set import FeatureError, open_feature_set, save_array
-from tools.get_feature.extraction import extract, make_parser, parse, record_path
+from tools.get_feature.cli import extract, make_parser, parse, record_path
 
 
 def class_means(features, labels, num_classes=None):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 
 from core import distributed
 from core.errors import report_errors
-from tools.get_feature.extraction import extract, make_parser, parse
+from tools.get_feature.cli import extract, make_parser, parse
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ from core.config import REPO
 from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
 from tools.ijbc_eval.metrics import PROTOCOLS
 from tools.ijbc_eval.models import INPUT_SCALE
-from tools.ijbc_eval.protocol import GALLERIES
+from tools.ijbc_eval.protocol import SUBSETS
 
 
 def whole_number(low):
@@ -42,7 +42,7 @@ def add_data_arguments(parser):
     add = parser.add_argument
     help_data = "directory of IJBC/ and/or IJBB/ (default: dataset under the repo root)"
     add("-d", "--data_path", type=pathlib.Path, default=REPO / "dataset", help=help_data)
-    add("-s", "--subset", choices=list(GALLERIES), default="IJBC", help="(default: IJBC)")
+    add("-s", "--subset", choices=list(SUBSETS), default="IJBC", help="(default: IJBC)")
     add("-b", "--batch_size", type=whole_number(1), default=128, help="images per forward pass (default: 128)")
     add("-F", "--force_reload", action="store_true", help="ignore all caches and recompute")
     add("--skip-bad-images", action="store_true", help="skip unreadable images and list them in the result")

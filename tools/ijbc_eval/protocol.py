@@ -18,7 +18,7 @@ import numpy as np
 from tools.ijbc_eval.ascii_table import MAX_DIGITS, is_number, read_int_table
 from tools.ijbc_eval.files import EvalError, publish, stamp
 
-GALLERIES = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}
+SUBSETS = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}
 _CACHE_VERSION = 2  # increment when the meaning of a cached array changes
 
 
@@ -70,8 +70,8 @@ class Protocol:
     """
 
     def __init__(self, data_dir, subset, cache_dir, fresh=False):
-        if subset not in GALLERIES:
-            raise EvalError(f"-s {subset}: unknown subset; use {' or '.join(GALLERIES)}")
+        if subset not in SUBSETS:
+            raise EvalError(f"-s {subset}: unknown subset; use {' or '.join(SUBSETS)}")
         self.subset, self.fresh = subset, fresh
         self.root = pathlib.Path(data_dir).resolve() / subset
         self.cache_dir = pathlib.Path(cache_dir)
@@ -81,7 +81,7 @@ class Protocol:
         self.face_file = pathlib.Path(f"{prefix}_face_tid_mid.txt")
         self.pair_file = pathlib.Path(f"{prefix}_template_pair_label.txt")
         self.probe_file = pathlib.Path(f"{prefix}_1N_probe_mixed.csv")
-        self.gallery_files = {name: pathlib.Path(f"{prefix}_1N_gallery_{name}.csv") for name in GALLERIES[subset]}
+        self.gallery_files = {name: pathlib.Path(f"{prefix}_1N_gallery_{name}.csv") for name in SUBSETS[subset]}
         if not (self.root / "meta").is_dir():
             raise EvalError(
                 f"{self.root / 'meta'}: no such directory; set -d to the directory of {subset}/meta and "
