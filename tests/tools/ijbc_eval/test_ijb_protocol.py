@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tools.ijbc_eval import protocol
+from tools.ijbc_eval.files import EvalError
 from tools.ijbc_eval.protocol import Protocol
 
 
@@ -120,7 +121,7 @@ def test_a_list_of_two_columns(tmp_path, make_ijb):
     assert protocol.probes(faces).subject.tolist() == [subject for _, subject in made.probes]
     path.write_text(path.read_text()[:-2])
     message = rf"probe_mixed\.csv line {len(rows) + 1}: .*add a newline"
-    with pytest.raises(protocol.EvalError, match=message):
+    with pytest.raises(EvalError, match=message):
         protocol.probes(faces)
 
 
