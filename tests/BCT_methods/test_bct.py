@@ -32,7 +32,7 @@ def test_prototypes_come_normalised(tmp_path):
         (np.ones((3, 5)), "width 5, but embedding_size is 4.*get_feature.py .* && python .*get_avg_feature.py --SD"),
         (np.ones((2, 4)), "2 rows, but the training set has 3 classes.*get_avg_feature.py"),
         (np.full((3, 4), np.nan), "NaN"),
-        (np.ones((3, 4), int), "not 2-D floating"),
+        (np.ones((3, 4), int), "expected 2-D floating"),
     ],
 )
 def test_prototypes_that_do_not_fit(tmp_path, rows, message):
