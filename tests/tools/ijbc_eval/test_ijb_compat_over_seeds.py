@@ -106,7 +106,7 @@ def test_reports_that_do_not_belong_together(paths, tmp_path, change, message):
 
 
 def test_files_that_are_no_reports(paths, tmp_path):
-    with pytest.raises(EvalError, match=r"d\.json: no such file; compat_report"):
+    with pytest.raises(EvalError, match=r"d\.json: no such file; run compat_report"):
         compat_over_seeds.read([*paths, str(tmp_path / "d.json")])
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(EvalError, match=r"b\.json: not a report"):
