@@ -1,7 +1,7 @@
 """AdvBCT: boundary-aware backward-compatible representation via adversarial learning (arXiv:2305.02610).
 
-    cd BCT_methods/AdvBCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_AdvBCT_softmax_to_arc_f128.py
+cd BCT_methods/AdvBCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_AdvBCT_softmax_to_arc_f128.py
 """
 
 import pathlib

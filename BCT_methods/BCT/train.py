@@ -1,7 +1,7 @@
 """BCT: the old classifier must classify the new features correctly too (CVPR 2020, arXiv:2003.11942).
 
-    cd BCT_methods/BCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_BCT_softmax_to_arc_f128.py
+cd BCT_methods/BCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_BCT_softmax_to_arc_f128.py
 """
 
 import pathlib

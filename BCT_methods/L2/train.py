@@ -1,7 +1,7 @@
 """L2: pull each image's new feature to its old one, or with a threshold to within that distance (arXiv:2003.11942).
 
-    cd BCT_methods/L2/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_L2_softmax_to_arc_f128.py
+cd BCT_methods/L2/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_L2_softmax_to_arc_f128.py
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """MixBCT: towards self-adapting backward-compatible training (arXiv:2308.06948).
 
-    cd BCT_methods/MixBCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_MixBCT_softmax_to_arc_f128.py
+cd BCT_methods/MixBCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_MixBCT_softmax_to_arc_f128.py
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """NCCL: neighborhood consensus contrastive learning for backward-compatible representation (arXiv:2108.03372).
 
-    cd BCT_methods/NCCL/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_NCCL_softmax_to_arc_f128.py
+cd BCT_methods/NCCL/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_NCCL_softmax_to_arc_f128.py
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """UniBCT: BCT whose prototypes are refined by the structure of the new features (IJCAI 2022, arXiv:2203.01583).
 
-    cd BCT_methods/UniBCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
+cd BCT_methods/UniBCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
 """
 
 import pathlib
