@@ -234,7 +234,7 @@ def test_both_losses_move_the_weights(folder):
 
 def test_sampled_centres_only_without_the_logit_loss(folder):
     path = write_config(folder, "NCCL", "run", sample_rate=0.5, queue_size=30, num_epoch=1)
-    with pytest.raises(ConfigError, match="sample_rate = 0.5; .* 1 where beta = 0.01: .*sample_rate = 1 or beta = 0"):
+    with pytest.raises(ConfigError, match="sample_rate = 0.5; .* sample_rate = 1 or beta = 0"):
         NCCL(load_config(path))
     backbone, centres, _ = train(NCCL, path, "--beta", "0")
     assert all(torch.isfinite(value).all() for value in (*backbone.values(), centres))
