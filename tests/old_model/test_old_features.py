@@ -171,7 +171,7 @@ def test_any_dtype_and_order_is_read_as_float32(stored, form):
 def test_rows_outside_the_file(stored):
     old = OldFeatures(training_set(), stored.feature)
     for row in (11, -1):
-        with pytest.raises(IndexError, match=f"class70_feature.npy: row {row} is out of range, it has 11 rows"):
+        with pytest.raises(IndexError, match=f"class70_feature.npy: row {row} is out of range, the file has 11 rows"):
             old.read(np.array([3, row]))
 
 
