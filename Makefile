@@ -1,7 +1,9 @@
-# make demo      the whole flow, small, on this machine; ends in a table      (SEED=1 for other data and weights)
-# make compare   all methods and an independent model on the demo's data            (SEEDS="0 1 2": mean and range)
-# make test      the tests
-# make soak      kill runs with SIGKILL and go on with them, for 20 minutes       (MINUTES=600 over night)
+# make demo        the whole flow on a small scale; ends with a table               SEED=1: other data and weights
+# make compare     all methods and an independent model on the demo's data          SEEDS="0 1 2": mean and range
+# make test        all tests
+# make lint        ruff check and ruff format --check
+# make soak        kill runs with SIGKILL and resume them, for 20 minutes           MINUTES=600: overnight
+# make clean-demo  delete demo/
 PYTHON  ?= python3
 SEED    ?= 0
 SEEDS   ?= $(SEED)
@@ -10,7 +12,10 @@ BIN     := .venv/bin
 
 METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 weakenedL2
 
-.PHONY: demo compare test soak clean-demo
+.PHONY: help demo compare test lint soak clean-demo
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(SEED)
@@ -24,6 +29,10 @@ compare: .venv/.installed
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 soak: .venv/.installed-test
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) --seed $(SEED)

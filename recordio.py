@@ -1,12 +1,12 @@
 """MXNet's indexed RecordIO, read and written without MXNet, byte for byte the same.
 
-A `.rec` file is a row of records. A record is one part, or several where its payload holds the magic word:
+A `.rec` file is a sequence of records. A record is one part, or several if its payload contains the magic word:
 
     uint32 0xced7230a | uint32 (3 bits continuation flag, 29 bits length) | payload | zeros up to 4 bytes
 
-The flag is 0 for a whole record, 1, 2, 3 for its first, middle and last part; between two parts the reader puts
-back the magic word at which the writer cut. The `.idx` file beside it has one line `key<TAB>offset` a record.
-An image record's payload is an `IRHeader` and then the JPEG or PNG: see `pack`. All numbers are little-endian.
+The flag is 0 for a whole record; 1, 2 and 3 for its first, middle and last part. The writer splits at the magic word,
+the reader puts it back. The `.idx` file has one line `key<TAB>offset` per record. The payload of an image record is an
+`IRHeader` followed by the JPEG or PNG: see `pack`. All numbers are little-endian.
 """
 
 import mmap
@@ -18,6 +18,8 @@ import struct
 from collections import namedtuple
 
 import numpy as np
+
+from core.errors import UserError
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -31,15 +33,15 @@ IRHeader = namedtuple("IRHeader", ["flag", "label", "id", "id2"])
 IRHeader.__doc__ = """Header of an image record: `label` is a float, or a float32 array [flag] where flag > 0."""
 
 
-class RecordError(ValueError):
-    """A record file or its index is not what it should be; the message names file, key and offset."""
+class RecordError(UserError, ValueError):
+    """A damaged or inconsistent record file or index; the message names file, key and offset."""
 
 
 def pack(header, payload):
     """Put an `IRHeader` (or a 4-tuple of its fields) before `payload`, as `mxnet.recordio.pack` does.
 
-    A number as label is stored in the header with flag 0; a sequence of n numbers as n float32 after the header,
-    with flag n. The header's own flag is ignored.
+    A single label is stored in the header, with flag 0; n labels follow it as float32, with flag n. `header.flag` is
+    ignored.
     """
     _, label, identity, identity2 = header
     if isinstance(label, numbers.Number):
@@ -51,21 +53,21 @@ def pack(header, payload):
 def unpack(buf):
     """Split a record's payload into `(IRHeader, image bytes)`, as `mxnet.recordio.unpack` does.
 
-    Raises `RecordError` where `buf` is shorter than the header that it begins with.
+    Raises `RecordError` if `buf` is shorter than its header.
     """
     if len(buf) < _IR.size:
-        raise RecordError(f"an image record has a header of {_IR.size} bytes, this one is {len(buf)} bytes long")
+        raise RecordError(f"only {len(buf)} bytes long, the header of an image record alone takes {_IR.size}")
     header = IRHeader(*_IR.unpack_from(buf))
     start = _IR.size + 4 * header.flag
     if header.flag == 0:
         return header, buf[start:]
     if len(buf) < start:
-        raise RecordError(f"header announces {header.flag} labels, the record is only {len(buf)} bytes long")
+        raise RecordError(f"the header declares {header.flag} labels, but the record is only {len(buf)} bytes long")
     return header._replace(label=np.frombuffer(buf, "<f4", header.flag, _IR.size).copy()), buf[start:]
 
 
 def class_label(header):
-    """The class of an image record as the float32 that is stored: its label, or the first of several."""
+    """The class of an image record, as stored in float32: its label, or the first of several."""
     return header.label if header.flag == 0 else float(header.label[0])
 
 
@@ -75,7 +77,7 @@ def index_path(path):
 
 
 def _parse_index_lines(text):
-    """Keys and offsets, int64 [n, 2], of index lines that each end in a newline; None where a line is malformed."""
+    """Keys and offsets, int64 [n, 2], of newline-terminated index lines; None if a line is malformed."""
     chars = np.frombuffer(text, np.uint8)
     ends = np.flatnonzero(chars < ord("0"))
     width = np.diff(ends, prepend=-1) - 1
@@ -91,11 +93,11 @@ def _parse_index_lines(text):
 
 
 def _read_index(path, block=1 << 23):
-    """Keys and offsets, each int64 [n], in the order of the lines. Reads `block` bytes at a time."""
+    """Keys and offsets, each int64 [n], in file order. Reads `block` bytes at a time."""
     tables, lines = [np.empty((0, 2), np.int64)], 0
     with open(path, "rb") as file:
         while text := file.read(block):
-            text += file.readline(64)  # a longer line is wrong whatever follows
+            text += file.readline(64)  # a longer line is malformed anyway
             text = text.replace(b"\r\n", b"\n")
             table = _parse_index_lines(text if text.endswith(b"\n") else text + b"\n")
             if table is None:
@@ -104,7 +106,7 @@ def _read_index(path, block=1 << 23):
                 )
                 raise RecordError(
                     f"{path}: line {lines + number + 1} is {line[:60]!r}, not `key<TAB>offset`; "
-                    f"copy the index again or write the set anew"
+                    "copy the index again or rewrite the set"
                 )
             tables.append(table)
             lines += len(table)
@@ -115,15 +117,10 @@ def _read_index(path, block=1 << 23):
 class RecordReader:
     """Random access to the records of a `.rec` file by the keys of its `.idx`.
 
-    The file is memory-mapped: memory does not grow with it, and forked or spawned workers share its pages. Pickled
-    by path. Every method raises `RecordError`, naming file, key and offset, rather than return a wrong record.
+    The file is memory-mapped: memory use does not grow with it, and workers share its pages. Pickled by path. Every
+    method raises `RecordError`, naming file, key and offset, rather than return a wrong record.
 
-    Args:
-        path: the `.rec` file.
-        idx_path: its index; by default the same name with `.idx`.
-
-    Attributes:
-        keys: int64 [n], in the order of the index.
+    idx_path: the index; by default `path` with the suffix `.idx`. `keys`: int64 [n], in index order.
     """
 
     def __init__(self, path, idx_path=None):
@@ -138,14 +135,15 @@ class RecordReader:
         self._offsets = offsets if order is None else offsets[order]
         repeated = np.flatnonzero(np.diff(self._sorted_keys) == 0)
         if len(repeated):
-            raise RecordError(f"{self.idx_path}: key {self._sorted_keys[repeated[0]]} stands there more than once")
+            key = self._sorted_keys[repeated[0]]
+            raise RecordError(f"{self.idx_path}: duplicate key {key}; copy the index again or rewrite the set")
         self._first = int(self._sorted_keys[0]) if len(self.keys) else 0
         self._dense = len(self.keys) > 0 and int(self._sorted_keys[-1]) - self._first + 1 == len(self.keys)
         self._rows = len(self.keys)
-        self._offset_list = memoryview(self._offsets)  # gives Python integers, faster than the array does
+        self._offset_list = memoryview(self._offsets)  # yields Python integers, faster than the array
         with open(self.path, "rb") as file:
             self._size = os.fstat(file.fileno()).st_size
-            self._end = self._size & ~3  # what ends up to here has its padding, too
+            self._end = self._size & ~3  # a payload that ends by here has its padding, too
             self._last_start = self._end - _FRAME.size
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
 
@@ -172,27 +170,27 @@ class RecordReader:
             self._map.close()
 
     def release(self):
-        """Unmap the pages read so far from this process; for long scans, whose resident size would creep up."""
+        """Drop the pages read so far from this process, so that long scans do not grow its resident size."""
         if self._map and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def offset(self, key):
-        """Where record `key` begins in the file, in bytes."""
+        """Byte offset of record `key`."""
         row = key - self._first if self._dense else self._row(key)
         if 0 <= row < self._rows:
             return self._offset_list[row]
-        raise RecordError(f"{self.path}: key {key} is not in its index {self.idx_path.name}")
+        raise RecordError(f"{self.path}: key {key} is not in {self.idx_path.name}")
 
     def read(self, key):
         """The payload of record `key`, as bytes."""
         offset = self.offset(key)
-        if not offset & 3 and offset <= self._last_start:  # in line, for speed: all but a few records are one part
+        if not offset & 3 and offset <= self._last_start:  # fast path: nearly all records are one part
             magic, length = _FRAME.unpack_from(self._map, offset)
             stop = offset + 8 + length
             if magic == MAGIC and length < _MAX_PAYLOAD and stop <= self._end:
-                return self._map[offset + 8:stop]
+                return self._map[offset + 8 : stop]
         payload = bytearray()
-        for start, stop in self._parts(key, offset):  # not joined: that takes 88 bytes for each part, however short
+        for start, stop in self._parts(key, offset):  # no list to join: it takes 88 bytes a part, however short
             payload += _MAGIC_BYTES + self._map[start:stop]
         return bytes(memoryview(payload)[4:])
 
@@ -205,9 +203,8 @@ class RecordReader:
             raise self._error(str(error), key) from None
 
     def read_image(self, key):
-        """`(class label, image bytes)` of record `key`; the bytes as a uint8 array that mostly lies in the mapped file.
-
-        Drop the array before `close`.
+        """`(class label, image bytes)` of record `key`. The bytes are a uint8 array, usually a view of the mapped file:
+        drop it before `close`.
         """
         offset = self.offset(key)
         if not offset & 3 and offset + _FRAME_AND_IR.size <= self._end:  # as in `read`
@@ -218,7 +215,7 @@ class RecordReader:
         return class_label(header), np.frombuffer(payload, np.uint8)
 
     def read_header(self, key):
-        """The `IRHeader` of record `key`, touching only the first bytes of the record."""
+        """The `IRHeader` of record `key`; reads only its first bytes."""
         offset = self.offset(key)
         flag, start, stop = self._part(key, offset, offset)
         if flag == 0 and stop - start >= _IR.size:
@@ -228,7 +225,7 @@ class RecordReader:
         return self.read_record(key)[0]
 
     def read_labels(self, keys):
-        """The class labels (see `class_label`) of many image records, read together: float32 [len(keys)]."""
+        """Class labels (see `class_label`) of many image records at once: float32 [len(keys)]."""
         keys = np.asarray(keys, np.int64)
         rows = keys - self._first if self._dense else np.searchsorted(self._sorted_keys, keys)
         rows = np.clip(rows, 0, max(len(self) - 1, 0))
@@ -238,61 +235,61 @@ class RecordReader:
             plain &= self._sorted_keys[rows] == keys
         else:
             plain = np.zeros(len(keys), bool)
-        for i in np.flatnonzero(~plain):  # split into parts, or wrong, which read_header will say
+        for i in np.flatnonzero(~plain):  # in several parts, or damaged: read_header raises then
             labels[i] = class_label(self.read_header(int(keys[i])))
         return labels
 
     def read_raw(self, key):
-        """Record `key` as it lies in the file: frame, payload and padding (for `RecordWriter.write_raw`)."""
+        """The bytes of record `key` in the file: frame, payload and padding (for `RecordWriter.write_raw`)."""
         offset = self.offset(key)
-        for _, stop in self._parts(key, offset):
+        for _, stop in self._parts(key, offset):  # noqa: B007  (the last one counts; a list of them could be large)
             pass
-        return self._map[offset:stop + -stop % 4]
+        return self._map[offset : stop + -stop % 4]
 
     def check(self):
-        """Raise `RecordError` where the file ends before its last record does: a truncated copy, or not its index."""
+        """Raise `RecordError` if the file ends before its last record does: truncated, or another file's index."""
         if len(self):
             self.read_raw(int(self._sorted_keys[np.argmax(self._offsets)]))
 
     def first_missing_key(self):
-        """The smallest key that lacks for the keys to be 0, 1, 2, ... without a gap; None if they are."""
+        """The smallest key missing from 0, 1, 2, ...; None if there is no gap."""
         wrong = np.flatnonzero(self._sorted_keys != np.arange(len(self)))
         return int(wrong[0]) if len(wrong) else None
 
     def _row(self, key):
-        """Place of `key` among the sorted keys, -1 where it is none of them."""
+        """Position of `key` among the sorted keys, -1 if absent."""
         row = int(np.searchsorted(self._sorted_keys, key))
         return row if row < self._rows and self._sorted_keys[row] == key else -1
 
     def _part(self, key, record_offset, offset):
-        """`(continuation flag, start, stop)` of the payload of the part at `offset`, held against the file's size."""
+        """`(continuation flag, start, stop)` of the payload of the part at `offset`, checked against the file size."""
         if offset % 4 or offset + _FRAME.size > self._size:
-            raise self._error(f"no record can begin at {offset} in a file of {self._size} bytes", key, record_offset)
+            raise self._error(f"no record can start at {offset} in a file of {self._size} bytes", key, record_offset)
         magic, length = _FRAME.unpack_from(self._map, offset)
         flag, length = length >> 29, length & (_MAX_PAYLOAD - 1)
         if magic != MAGIC:
             raise self._error(f"found {magic:#010x} at {offset} instead of {MAGIC:#010x}", key, record_offset)
         if flag not in ((0, 1) if offset == record_offset else (2, 3)):
-            raise self._error(f"continuation flag {flag} at {offset} is out of turn", key, record_offset)
+            raise self._error(f"unexpected continuation flag {flag} at {offset}", key, record_offset)
         start, stop = offset + _FRAME.size, offset + _FRAME.size + length
         if stop + -stop % 4 > self._size:
-            raise self._error(f"{length} bytes from {start} end outside the file of {self._size} bytes: truncated?",
-                              key, record_offset)
+            reason = f"{length} bytes from {start} run past the end of the file ({self._size} bytes): truncated?"
+            raise self._error(reason, key, record_offset)
         return flag, start, stop
 
     def _parts(self, key, record_offset):
-        """Yields the spans `(start, stop)` of the payload's parts, in order."""
+        """Yield `(start, stop)` of the payload of each part, in order."""
         offset, total, flag = record_offset, 0, None
         while flag not in (0, 3):
             flag, start, stop = self._part(key, record_offset, offset)
             offset = stop + -stop % 4
             total += stop - start + len(_MAGIC_BYTES)
             if total > _MAX_PAYLOAD + len(_MAGIC_BYTES):
-                raise self._error("the parts of the record exceed the largest possible record", key, record_offset)
+                raise self._error("the parts together exceed the largest possible record", key, record_offset)
             yield start, stop
 
     def _plain_labels(self, offsets):
-        """For records at `offsets`: bool [n] whether each is an image record in one part, and its label where it is."""
+        """`(bool [n], labels [n])` of the records at `offsets`: is it a one-part image record, and if so its label."""
         words = np.frombuffer(self._map, "<u4", self._size // 4)
         inside = (offsets % 4 == 0) & (offsets + _FRAME.size + _IR.size <= self._size)
         at = np.where(inside, offsets // 4, 0)
@@ -310,10 +307,7 @@ class RecordReader:
 
 
 class RecordWriter:
-    """Write a `.rec` file and its `.idx`; both appear under their names only when `close` has written them whole.
-
-    As a context manager it leaves nothing under the final names when the block raises.
-    """
+    """Writes a `.rec` file and its `.idx`, which get their names in `close`; none if the `with` block raises."""
 
     def __init__(self, path, idx_path=None):
         self.path = pathlib.Path(path)
@@ -338,22 +332,22 @@ class RecordWriter:
         if not isinstance(payload, bytes):
             payload = memoryview(payload).tobytes()
         if len(payload) >= _MAX_PAYLOAD:
-            raise RecordError(f"{self.path}: key {key}: {len(payload)} bytes are too long, the limit is 2**29 - 1")
+            raise RecordError(f"{self.path}: key {key}: {len(payload)} bytes, too long: the limit is 2**29 - 1")
         cuts = _aligned_magic(payload)
         if not cuts:
             self.write_raw(key, _FRAME.pack(MAGIC, len(payload)) + payload + bytes(-len(payload) % 4))
             return
         pieces, begin = [], 0
-        for cut in cuts:  # the magic word itself is left out; the reader puts it back
+        for cut in cuts:  # omits the magic word; the reader puts it back
             pieces += [_FRAME.pack(MAGIC, (1 if begin == 0 else 2) << 29 | cut - begin), payload[begin:cut]]
             begin = cut + len(_MAGIC_BYTES)
         pieces += [_FRAME.pack(MAGIC, 3 << 29 | len(payload) - begin), payload[begin:], bytes(-len(payload) % 4)]
         self.write_raw(key, b"".join(pieces))
 
     def write_raw(self, key, record):
-        """Append a whole record as `RecordReader.read_raw` gives it."""
+        """Append a whole record as returned by `RecordReader.read_raw`."""
         if not 0 <= key < 10**18:
-            raise RecordError(f"{self.path}: key {key} is not a number from 0 to 10**18 - 1")
+            raise RecordError(f"{self.path}: key {key} is outside 0 to 10**18 - 1")
         self._out_of_order |= key <= self._last_key
         self._last_key = key
         self._idx.write(f"{key}\t{self._position}\n")
@@ -361,7 +355,7 @@ class RecordWriter:
         self._position += len(record)
 
     def close(self):
-        """Publish both files. Raises `RecordError`, publishing nothing, where a key was written twice."""
+        """Give both files their final names. Raises `RecordError`, and discards both, if a key was written twice."""
         if self._rec.closed:
             return
         try:
@@ -372,7 +366,7 @@ class RecordWriter:
                 repeated = keys[1:][keys[1:] == keys[:-1]]
                 if len(repeated):
                     raise RecordError(f"{self.path}: key {repeated[0]} was written more than once")
-            # In this order no moment pairs a new .rec with an old .idx.
+            # In this order a new .rec is never beside an old .idx.
             self.idx_path.unlink(missing_ok=True)
             os.replace(self._rec_part, self.path)
             os.replace(self._idx_part, self.idx_path)
@@ -381,7 +375,7 @@ class RecordWriter:
             raise
 
     def abort(self):
-        """Drop what was written."""
+        """Delete what was written."""
         for file, part in ((self._rec, self._rec_part), (self._idx, self._idx_part)):
             try:
                 file.close()
@@ -390,7 +384,7 @@ class RecordWriter:
 
 
 def _aligned_magic(payload):
-    """Positions, multiples of 4, at which `payload` holds the magic word."""
+    """Offsets, multiples of 4, of the magic word in `payload`."""
     found, at = [], payload.find(_MAGIC_BYTES)
     while at >= 0:
         if at % 4 == 0:

@@ -11,8 +11,8 @@ from engine.trainer import Trainer
 class OldArc(Trainer):
     """Train an old (or an independent new) model with ArcFace and PartialFC."""
 
-    def losses(self, images, labels, index):
-        return {"cls": self.classifier(self.backbone(images), labels)}
+    def losses(self, batch):
+        return {"cls": self.classifier(self.backbone(batch.images), batch.labels)}
 
 
 if __name__ == "__main__":

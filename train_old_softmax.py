@@ -1,16 +1,13 @@
-"""Train an old model with a plain softmax head: what was in production before margins were.
+"""Train an old model with a plain softmax head, as production models had before margins.
 
     torchrun --nproc_per_node=8 train_old_softmax.py configs/f128_r18_softmax_class30.py
 
-The head (`cls_fc`, linear with bias) is part of the network and so of model.pt; whoever uses the model as a feature
-extractor drops its keys.
+The head (`cls_fc`, linear with bias) is part of the network and so of model.pt; `load_backbone` drops its keys.
 """
 
-import torch.nn.functional as F
-
 import backbones
-from engine.distributed import global_mean
 from engine.trainer import Trainer
+from losses import Softmax
 
 
 class OldSoftmax(Trainer):
@@ -21,10 +18,10 @@ class OldSoftmax(Trainer):
         return backbones.get_model(cfg.network, cfg.embedding_size, cfg.dropout, cfg.fp16, num_classes=cfg.num_classes)
 
     def build_classifier(self):
-        return None
+        return Softmax()
 
-    def losses(self, images, labels, index):
-        return {"cls": global_mean(F.cross_entropy(self.backbone(images), labels))}
+    def losses(self, batch):
+        return {"cls": self.classifier(self.backbone(batch.images), batch.labels)}
 
 
 if __name__ == "__main__":

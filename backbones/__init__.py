@@ -1,10 +1,10 @@
-"""The networks by name, and checkpoints of them.
+"""Networks by name, and loading their checkpoints.
 
     model = backbones.get_model("r18", num_features=512)
     model = backbones.load_backbone("work_dirs/f512_r18_arc_class30/model.pt", "r18", device)
 
-Each takes images float32 [B, 3, 112, 112], RGB, (x/255 − 0.5)/0.5, and gives the embedding [B, num_features] in
-float32, not normalised. A model's `num_features` is the width of its embedding.
+Each maps images float32 [B, 3, 112, 112], RGB, (x/255 − 0.5)/0.5, to embeddings float32 [B, num_features], not
+normalised. A model's `num_features` is the width of its embedding.
 """
 
 import difflib
@@ -24,23 +24,23 @@ from backbones.vit import VisionTransformer
 TINY_WIDTHS = {"tiny": 1, "tiny_x2": 2}
 WITH_HEAD = ("r18", "r34", "r50", "tiny", "tiny_x2")
 
-# The last linear layer, [embedding size, …], of IResNet and tiny, of MobileFaceNet and of the vision transformers.
+# The last linear layer, [embedding size, …], of IResNet and tiny, MobileFaceNet, vision transformers.
 _LAST_LINEAR = ("fc.weight", "features.layers.2.weight", "feature.2.weight")
 
 
 def names():
-    """Every name that `get_model` knows."""
+    """All names for `get_model`."""
     return (*DEPTHS, "r2060", *MBF_SIZES, *VIT_SIZES, *TINY_WIDTHS)
 
 
 def get_model(name, num_features=512, dropout=0.0, fp16=False, num_classes=None):
     """A freshly initialised network.
 
-    name: one of `names()`; num_features: width D of the embedding; dropout: probability in front of the last
-    linear layers; fp16: half precision on CUDA for all but the embedding's end (the CPU stays float32);
-    num_classes: adds the softmax head `cls_fc` to r18, r34, r50, tiny and tiny_x2, whose forward then returns class
-    logits [B, num_classes] in training and the embedding in evaluation (`embed(images)` gives it in both).
-    Raises BackboneError (a ValueError) for an unknown name, or a head on a network that has none.
+    name: one of `names()`; num_features: width D of the embedding; dropout: probability before the last linear
+    layers; fp16: half precision on CUDA except for the last layers (the CPU stays float32); num_classes: adds the
+    softmax head `cls_fc` to r18, r34, r50, tiny and tiny_x2, whose forward then returns class logits [B, num_classes]
+    in training mode and the embedding in eval mode (`embed(images)` in both).
+    Raises BackboneError (a ValueError) for an unknown name, or num_classes with a network that has no head.
     """
     _check_name(name)
     if num_classes is not None and name not in WITH_HEAD:
@@ -61,25 +61,23 @@ def _check_name(name):
     if name not in names():
         near = difflib.get_close_matches(str(name), names(), n=3, cutoff=0.5)
         nearest = f"did you mean {' or '.join(near)}? " if near else ""
-        raise BackboneError(f"unknown network {name!r}: {nearest}known are {', '.join(names())}")
+        raise BackboneError(f"unknown network {name!r}: {nearest}available are {', '.join(names())}")
 
 
 def embedding_size(state):
-    """Width of the embedding, from the last linear layer in a state dict of any of the networks."""
+    """Width of the embedding, from the last linear layer in any network's state dict."""
     for key in _LAST_LINEAR:
         if key in state and state[key].dim() == 2:
             return state[key].shape[0]
-    raise BackboneError(
-        f"no embedding layer among the keys: none of {', '.join(_LAST_LINEAR)}; the keys are {few(list(state))}"
-    )
+    raise BackboneError(f"no embedding layer: none of {', '.join(_LAST_LINEAR)} among its keys {few(list(state))}")
 
 
 def load_backbone(path, network=None, device="cpu", fp16=False):
-    """The feature extractor saved in a file that `read_state` knows: a model on `device` in eval mode, without head.
+    """The feature extractor in a file (see `read_state`): a model on `device` in eval mode, without head.
 
-    network: None takes the one that `find_network` tells. The embedding size is read from the file and is
-    `model.num_features`. Of the state dict all keys and shapes must match. Draws no random numbers.
-    Raises FileNotFoundError, or BackboneError naming file, network and what does not fit.
+    network: None = `find_network`'s. The embedding size comes from the file and is `model.num_features`. All keys and
+    shapes of the state dict must match. Draws no random numbers.
+    Raises FileNotFoundError, or BackboneError naming file, network and the mismatch.
     """
     if network is not None:
         _check_name(network)
@@ -89,16 +87,16 @@ def load_backbone(path, network=None, device="cpu", fp16=False):
     differences = _differences(network, state, size)
     if differences:
         fitting = [name for name in names() if name != network and not _differences(name, state, size)]
-        advice = f"the file fits {' or '.join(fitting)}" if fitting else "it fits no other network either"
+        advice = f"the file matches {' or '.join(fitting)}" if fitting else "it matches no other network either"
         raise BackboneError(f"{path}: not a {network}: {_in_words(differences)}; {advice}")
     model = _skeleton(network, size, fp16)
-    # The skeleton holds no memory: it takes the file's tensors as they are.
+    # The skeleton has no storage; it takes over the file's tensors.
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device).eval()
 
 
 def find_network(path):
-    """Name of the network whose state dict a file holds; raises as `load_backbone`, naming the nearest if none fits."""
+    """Name of the network that a file's state dict matches; raises as `load_backbone`, naming the nearest if none."""
     state = read_state(path)
     return _told_from(state, _size(state, path), path)
 
@@ -111,7 +109,7 @@ def _size(state, path):
 
 
 def _told_from(state, size, path):
-    """The first network that fits. If others do, they differ in training only (stochastic depth, mask ratio)."""
+    """The first network that matches. Others that do differ only in training (stochastic depth, mask ratio)."""
     found = {}
     for name in names():
         found[name] = _differences(name, state, size)
@@ -119,12 +117,13 @@ def _told_from(state, size, path):
             return name
     nearest = sorted(found, key=lambda name: sum(map(len, found[name].values())))[:3]
     raise BackboneError(
-        f"{path}: fits no network; nearest are {', '.join(nearest)}; as {nearest[0]} it {_in_words(found[nearest[0]])}"
+        f"{path}: matches no network; nearest are {', '.join(nearest)}; "
+        f"as {nearest[0]}: {_in_words(found[nearest[0]])}; check the file"
     )
 
 
 def _skeleton(network, num_features, fp16=False):
-    """The network without storage: shapes alone."""
+    """The network without storage: shapes only."""
     with torch.device("meta"):
         return get_model(network, num_features, fp16=fp16)
 
@@ -136,18 +135,19 @@ def _shapes(network, num_features):
 
 
 def _differences(network, state, size):
-    """How a state dict departs from that of the network with `size` features: {verb: [keys]}, empty if it does not."""
+    """How a state dict differs from that of the network with `size` features: {what: [keys]}, empty if it does not."""
     expected = _shapes(network, size)
     found = {
-        "lacks": [key for key in expected if key not in state],
-        "has beyond it": [key for key in state if key not in expected],
-        "differs in shape:": [
-            f"{key} is {list(state[key].shape)} and not {list(shape)}"
-            for key, shape in expected.items() if key in state and state[key].shape != shape
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "wrong shape:": [
+            f"{key} is {list(state[key].shape)} instead of {list(shape)}"
+            for key, shape in expected.items()
+            if key in state and state[key].shape != shape
         ],
     }
-    return {verb: keys for verb, keys in found.items() if keys}
+    return {what: keys for what, keys in found.items() if keys}
 
 
 def _in_words(differences):
-    return "; ".join(f"{verb} {few(keys)}" for verb, keys in differences.items())
+    return "; ".join(f"{what} {few(keys)}" for what, keys in differences.items())

@@ -1,4 +1,4 @@
-"""What the networks share: precision, the embedding's end, the softmax head, activation checkpointing."""
+"""Shared by the networks: precision, the last BatchNorm, the softmax head, activation checkpointing."""
 
 import contextlib
 
@@ -9,12 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def half_precision(x, enabled):
-    """Context in which convolutions and products run in half precision, if `enabled` and `x` is on a GPU.
+    """Context for convolutions and matrix products in half precision, if `enabled` and `x` is on a GPU.
 
-    The type is torch's default for autocast on CUDA: float16, unless the training set another (`amp_dtype`).
-
-    On the CPU everything stays in float32: half precision there is slower, and old and new features that were
-    computed on different machines stay comparable to the last digits.
+    The dtype is torch's default for CUDA autocast: float16, unless the training set another (`amp_dtype`). The CPU
+    stays in float32: half precision is slower there, and features from different machines stay comparable to the last
+    digits.
     """
     if enabled and x.device.type == "cuda":
         return torch.autocast("cuda")
@@ -22,14 +21,14 @@ def half_precision(x, enabled):
 
 
 def full_precision(x):
-    """Context that switches autocast off on the device of `x`, for the parts that must run in float32."""
+    """Context without autocast on the device of `x`, for parts that must run in float32."""
     if x.device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 class FixedScaleBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm1d whose weight stays 1 and takes no gradient: [B, D] -> [B, D].
+    """BatchNorm1d with weight fixed at 1: [B, D] -> [B, D].
 
     The last layer of ArcFace's networks (arXiv:1801.07698, "option E"): embeddings with a learnt bias, no learnt scale.
     """
@@ -41,10 +40,10 @@ class FixedScaleBatchNorm1d(nn.BatchNorm1d):
 
 
 class SoftmaxHead(nn.Module):
-    """Mixin of a network that can be trained with a plain softmax: subclasses define `embed(images)`.
+    """Mixin for networks that can train with a plain softmax; subclasses define `embed(images)`.
 
-    With `num_classes` the network owns `cls_fc`, a linear layer with bias; in training the forward returns class
-    logits [B, num_classes], in evaluation the embedding [B, num_features]. Without, always the embedding.
+    With `num_classes` the network has `cls_fc`, a linear layer with bias; forward returns class logits
+    [B, num_classes] in training mode, the embedding [B, num_features] in eval mode. Without, always the embedding.
     """
 
     def add_head(self, num_classes):
@@ -62,7 +61,7 @@ class SoftmaxHead(nn.Module):
 
 @contextlib.contextmanager
 def _statistics_kept(module):
-    """Let BatchNorm normalise by the batch without touching its running statistics."""
+    """BatchNorm normalises by the batch but leaves its running statistics unchanged."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -75,10 +74,9 @@ def _statistics_kept(module):
 
 
 def checkpointed(module, x):
-    """`module(x)`; where gradients are recorded its activations are dropped and computed again in the backward pass.
+    """`module(x)`; under autograd, its activations are dropped and recomputed in the backward pass.
 
-    The second forward leaves BatchNorm's running statistics alone, so that a step with checkpointing changes the
-    same state by the same amounts as one without.
+    The second forward leaves BatchNorm's running statistics unchanged, so a step with checkpointing equals one without.
     """
     if not torch.is_grad_enabled():
         return module(x)

@@ -1,6 +1,6 @@
 """IResNet, the network of ArcFace (arXiv:1801.07698, section 3.1): residual units BN-conv-BN-PReLU-conv-BN.
 
-Parameter names are those of the checkpoints in circulation, which load strictly.
+Parameter names match the checkpoints in circulation, which load with strict=True.
 """
 
 import torch
@@ -20,7 +20,7 @@ WIDTHS = (64, 128, 256, 512)
 
 
 class IBasicBlock(nn.Module):
-    """[B, in, H, W] -> [B, out, H/stride, W/stride]; nothing follows the sum with the shortcut."""
+    """[B, in, H, W] -> [B, out, H/stride, W/stride]; no activation after the shortcut is added."""
 
     def __init__(self, in_channels, out_channels, stride=1, shortcut=False):
         super().__init__()
@@ -77,7 +77,7 @@ class IResNet(SoftmaxHead, nn.Module):
         return getattr(self, f"layer{number}")(x)
 
     def embed(self, images):
-        """The embedding [B, num_features], with or without a softmax head, in either mode."""
+        """The embedding [B, num_features], with or without a softmax head, in training and eval mode."""
         with half_precision(images, self.fp16):
             x = self.prelu(self.bn1(self.conv1(images)))
             for number in range(1, 5):

@@ -32,9 +32,9 @@ class ConvBlock(LinearBlock):
 
 
 class DepthWise(nn.Module):
-    """Bottleneck (paper, section 3.2): 1×1 to `groups` channels, 3×3 on each alone with the stride, linear 1×1.
+    """Bottleneck (paper, section 3.2): 1×1 to `groups` channels, depth-wise 3×3 with the stride, linear 1×1.
 
-    residual: add the input; only where shapes agree.
+    residual: add the input; needs equal shapes.
     """
 
     def __init__(self, in_channels, out_channels, groups, stride=1, residual=False):
@@ -95,13 +95,13 @@ class MobileFaceNet(nn.Module):
         c, d = 64 * scale, 128 * scale
         second = ConvBlock(c, c, 3, 1, 1, groups=64) if blocks[0] == 1 else Residual(c, blocks[0], 128)
         self.layers = nn.Sequential(
-            ConvBlock(3, c, 3, 2, 1),           # 112 -> 56
+            ConvBlock(3, c, 3, 2, 1),  # 112 -> 56
             second,
-            DepthWise(c, c, 128, stride=2),     # 28
+            DepthWise(c, c, 128, stride=2),  # 28
             Residual(c, blocks[1], 128),
-            DepthWise(c, d, 256, stride=2),     # 14
+            DepthWise(c, d, 256, stride=2),  # 14
             Residual(d, blocks[2], 256),
-            DepthWise(d, d, 512, stride=2),     # 7
+            DepthWise(d, d, 512, stride=2),  # 7
             Residual(d, blocks[3], 256),
         )
         self.conv_sep = ConvBlock(d, 512)

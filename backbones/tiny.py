@@ -1,4 +1,4 @@
-"""A network small enough to train in minutes on a CPU, for the demo and for tests. Not one of the published ones."""
+"""A network that trains in minutes on a CPU, for the demo and for tests. Not a published one."""
 
 import torch
 from torch import nn
@@ -11,9 +11,9 @@ WIDTHS = (16, 32, 64, 128)
 class Tiny(SoftmaxHead, nn.Module):
     """Images float32 [B, 3, 112, 112] in [-1, 1] -> embedding float32 [B, num_features], not normalised.
 
-    Four convolutions with BatchNorm and PReLU; the first has stride 4, the others 2, so that activations are
-    28, 14, 7 and 4 wide. The end is IResNet's: flatten, dropout, `fc`, BatchNorm `features` of fixed scale.
-    width: factor on the 16, 32, 64 and 128 channels; the other arguments as `IResNet`.
+    Four convolutions with BatchNorm and PReLU, the first of stride 4, the others of 2: activations are 28, 14, 7 and 4
+    wide. Then as in IResNet: flatten, dropout, `fc`, BatchNorm `features` of fixed scale.
+    width: factor on the 16, 32, 64 and 128 channels; other arguments as in `IResNet`.
     """
 
     def __init__(self, width=1, num_features=512, dropout=0.0, fp16=False, num_classes=None):
@@ -37,7 +37,7 @@ class Tiny(SoftmaxHead, nn.Module):
         self.add_head(num_classes)
 
     def embed(self, images):
-        """The embedding [B, num_features], with or without a softmax head, in either mode."""
+        """The embedding [B, num_features], with or without a softmax head, in training and eval mode."""
         with half_precision(images, self.fp16):
             x = self.dropout(torch.flatten(self.layers(images), 1))
         with full_precision(x):

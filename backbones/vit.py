@@ -1,6 +1,6 @@
 """Vision transformers (arXiv:2010.11929) for 112×112 faces, trained with masked tokens as in arXiv:2203.15565.
 
-No class token: all tokens together make the embedding. Attention stays in float32.
+No class token: the embedding is computed from all tokens. Attention stays in float32.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from backbones.common import checkpointed, full_precision, half_precision
 
 PATCH = 9
-TOKENS = (112 // PATCH) ** 2    # 12 × 12; the last 4 pixels of a row and column belong to no patch
+TOKENS = (112 // PATCH) ** 2  # 12 × 12; the last 4 pixels of each row and column are in no patch
 HEADS = 8
 
 # name: width, depth, stochastic depth of the last block, share of tokens masked in training, activation checkpointing
@@ -30,7 +30,7 @@ SIZES = {
 class StochasticDepth(nn.Module):
     """Drop a residual branch for whole images with probability `rate` in training (arXiv:1603.09382, section 3).
 
-    [B, ...] -> [B, ...]; what stays is divided by 1 − rate, so that the mean is that of evaluation.
+    [B, ...] -> [B, ...]; kept branches are divided by 1 − rate, so that the mean equals that in eval mode.
     """
 
     def __init__(self, rate):
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, 3, 112, 112] -> one token a patch, row by row: [B, 144, dim]."""
+    """Images [B, 3, 112, 112] -> one token per patch, row by row: [B, 144, dim]."""
 
     def __init__(self, dim):
         super().__init__()
@@ -113,7 +113,7 @@ def keep_random_tokens(tokens, count):
 
 
 def put_back(kept, places, total, filler):
-    """Undo `keep_random_tokens`: kept tokens in their places, `filler` [1, 1, dim] elsewhere -> [B, total, dim]."""
+    """Undo `keep_random_tokens`: kept tokens at their `places`, `filler` [1, 1, dim] elsewhere -> [B, total, dim]."""
     full = filler.to(kept.dtype).expand(len(kept), total, -1)
     return full.scatter(1, places[:, :, None].expand(-1, -1, kept.shape[2]), kept)
 
@@ -121,10 +121,10 @@ def put_back(kept, places, total, filler):
 class VisionTransformer(nn.Module):
     """Images float32 [B, 3, 112, 112] in [-1, 1] -> embedding float32 [B, num_features], not normalised.
 
-    drop_path: stochastic depth of the last block, rising linearly from 0; mask_ratio: share of the tokens that
-    leave each training image; checkpointing: recompute each block's activations in the backward pass;
-    dropout: probability on the flattened tokens; fp16: the blocks run in float16 on CUDA, attention's product and
-    softmax, the last norm and `feature` in float32.
+    drop_path: stochastic depth of the last block, rising linearly from 0; mask_ratio: share of tokens dropped per
+    training image; checkpointing: recompute each block's activations in the backward pass; dropout: probability on
+    the flattened tokens; fp16: blocks run in float16 on CUDA, attention's product and softmax, the last norm and
+    `feature` in float32.
     """
 
     def __init__(self, dim, depth, drop_path, mask_ratio, checkpointing, num_features=512, dropout=0.0, fp16=False):
@@ -132,10 +132,10 @@ class VisionTransformer(nn.Module):
         self.num_features = num_features
         self.fp16 = fp16
         self.checkpointing = checkpointing
-        # Rounded first: 144 · (1 − m) may fall short of a whole number by the last bit.
+        # Rounded first: 144 · (1 − m) may miss an integer by the last bit.
         self.kept_tokens = math.floor(round(TOKENS * (1 - mask_ratio), 6))
         self.pos_embed = nn.Parameter(torch.zeros(1, TOKENS, dim))
-        # Without masking no step uses the token; the checkpoints have it all the same.
+        # Without masking no step uses the token, but the checkpoints have it.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim), requires_grad=self.kept_tokens < TOKENS)
         self.patch_embed = PatchEmbed(dim)
         self.blocks = nn.ModuleList(Block(dim, drop_path * i / max(depth - 1, 1)) for i in range(depth))
@@ -159,7 +159,7 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, images):
-        """Tokens after the last norm, each in its place, masked ones filled: [B, 144, dim] float32."""
+        """Tokens after the last norm, in order, masked ones filled in: [B, 144, dim] float32."""
         with half_precision(images, self.fp16):
             x = self.patch_embed(images) + self.pos_embed
             masked = self.training and self.kept_tokens < TOKENS

@@ -1,1 +1,1 @@
-"""Scripts, one for each figure that the documents quote, and what they share."""
+"""Scripts for the figures in docs/benchmarks.md, and what they share."""

@@ -1,9 +1,11 @@
-"""What the benchmarks share: the machine in words, time and memory, drawn images, old features out of thin air."""
+"""Shared by the benchmarks: timer, memory, a line about the machine, drawn images and random old features."""
 
-import contextlib
+import argparse
 import os
 import pathlib
 import platform
+import re
+import statistics
 import threading
 import time
 
@@ -14,33 +16,23 @@ import torch
 import recordio
 
 
-def machine(device="cpu"):
-    """Processor or GPU and the versions that a figure depends on, in one line."""
-    if torch.device(device).type == "cuda":
-        version = torch.backends.cudnn.version()
-        what = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {version}"
-    else:
-        what = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{what}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def _processor():
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+def options(doc, **defaults):
+    """Parse options --like-this with these names, types and defaults; False makes a switch."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in defaults.items():
+        how = {"action": "store_true"} if value is False else {"type": type(value), "default": value}
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
+    return parser.parse_args()
 
 
 def synchronize(device):
-    """Wait until `device` has done what it was given."""
+    """Wait until `device` is idle."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(function, device="cpu", clock=time.perf_counter):
-    """How long one call takes by `clock`, the device's work included."""
+    """Duration of one call by `clock`, including the device's work."""
     synchronize(device)
     start = clock()
     function()
@@ -48,47 +40,41 @@ def seconds(function, device="cpu", clock=time.perf_counter):
     return clock() - start
 
 
-def memory_held(pid="self"):
-    """Bytes of a process by kind, from Linux's /proc: {"VmHWM": largest resident set so far, "RssAnon": now, its own,
-    "RssFile": now, pages of mapped files, ...}. Empty where the process or /proc is not there."""
-    try:
-        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    return _bytes(lines)
+def in_turns(parts, rounds, device="cpu", warmup=1):
+    """`{name: [seconds of each round]}` of the functions `parts`, run alternately so that load slows all equally."""
+    times = {name: [] for name in parts}
+    for number in range(warmup + rounds):
+        for name, part in parts.items():
+            spent = seconds(part, device)
+            if number >= warmup:
+                times[name].append(spent)
+    return times
 
 
-def private_memory(pid="self"):
-    """Bytes that a process shares with no other, as forked ones share what neither has changed since. 0 if unknown."""
-    try:
-        lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    held = _bytes(lines)
-    return held["Private_Clean"] + held["Private_Dirty"]
+def median(values, form=".3f"):
+    """Median and range as text."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def _bytes(lines):
-    fields = (line.partition(":")[::2] for line in lines)
-    return {key: 1024 * int(value.split()[0]) for key, value in fields if value.endswith(" kB")}
-
-
-def forget_peak():
-    """Have "VmHWM" count from here on (Linux)."""
-    with contextlib.suppress(OSError):
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
+def print_ratio(what, over, under, form=".3f"):
+    """Print the line that docs quote: median and range of over / under in each round."""
+    print(f"ratio  {what}: {median([a / b for a, b in zip(over, under)], form)}", flush=True)
 
 
 class PeakMemory:
-    """`with PeakMemory() as peak`: peak.own and peak.mapped, in bytes, the most held at once beyond the start (Linux).
+    """`with PeakMemory(device) as peak`: peak.mib is the peak memory above that at the start.
 
-    Looked at 50 times a second. Pages of mapped files, which all processes share and the system may drop at any time,
-    are told apart from the process's own.
+    On the CPU the process's anonymous pages (Linux, sampled 50 times/s), without mapped files; on CUDA what torch
+    allocated.
     """
 
+    def __init__(self, device="cpu"):
+        self.cuda, self.mib = torch.device(device).type == "cuda", 0
+
     def __enter__(self):
-        self.own = self.mapped = 0
-        self.start, self.stop = self._read(), threading.Event()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.start, self.stop = self._held(), threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
@@ -98,18 +84,29 @@ class PeakMemory:
         self.thread.join()
 
     def _watch(self):
-        while not self.stop.wait(0.02):
-            own, mapped = (now - start for now, start in zip(self._read(), self.start))
-            self.own, self.mapped = max(self.own, own), max(self.mapped, mapped)
+        done = False
+        while not done:
+            done = self.stop.wait(0.02)
+            self.mib = max(self.mib, (self._held() - self.start) / 2**20)
 
-    @staticmethod
-    def _read():
-        held = memory_held()
-        return held.get("RssAnon", 0), held.get("RssFile", 0)
+    def _held(self):
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return 1024 * int(re.search(r"RssAnon:\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+
+def machine(device="cpu"):
+    """CPU or GPU and versions, in one line."""
+    if torch.device(device).type == "cuda":
+        what = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        named = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+        what = f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{what}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def draw_jpeg(rng):
-    """A smooth picture with some grain, as a JPEG of the size that faces have at quality 95."""
+    """A smooth image with some grain, as a JPEG as large as a face at quality 95."""
     image = cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
     grain = rng.normal(0, 6, (112, 112, 1))
     return cv2.imencode(".jpg", np.clip(image + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
@@ -118,8 +115,8 @@ def draw_jpeg(rng):
 def draw_record_set(path, pictures, records=None, num_classes=100):
     """Write a training set; returns its JPEGs.
 
-    path: the .rec file; pictures: how many different ones are drawn; records: how many are written, the pictures over
-    and over (default: each once). Image i is of class i % num_classes.
+    path: the .rec file; pictures: number of different images; records: number of records, repeating the images
+    (default: each once). Image i is of class i % num_classes.
     """
     rng = np.random.default_rng(0)
     jpegs = [draw_jpeg(rng) for _ in range(pictures)]
@@ -132,28 +129,28 @@ def draw_record_set(path, pictures, records=None, num_classes=100):
     return jpegs
 
 
-def write_features(path, labels, centres, rng):
-    """float32 [N, D] that cluster by class, `centres` [C, D] and noise, written a part at a time."""
-    features = np.lib.format.open_memmap(path, "w+", np.float32, (len(labels), centres.shape[1]))
-    step = 1 << 16
-    for start in range(0, len(labels), step):
-        part = labels[start:start + step]
-        features[start:start + step] = centres[part] + rng.standard_normal((len(part), centres.shape[1]), np.float32)
+def write_features(path, labels, num_classes, width, seed=0):
+    """Write float32 [N, width], clustered by class, to the .npy file `path`; returns the class centres."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((num_classes, width), dtype=np.float32)
+    features = np.lib.format.open_memmap(path, "w+", np.float32, (len(labels), width))
+    for start in range(0, len(labels), 1 << 16):
+        part = slice(start, start + (1 << 16))
+        features[part] = centres[labels[part]] + rng.standard_normal(features[part].shape, np.float32)
     features.flush()
+    return centres
 
 
 def old_feature_paths(folder):
-    """The config keys of an old model's files, all in `folder`; the other such keys empty."""
+    """Config keys of an old model's files, all in `folder`; the other such keys empty."""
     names = ("old_embedding", "old_embedding_label", "old_prototype", "credible_old_feature")
     paths = {name: str(pathlib.Path(folder) / f"{name}.npy") for name in names}
     return {**paths, "old_model_path": "", "center_radius": ""}
 
 
 def write_old_features(paths, labels, num_classes, width):
-    """Random files of an old model, where `old_feature_paths` has them, for a training set of these labels [N]."""
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((num_classes, width), dtype=np.float32)
-    write_features(paths["old_embedding"], labels, centres, rng)
+    """Write random old-model files at the paths of `old_feature_paths`, for a training set with labels [N]."""
+    centres = write_features(paths["old_embedding"], labels, num_classes, width)
     np.save(paths["old_embedding_label"], np.asarray(labels, np.int64))
     np.save(paths["old_prototype"], centres / np.linalg.norm(centres, axis=1, keepdims=True))
-    np.save(paths["credible_old_feature"], rng.random(len(labels)) < 0.9)
+    np.save(paths["credible_old_feature"], np.random.default_rng(0).random(len(labels)) < 0.9)

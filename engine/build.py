@@ -1,15 +1,15 @@
-"""What a config says about margin, precision, optimiser and parallel backbone, made."""
+"""Builds margin, precision, optimiser, loss scaler and parallel backbone from a config."""
 
 import inspect
 
 import torch
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.amp import start_momentum
-from engine.config import ConfigError
+from core.config import ConfigError
 from losses import ArcFace, CombinedMarginLoss, CosFace
 
-# BatchNorm statistics stay each rank's own; rank 0's are saved. The option has a new name in torch 2.15.
+# Each rank keeps its own BatchNorm statistics; rank 0's are saved. torch 2.15 renamed the option.
 _KNOWN = inspect.signature(DistributedDataParallel).parameters
 _WITHOUT_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False}
 
@@ -19,7 +19,7 @@ def margin_loss(cfg):
     m1, m2, m3 = cfg.margin_list
     if not {"arcface": (m1, m3) == (1, 0), "cosface": (m1, m2) == (1, 0), "combined": True}.get(cfg.loss):
         raise ConfigError(
-            f"{cfg.config_file}: loss = {cfg.loss!r} does not go with margin_list = {cfg.margin_list}; "
+            f"{cfg.config_file}: loss = {cfg.loss!r} does not fit margin_list = {cfg.margin_list}; "
             '"arcface" takes (1, m, 0), "cosface" (1, 0, m), "combined" any'
         )
     if cfg.interclass_filtering_threshold > 0 or cfg.loss == "combined":
@@ -28,7 +28,7 @@ def margin_loss(cfg):
 
 
 def set_precision(cfg, device):
-    """How CUDA computes: the type of mixed precision, and that of products that stay in float32."""
+    """Set CUDA's mixed-precision type, and TF32 for products that stay in float32."""
     if device.type != "cuda":
         return
     torch.set_autocast_dtype("cuda", getattr(torch, cfg.amp_dtype))
@@ -37,7 +37,7 @@ def set_precision(cfg, device):
 
 
 def scales_loss(cfg, device):
-    """Whether gradients need a loss scaler: float16's exponents do not reach far enough down, bfloat16's do."""
+    """Whether gradients need a loss scaler: small ones underflow in float16, not in bfloat16."""
     return cfg.fp16 and cfg.amp_dtype == "float16" and device.type == "cuda"
 
 
@@ -46,18 +46,70 @@ def make_optimizer(cfg, groups, device):
     fused = device.type == "cuda"
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
-    optimizer = torch.optim.SGD(
-        groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused
-    )
+    optimizer = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
     start_momentum(optimizer)
     return optimizer
 
 
+def start_momentum(optimizer):
+    """Start SGD's momentum buffers at zero, which changes no step.
+
+    Fused SGD allocates them uninitialised in its first step, and leaves them so if the scaler skips that step.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+# --- The float16 loss scaler, for fused optimisers and class shards that differ between ranks ------------------------
+
+
+class _CountsSkippedSteps:
+    """Mixin of torch's scalers: one overflow flag for all ranks, valid for fused kernels, and a count of skipped steps.
+
+    `skipped` is a 0-d tensor on the device, so that counting never makes the host wait.
+    """
+
+    skipped = None
+
+    def unscale_(self, optimizer):
+        super().unscale_(optimizer)
+        if not self.is_enabled():
+            return
+        flags = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+        for found_inf in flags:
+            # The sharded scaler sums the ranks' flags, but a fused kernel skips the step only at exactly 1.
+            found_inf.clamp_(max=1)
+        overflow = torch.stack([found_inf.reshape(()) for found_inf in flags]).amax()
+        self.skipped = overflow if self.skipped is None else self.skipped + overflow
+
+
+class _Scaler(_CountsSkippedSteps, torch.amp.GradScaler):
+    pass
+
+
+class _ShardedScaler(_CountsSkippedSteps, ShardedGradScaler):
+    pass
+
+
+def make_scaler(device, world_size, enabled):
+    """A GradScaler for `device`; if gradients overflow on any rank, all ranks skip the step.
+
+    Class shards differ between ranks, so one alone can overflow; skipping alone, it would diverge from the others.
+    """
+    make = _ShardedScaler if world_size > 1 else _Scaler
+    return make(device=device.type, enabled=enabled, growth_interval=100)
+
+
+# --- The parallel backbone ------------------------------------------------------------------------------------------
+
+
 def replicate(module, cfg, device, world_size):
-    """`module` on the device, in training mode; with several ranks rank 0's weights everywhere, gradients summed."""
+    """`module` on the device in training mode; with several ranks all get rank 0's weights and the summed gradients."""
     for key in ("sync_bn", "channels_last"):
         if cfg[key] and device.type != "cuda":
-            # torch has no SyncBatchNorm for the CPU; a channels_last backward there crashed torch 2.15.
+            # torch has no SyncBatchNorm on the CPU; the channels_last backward there crashed in torch 2.15.
             raise ConfigError(f"{cfg.config_file}: {key} = True needs CUDA; set {key} = False on the CPU")
     module = module.train().to(device)
     if cfg.channels_last:
@@ -65,7 +117,7 @@ def replicate(module, cfg, device, world_size):
     if world_size > 1 and cfg.sync_bn:
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if cfg.compile:
-        module.compile()    # in place: the names in the state dict stay
+        module.compile()  # in place, which keeps the names in the state dict
     if world_size == 1:
         return module
     module = DistributedDataParallel(
@@ -73,8 +125,8 @@ def replicate(module, cfg, device, world_size):
         device_ids=[device] if device.type == "cuda" else None,
         **_WITHOUT_BUFFERS,
         gradient_as_bucket_view=True,
-        # After the first step DDP sorts its buckets anew, and from three ranks on a sum depends on its place in one:
-        # a run that is gone on with would differ in the last bits. Not where parameters might go unused.
+        # DDP rebuilds its buckets after the first step, and on three or more ranks a sum depends on its position in a
+        # bucket: a resumed run would differ in the last bits. It does not rebuild if parameters may be unused.
         find_unused_parameters=cfg.deterministic,
     )
     module.register_comm_hook(None, _sum_gradients)
@@ -82,10 +134,10 @@ def replicate(module, cfg, device, world_size):
 
 
 def unwrap(module):
-    """The network itself, without DistributedDataParallel around it."""
+    """The network without its DistributedDataParallel wrapper."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def _sum_gradients(_, bucket):
-    """DDP communication hook: the sum over the ranks, where DDP's own is the mean."""
+    """DDP communication hook: the sum over the ranks; DDP's default is the mean."""
     return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])

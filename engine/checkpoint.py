@@ -1,78 +1,287 @@
-"""A file with the state of a run, or weights alone: written whole or not at all, read without running any code."""
+"""A run's checkpoints on disk: writing a set, finding the one to resume from, resharding it for other ranks.
 
-import errno
+    <output>/checkpoints/000000061440/rank_0_of_2.pt    one file per rank: its whole state, see engine/run_state.py
+                                      rank_1_of_2.pt
+                                      DONE              written by rank 0 once all of them are on disk
+
+A set is named by the images seen, so names sort in training order for any number of ranks and any batch size. A set
+without DONE is incomplete: it is never read, and deleted at the next start. Files are read with `weights_only`. All
+ranks call these functions together, and all return or all raise; with several machines `output` must be on a shared
+disk, which `claim` checks.
+"""
+
+import copy
+import functools
+import operator
 import pathlib
 import re
-import zipfile
+import secrets
+import shutil
+import time
 
 import torch
 
-from engine.atomic import atomic_write
-from engine.errors import UserError
+from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
+from core.files import (
+    CheckpointError,
+    check_whole,
+    load,
+    remove_leftovers,
+    save_atomically,
+    sync_directory,
+    write_atomically,
+)
+from engine.monitor import log
 
-# What reading a damaged file may raise as an OSError: an offset in it that makes no sense. Any other is the system's.
-_BY_CONTENT = {None, errno.EINVAL}
-# In the messages of torch's RuntimeErrors that say nothing about the file.
-_BY_SYSTEM = re.compile("allocate memory|out of memory|unable to mmap|unable to open|Too many open files|CUDA error")
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+KEEP = 2  # complete sets
+FOLDER, DONE = "checkpoints", "DONE"
+DAMAGED = "damaged_"  # prefix of a set that could not be resumed from
+SECONDS_TO_APPEAR = 10  # until a new file is visible to all machines that share the disk
 
 
-class CheckpointError(UserError):
-    """A checkpoint or model file that cannot be used; the message names it and says what to do."""
+# --- claiming the output ----------------------------------------------------------------------------------------------
 
 
-def checkpoint_path(output, step, rank, world_size):
-    return pathlib.Path(output) / f"checkpoint_step_{step}_gpu_{rank}_of_{world_size}.pt"
+def claim(output):
+    """Lock `output` for this run while the returned file is open (on rank 0), and check that all ranks share it.
 
-
-def save_atomically(state, path):
-    """torch.save to a temporary name beside `path`, synced to disk, then renamed: a reader sees all of it or none."""
+    Raises CheckpointError if another run writes there, if it has checkpoints of an earlier version of this code, or if
+    not all ranks see the same directory: every machine would write parts of sets that never become complete.
+    """
+    output = pathlib.Path(output)
+    lock, refusal = _lock(output) if is_main() else (None, None)
+    _raise_on_all_ranks(refusal)
+    probe = output / gather_objects(f".shared.{secrets.token_hex(8)}.tmp")[0]
+    if is_main():
+        probe.touch()
     try:
-        with atomic_write(path) as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__     # torch puts an error of its own over it
-        if not isinstance(reason, OSError):
-            raise
+        barrier()
+        blind = [str(number) for number, sees in enumerate(gather_objects(_appears(probe))) if not sees]
+    finally:
+        if is_main():
+            probe.unlink()
+    if blind:
         raise CheckpointError(
-            f"{path}: could not be written ({reason.strerror}); earlier checkpoints are intact: "
-            "make room, then go on with --resume True"
-        ) from error
+            f"{output}: not shared, ranks {', '.join(blind)} do not see rank 0's files; "
+            "set `output` to a directory on a disk that all machines share"
+        )
+    return lock
 
 
-def load(path, map_location="cpu", mmap=False):
-    """torch.load of tensors and plain values alone (`weights_only`).
-
-    Raises CheckpointError, naming the file, for one that is damaged; what the system refuses (a missing file, another
-    user's, a network disk that is away, too little memory) goes through as it is, for then the file may be a good one.
-    """
+def _lock(output):
+    """`(open file, why this run must not write here, or None)`. The lock ends with the process."""
+    file = open(output / ".lock", "w")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except Exception as error:
-        raise _as_damage(path, error) from error
+        # Not flock: forked data workers would keep it briefly after this process is killed.
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return file, f"{output}: in use by another run; stop that run or choose another `output`"
+    except OSError:  # a file system without locks
+        pass
+    for path in sorted(output.glob("checkpoint_step_*_gpu_*_of_*.pt"))[:1]:
+        return file, (
+            f"{path}: written by an earlier version of this code, cannot be resumed; finish the run with that version, "
+            f"choose another `output`, or delete {output}/checkpoint_step_*.pt to start over"
+        )
+    return file, None
 
 
-def check_whole(path):
-    """Hold a file that torch.save wrote against its checksums, which torch.load does not; raises as `load`."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:
-        raise _as_damage(path, error) from error
-    if damaged:
-        raise CheckpointError(f"{path}: damaged, the checksum of its part {damaged} is wrong")
+def _appears(path):
+    """Whether `path` exists, or does within seconds, as on network disks."""
+    return path.exists() or any(time.sleep(1) or path.exists() for _ in range(SECONDS_TO_APPEAR))
 
 
-def _as_damage(path, error):
-    """The CheckpointError for what reading a file raised, which of a damaged one is nearly anything.
+def _raise_on_all_ranks(refusal):
+    """Raise rank 0's `refusal`, a text, as a CheckpointError on every rank; None: do nothing."""
+    if refusal := gather_objects(refusal)[0]:
+        raise CheckpointError(refusal)
 
-    Re-raises what says nothing about the content.
+
+# --- sets -------------------------------------------------------------------------------------------------------------
+
+
+def complete_sets(output):
+    """The folders of the complete sets, oldest first; on a network disk, those that this rank sees by now."""
+    return sorted(path.parent for path in pathlib.Path(output).glob(f"{FOLDER}/[0-9]*/{DONE}"))
+
+
+def save_set(output, state):
+    """Write a set, of which `state` is this rank's part, then delete all but the newest KEEP.
+
+    state: from engine/run_state.py; "images", "step" and "total_steps" are used here.
     """
-    of_system = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    of_system |= isinstance(error, OSError) and error.errno not in _BY_CONTENT
-    of_system |= isinstance(error, RuntimeError) and _BY_SYSTEM.search(str(error)) is not None
-    if of_system:
-        if isinstance(error, OSError) and error.filename is None:
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise error
-    reason = str(error).partition("\n")[0]
-    return CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})")
+    folder = pathlib.Path(output) / FOLDER / f"{state['images']:012}"
+    save_atomically(state, folder / f"rank_{rank()}_of_{world_size()}.pt")
+    barrier()
+    if is_main():
+        sync_directory(folder.parent)  # before DONE is on disk, the folder must be
+        sync_directory(folder.parent.parent)
+        text = f"step {state['step']} of {state['total_steps']} on {world_size()} ranks\n"
+        write_atomically(lambda file: file.write(text.encode()), folder / DONE)
+        for old in complete_sets(output)[:-KEEP]:
+            _remove(old)
+
+
+def read_done(folder):
+    """`(step, total steps, ranks)` of a complete set; raises CheckpointError if its DONE is damaged."""
+    match = re.fullmatch(r"step (\d+) of (\d+) on (\d+) ranks\n", (folder / DONE).read_text(errors="replace"))
+    if not match:
+        raise CheckpointError(f"{folder / DONE}: damaged, step and ranks are unreadable")
+    return tuple(map(int, match.groups()))
+
+
+def _remove(folder):
+    """Delete a set, DONE first, so that a kill in between leaves an incomplete set."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != DONE):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # NFS keeps a deleted file while another process has it open
+
+
+def _agree_on_sets(output):
+    """The complete sets that any rank sees, oldest first; deletes leftovers of killed processes.
+
+    On a network disk a rank may not yet see another machine's newest set, which must be neither missed nor deleted.
+    Incomplete sets are deleted, because two attempts, which differ on CUDA, could complete one together.
+    """
+    output = pathlib.Path(output)
+    complete = sorted(set().union(*gather_objects([path.name for path in complete_sets(output)])))
+    if is_main():
+        remove_leftovers(output)
+        for folder in (output / FOLDER).glob("[0-9]*"):
+            if folder.name not in complete:
+                _remove(folder)
+    barrier()
+    return [output / FOLDER / name for name in complete]
+
+
+def start_afresh(output):
+    """Before the first step of a new run: delete a finished run's checkpoints in `output`.
+
+    Raises CheckpointError if that run is unfinished: forgetting `--resume True` must not cost days of work.
+    """
+    sets = _agree_on_sets(output)
+    _raise_on_all_ranks(_unfinished(output, sets[-1]) if sets and is_main() else None)
+    if is_main():
+        shutil.rmtree(pathlib.Path(output) / FOLDER, ignore_errors=True)
+    barrier()
+
+
+def _unfinished(output, newest):
+    """Why a new run must not delete the set `newest`, or None."""
+    options = f"--resume True, choose another `output`, or delete {output}/{FOLDER}"
+    try:
+        step, total, _ = read_done(newest)
+    except (CheckpointError, OSError) as error:
+        return f"{error}; resume the run with {options}"
+    if step < total:
+        return f"{output}: has checkpoints of an unfinished run (step {step} of {total}); resume it with {options}"
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def load_newest(output, device):
+    """`(this rank's state, its file)` of the newest intact set, resharded if need be; None if there is no set.
+
+    A set with any damaged or missing file is skipped with a warning on rank 0 and renamed, so that it is not tried
+    again.
+
+    Raises CheckpointError, and changes nothing, if all sets are damaged, or if a file cannot be read for another reason
+    than damage (disk gone, out of memory).
+    """
+    damages = {}
+    for folder in reversed(_agree_on_sets(output)):
+        found = damage = trouble = None
+        try:
+            found = _load_set(folder, device)
+        except CheckpointError as error:
+            damage = str(error)
+        except Exception as error:
+            trouble = f"{type(error).__name__}: {error}"
+        damage_by_rank, trouble_by_rank = zip(*gather_objects((damage, trouble)))
+        for number, trouble in enumerate(trouble_by_rank):
+            if trouble is not None:
+                raise CheckpointError(
+                    f"{folder}: cannot be read on rank {number} ({trouble}). Nothing was changed: fix that and start "
+                    "again, or move this directory away to resume from the previous set"
+                )
+        if not any(damage_by_rank):
+            _set_aside(damages)
+            return found
+        damages[folder] = next(filter(None, damage_by_rank))
+    if damages:
+        raise CheckpointError(
+            f"{output}: every checkpoint is damaged ({next(iter(damages.values()))}); "
+            f"to start over, choose another `output` or delete {output}/{FOLDER}"
+        )
+
+
+def _set_aside(damages):
+    for folder, damage in damages.items() if is_main() else ():
+        aside = folder.with_name(DAMAGED + folder.name)
+        log.warning("%s; renamed the set to %s and falling back to the previous one", damage, aside)
+        shutil.rmtree(aside, ignore_errors=True)  # from an earlier attempt
+        folder.replace(aside)
+    barrier()
+
+
+def _load_set(folder, device):
+    if not _appears(folder / DONE):
+        raise CheckpointError(f"{folder / DONE}: no such file")
+    ranks = read_done(folder)[2]
+    paths = [folder / f"rank_{number}_of_{ranks}.pt" for number in range(ranks)]
+    for path in paths[rank() :: world_size()]:  # the ranks share the work: each file once
+        if not _appears(path):
+            raise CheckpointError(f"{path}: no such file")
+        check_whole(path)
+    if ranks == world_size():
+        return _load_state(paths[rank()], device), paths[rank()]
+    # Memory-mapped: of other ranks' files, only the classes that this rank takes over are read.
+    state = reshard([_load_state(path, mmap=True) for path in paths], rank(), world_size())
+    return copy.deepcopy(state), paths[rank() % ranks]  # else the optimiser would keep using the mapped files
+
+
+def _load_state(path, *args, **kwargs):
+    state, images = load(path, *args, **kwargs), int(path.parent.name)
+    if not isinstance(state, dict) or state.get("images") != images:
+        raise CheckpointError(f"{path}: not the state of a run after {images} images")
+    return state
+
+
+def reshard(states, rank, world_size):
+    """The state of `rank` of `world_size`, from the `states` of all ranks of another world size, in rank order.
+
+    Tensors listed in "class_sharded", [(path of keys, dim)], are shards of one tensor over all classes; everything else
+    is the same on all ranks, except random states and BatchNorm statistics. A rank that is new gets an old rank's
+    statistics and no random states: it keeps the generators it was seeded with. `states` is not modified.
+    """
+    state = states[rank % len(states)]
+    if rank >= len(states):
+        state = {**state, "random": None, "sampling": None}
+    for path, dim in state["class_sharded"]:
+        shards = [functools.reduce(operator.getitem, path, one) for one in states]
+        state = _replaced(state, path, _cut(shards, dim, rank, world_size))
+    return state
+
+
+def _cut(shards, dim, rank, world_size):
+    """This rank's part of the concatenated shards; reads only that part."""
+    share = rows_of_rank(sum(shard.shape[dim] for shard in shards), rank, world_size)
+    parts, first = [], 0
+    for shard in shards:
+        start, stop = (min(max(row - first, 0), shard.shape[dim]) for row in share)
+        parts.append(shard.narrow(dim, start, stop - start))
+        first += shard.shape[dim]
+    return torch.cat(parts, dim)
+
+
+def _replaced(state, path, value):
+    """A copy of the nested dicts with `value` at `path`."""
+    key, *rest = path
+    return {**state, key: _replaced(state[key], rest, value) if rest else value}

@@ -1,30 +1,25 @@
-"""What a run leaves behind when its loss is no number: a file to look into, and words on where to begin.
+"""The report on a non-finite loss: an error message with advice, and a file for debugging.
 
-`nonfinite_step_{step}_rank_{rank}.pt` in the run's `output`, one a rank, holds:
+`nonfinite_step_{step}_rank_{rank}.pt` in the run's `output`, one per rank, has:
 
-    step, epoch, batch   optimiser steps done before the batch; its epoch; its number in the epoch, on this rank
-    terms, before        the loss terms {name: float}; [(step, terms)] of up to 100 batches before, oldest first
-    rows, keys           int64 [B]: the batch's rows in the training set; their keys in the record file, or None
-    labels, mirrored     int64 [B] and bool [B]: the classes of the rows, and which of them were flipped
-    lr                   learning rate of the next step
-    update_done          whether the optimiser came to do this step: on CUDA, where the loss is read a step late. (With
-                         a loss scaler the weights did not move even then, for the gradients were not finite either.)
-    broken               names of the parameters and buffers of this rank that hold NaN or infinity
-    gradient_norms       {parameter: L2 norm} of the gradients there were, times the loss scale: where gradient_acc is
-                         above 1, those of the step's batches before this one
-    state                all that a checkpoint holds (engine/run_state.py): weights, optimiser, generators, config, ...
+    step, epoch     optimiser steps done before the batch, and its epoch
+    terms, before   the loss terms {name: float}; [(step, terms)] of up to 100 batches before, oldest first
+    rows, keys      int64 [B]: the batch's rows in the training set; their keys in the record file, or None
+    labels          int64 [B]
+    mirrored        bool [B]: which images were flipped
+    broken          names of this rank's parameters and buffers with NaN or infinity
+    state           as in a checkpoint (engine/run_state.py)
 
-To see on one process what the backbone makes of the batch:
+To run the backbone on the batch:
 
     found = engine.checkpoint.load("work_dirs/<run>/nonfinite_step_<step>_rank_0.pt")
     config = found["state"]["config"]
     backbone = backbones.get_model(config["network"], num_features=config["embedding_size"])
     backbone.load_state_dict(found["state"]["backbone"])
-    images = torch.stack([RecordDataset(config["rec"])[row][0] for row in found["rows"]])
-    embeddings = backbone.train()(loader.to_input(images, found["mirrored"]))
+    images = torch.stack([dataset.RecordDataset(config["rec"])[row][0] for row in found["rows"]])
+    embeddings = backbone.train()(dataset.to_input(images, found["mirrored"]))
 
-To see the step itself: from the last checkpoint `--resume True` leads to it again, with `deterministic = True` bit for
-bit.
+To reproduce the step, resume from the last checkpoint: with `deterministic = True` it repeats bit for bit.
 """
 
 import pathlib
@@ -32,81 +27,39 @@ import pathlib
 import numpy as np
 import torch
 
-from engine.checkpoint import save_atomically
+from core.files import save_atomically
+from engine.loader import ShuffledRows
 from engine.run_state import named_tensors, state_of
-from loader import ShuffledRows
 
-NAMED = 8   # images and tensors that the message names; the file has all
+NAMED = 8  # images and tensors named in the message; the file has all
 
 
 def explain(run, error):
-    """Write the file, and add to the message of the NonFiniteLoss `error` what the Trainer `run` knows about it.
+    """Write the file, and extend the message of the NonFiniteLoss `error` with what the Trainer `run` knows.
 
-    All ranks call it, each for itself: nothing is exchanged. Where the file cannot be written the message says so.
+    Each rank calls it on its own, without collectives. If the file cannot be written, the message says so.
     """
     path = pathlib.Path(run.cfg.output) / f"nonfinite_step_{error.step}_rank_{run.rank}.pt"
-    broken = []
-    try:
-        broken = [name for name, tensor in named_tensors(run) if not torch.isfinite(tensor).all()]
-        save_atomically({**_findings(run, error), "broken": broken, "state": state_of(run)}, path)
-        remark = f"more in {path}"
-    except Exception as problem:  # whatever it is, it must not hide the error itself
-        remark = f"{path.name} is not there to look into: {type(problem).__name__}: {problem}"
-    before = ", ".join(f"{sum(terms.values()):.6g}" for _, terms in list(run.monitor.recent)[-3:])
-    error.args = (
-        f"{error}{before and f' (before it {before})'}. This rank's batch: {_images(run, error.rows)} of "
-        f"{run.train_set.path}; {remark}. {_advice(run, error, broken)}, then go on with --resume True",
-    )
-
-
-def _findings(run, error):
-    rows = error.rows.tolist()
-    number, mirrored = _place(run, rows)
-    return {
-        "step": error.step,
-        "epoch": run.epoch,
-        "batch": number,
-        "terms": error.terms,
-        "before": list(run.monitor.recent),
-        "rows": error.rows,
-        "keys": _keys(run, error.rows),
-        "labels": torch.tensor([run.train_set.label(row) for row in rows], dtype=torch.int64),
-        "mirrored": mirrored,
-        "lr": run.schedule.get_last_lr()[0],
-        "update_done": _update_done(run, error),
-        "gradient_norms": {
-            name: float(_values(tensor.grad).norm()) for name, tensor in named_tensors(run) if tensor.grad is not None
-        },
-    }
-
-
-def _place(run, rows):
-    """`(number in its epoch, mirrored [B])` of this rank's batch of these rows; None for both if there is no such."""
+    rows, keys = error.rows.numpy(), getattr(run.train_set, "keys", None)  # a synthetic set has no keys
+    keys = None if keys is None else torch.from_numpy(np.asarray(keys)[rows].astype(np.int64))
+    broken = [name for name, tensor in named_tensors(run) if not torch.isfinite(tensor).all()]
+    labels = torch.tensor([run.train_set.label(row) for row in rows.tolist()])
     plan = ShuffledRows(len(run.train_set), run.cfg.batch_size, run.cfg.seed, run.rank, run.world_size)
-    plan.epoch = run.epoch
-    for number, (its_rows, mirrored) in enumerate(plan):
-        if np.array_equal(its_rows, rows):
-            return number, torch.from_numpy(mirrored)
-    return None, None
-
-
-def _keys(run, rows):
-    """The record keys of the rows, int64 [B]; None for a synthetic set, which has no records."""
-    keys = getattr(run.train_set, "keys", None)
-    return None if keys is None else torch.from_numpy(np.asarray(keys)[rows.numpy()].astype(np.int64))
-
-
-def _values(gradient):
-    return gradient.coalesce().values() if gradient.is_sparse else gradient     # of sampled class centres
-
-
-def _update_done(run, error):
-    return run.step > error.step
-
-
-def _images(run, rows):
-    keys = _keys(run, rows)
-    return f"rows {_some(rows.tolist())}" if keys is None else f"keys {_some(keys.tolist())}"
+    plan.epoch = error.step // run.steps_per_epoch
+    mirrored = next((torch.from_numpy(flips) for its_rows, flips in plan if np.array_equal(its_rows, rows)), None)
+    found = {"step": error.step, "epoch": plan.epoch, "terms": error.terms, "before": list(run.monitor.recent)}
+    found |= {"rows": error.rows, "keys": keys, "labels": labels, "mirrored": mirrored, "broken": broken}
+    try:
+        save_atomically({**found, "state": state_of(run)}, path)
+        file = f"more in {path}"
+    except Exception as problem:  # must not hide the loss
+        file = f"{path.name} cannot be written: {type(problem).__name__}: {problem}"
+    before = ", ".join(f"{sum(terms.values()):.6g}" for _, terms in found["before"][-3:])
+    images = f"rows {_some(rows)}" if keys is None else f"keys {_some(keys.tolist())}"
+    error.args = (
+        f"{error}{before and f' (before it {before})'}. This rank's batch: {images} of {run.train_set.path}; {file}. "
+        f"{_advice(run, error, broken)}, then resume with --resume True",
+    )
 
 
 def _some(names):
@@ -115,16 +68,14 @@ def _some(names):
 
 
 def _advice(run, error, broken):
-    """What to change. (An image is bytes: it can be a bad one, but alone makes no infinity.)"""
     slower = "lower lr or raise warmup_epoch" + ("" if run.cfg.clip_grad_norm else ", or set clip_grad_norm = 5.0")
     scaled = run.scaler.is_enabled()
-    if _update_done(run, error) and not scaled:
-        return slower.capitalize()      # the weights have taken the bad step: what they hold now says nothing
+    if run.step > error.step and not scaled:  # the bad step was applied: the weights no longer tell the cause
+        return slower.capitalize()
     parameters = {name for name, tensor in named_tensors(run) if isinstance(tensor, torch.nn.Parameter)}
-    weights = [name for name in broken if name in parameters]   # statistics may have taken the batch in already
+    weights = [name for name in broken if name in parameters]  # BatchNorm statistics may be broken by this batch
     if weights:
-        return f"A step before it broke {_some(weights)}: {slower}"
-    finite = "The weights are finite" + (f" (the statistics {_some(broken)} no more)" if broken else "")
+        return f"An earlier step broke {_some(weights)}: {slower}"
     if scaled:
-        return f'{finite}, float16 ends at 65504: set amp_dtype = "bfloat16", or fp16 = False'
-    return f"{finite}: look at the terms and the images, or {slower}"
+        return 'The weights are finite, float16 overflows at 65504: set amp_dtype = "bfloat16" or fp16 = False'
+    return f"The weights are finite: check the terms and the images, or {slower}"

@@ -1,4 +1,4 @@
-"""A run that is asked to stop finishes its step: SIGTERM from the launcher or the scheduler, noticed by all ranks."""
+"""Stopping on a signal (SIGTERM from the launcher or scheduler): all ranks finish the same step and stop."""
 
 import os
 import shlex
@@ -9,16 +9,16 @@ import threading
 import torch
 import torch.distributed as dist
 
-from engine.distributed import world_size
+from core.distributed import world_size
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)      # Slurm sends SIGTERM at the end of the time, SIGUSR1 on request before
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm sends SIGTERM at the time limit, SIGUSR1 earlier on request
 
 
 class StopRequest:
-    """Within its `with` block the SIGNALS are remembered instead of ending the process; `agreed` says when to stop.
+    """In its `with` block SIGNALS are recorded instead of ending the process; `agreed` says when to stop.
 
-    device: the training's; the ranks talk about it there, without the host waiting for a CUDA device. In a thread,
-    which Python lets have no handlers (a notebook's, say), signals do what they did before.
+    device: of the training; the ranks agree there, without making the host wait for CUDA. Outside the main thread (in
+    a notebook) Python allows no handlers, and signals keep their effect.
     """
 
     def __init__(self, device):
@@ -33,16 +33,16 @@ class StopRequest:
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)   # None: it was not set by Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
     def _remember(self, number, _):
         self.received = number
 
     def agreed(self):
-        """Name of the signal for which all ranks stop now, or None. All ranks call it once a step.
+        """Name of the signal on which all ranks stop now, or None. All ranks call it once per step.
 
-        One rank's signal is enough, and all get the same answer at the same step, so that none waits for another in a
-        collective. With several ranks on CUDA it is the answer to what was asked one step before.
+        One rank's signal is enough, and all get the same answer at the same step, so none is left waiting in a
+        collective. With several ranks on CUDA it is the previous step's answer.
         """
         number = self.received if world_size() == 1 else self._ask()
         return signal.Signals(number).name if number else None
@@ -64,8 +64,8 @@ class StopRequest:
         return int(answer)
 
 
-def command_to_go_on():
-    """The command line of this process, with its launcher, that resumes the run."""
+def resume_command():
+    """The command that resumes this run, with its launcher."""
     words, rest = [], list(sys.argv)
     while rest:
         word = rest.pop(0)

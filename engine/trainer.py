@@ -1,16 +1,17 @@
-"""The training loop, written once. A method subclasses `Trainer` and says what its losses are.
+"""The training loop, written once. A method subclasses `Trainer` and defines its losses.
 
     class MyMethod(Trainer):
-        def setup(self):                              # optional: load what the old model left behind
-            ...
-        def losses(self, images, labels, index):      # named terms of the loss, see below
-            return {"cls": self.classifier(self.backbone(images), labels)}
+        old_features = "rows"           # batches include the old model's features
+
+        def losses(self, batch):        # named loss terms
+            new = self.backbone(batch.images)
+            return {"cls": self.classifier(new, batch.labels), "near": global_mean(distance(new, batch.old))}
 
     if __name__ == "__main__":
         MyMethod.main()
 
-Every term is a scalar of the global batch, the same on all ranks (engine/distributed.py has the collectives).
-Gradients of the backbone are summed over the ranks; the classifier's shards are each rank's own.
+Every term is a scalar of the global batch, the same on all ranks (core/distributed.py has the collectives).
+Gradients are summed over the ranks, except those of class shards, which are each rank's own (losses/classifier.py).
 """
 
 import argparse
@@ -18,39 +19,45 @@ import contextlib
 import itertools
 import os
 import pathlib
+import sys
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import backbones
-from dali_loader import DaliLoader
+from core import distributed
+from core.config import ConfigError, load_config
+from core.errors import report_errors
+from core.files import save_atomically
 from dataset import open_train_set
-from engine import checkpoint, checkpoint_sets, distributed
-from engine.amp import make_scaler
-from engine.build import make_optimizer, margin_loss, replicate, scales_loss, set_precision, unwrap
-from engine.config import ConfigError, load_config
-from engine.errors import report_errors
+from engine import checkpoint
+from engine.build import make_optimizer, make_scaler, margin_loss, replicate, scales_loss, set_precision, unwrap
+from engine.loader import OldRows, TrainLoader
 from engine.monitor import Monitor, NonFiniteLoss, init_logging, log
-from engine.old_features import OldFeatures
 from engine.post_mortem import explain
-from engine.random_state import seed_everything
-from engine.run_state import refuse_broken_weights, restore, state_of
+from engine.run_state import refuse_non_finite_weights, restore, seed_everything, state_of
 from engine.schedule import make_schedule
-from engine.stop import StopRequest, command_to_go_on
+from engine.stop import StopRequest, resume_command
 from engine.verification import Verifier
-from loader import TrainLoader
 from losses import PartialFC
+from losses.classifier import replicated_parameters
+from old_model.old_features import OldFeatures
 
 
 class Trainer:
     """One training run of one config.
 
-    What a method uses: `cfg`, `train_set`, `backbone` (images [B, 3, 112, 112] -> embeddings [B, D]),
-    `classifier` (PartialFC: embeddings, labels -> loss), `generator` (seeded, on the CPU), `device`, `rank`,
-    `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may put modules of the method's own
-    into `extra`: their parameters train with the backbone's settings, their gradients are summed over the ranks and
-    clipped with the backbone's by one norm, and their parameters and buffers are in every checkpoint (not in model.pt).
+    A method sets `old_features`: "rows" (batches have old features and credible flags; labels are checked), "labels"
+    (only checked) or None.
+
+    It uses `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] -> embeddings
+    [B, D]), `classifier` (embeddings, labels -> loss; PartialFC), `generator` (seeded, on the CPU), `device`, `rank`,
+    `world_size`, `epoch`, `step` (optimiser steps done) and `total_steps`. `setup` may add modules to `extra`: their
+    parameters train with the backbone's settings, their gradients are summed over the ranks and clipped together with
+    the backbone's, and they are saved in checkpoints (not in model.pt).
     """
+
+    old_features = None
 
     def __init__(self, cfg):
         self.rank, self.world_size, self.device = distributed.init_distributed()
@@ -65,43 +72,51 @@ class Trainer:
         cfg.num_classes, cfg.num_image = self.train_set.num_classes, self.train_set.num_image
         if cfg.num_classes < self.world_size:
             raise ConfigError(
-                f"{cfg.config_file}: the {cfg.num_classes} classes of {self.train_set.path} cannot be shared by "
-                f"{self.world_size} ranks; start fewer of them"
+                f"{cfg.config_file}: {self.train_set.path} has {cfg.num_classes} classes, fewer than the "
+                f"{self.world_size} ranks; start fewer ranks"
             )
         if cfg.num_image < cfg.batch_size * self.world_size:
             raise ConfigError(
-                f"{cfg.config_file}: a step takes batch_size = {cfg.batch_size} on each of {self.world_size} ranks, "
-                f"more than the {cfg.num_image} images of {self.train_set.path}; set a smaller batch_size"
+                f"{cfg.config_file}: batch_size = {cfg.batch_size} on {self.world_size} ranks is more than the "
+                f"{cfg.num_image} images of {self.train_set.path}; lower batch_size"
             )
-        self.loader = (DaliLoader if cfg.dali else TrainLoader)(
-            self.train_set, cfg.batch_size, self.device, cfg.num_workers, cfg.seed, self.rank, self.world_size
+        self.old = self.open_old_features() if self.old_features else None
+        self.loader = TrainLoader(
+            self.train_set,
+            cfg.batch_size,
+            self.device,
+            cfg.num_workers,
+            cfg.seed,
+            self.rank,
+            self.world_size,
+            old=OldRows(self.old, rows=self.old_features == "rows") if self.old else None,
         )
         self.steps_per_epoch = len(self.loader) // cfg.gradient_acc
         if self.steps_per_epoch == 0:
             raise ConfigError(
-                f"{cfg.config_file}: gradient_acc = {cfg.gradient_acc} is more than the "
-                f"{len(self.loader)} batches of an epoch"
+                f"{cfg.config_file}: gradient_acc = {cfg.gradient_acc} is more than the {len(self.loader)} batches of "
+                "an epoch; lower gradient_acc or batch_size"
             )
         self.total_steps = self.steps_per_epoch * cfg.num_epoch
         self.global_batch = cfg.batch_size * cfg.gradient_acc * self.world_size
         self.epoch = self.step = 0
-        self.best = {"accuracy": -1.0, "step": 0}   # of the verifications so far
+        self.best = {"accuracy": -1.0, "step": 0}  # of the verifications so far
 
         self.backbone = replicate(self.build_backbone(), cfg, self.device, self.world_size)
-        self.classifier = self.build_classifier()
+        self.classifier = self.build_classifier().train().to(self.device)
         self.extra = torch.nn.ModuleDict()
         self.setup()
         self.extra.train().to(self.device)
-        for parameter in self.extra.parameters():
+        self.replicated = replicated_parameters(self.extra) + replicated_parameters(self.classifier)
+        for parameter in self.replicated:
             distributed.broadcast_(parameter.data)
         self.optimizer = make_optimizer(cfg, self.parameter_groups(), self.device)
-        if self.classifier is not None:
-            self.classifier.attach(self.optimizer)
+        self.classifier.attach(self.optimizer)
         self.schedule = make_schedule(self.optimizer, cfg, self.steps_per_epoch)
         self.scaler = make_scaler(self.device, self.world_size, scales_loss(cfg, self.device))
         self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device)
 
-    # --- what a run is made of; a method overrides what it does otherwise -----------------------------------------
+    # --- hooks: the parts of a run that a method may override -----------------------------------------------------
 
     def build_backbone(self):
         return backbones.get_model(
@@ -109,111 +124,113 @@ class Trainer:
         )
 
     def build_classifier(self):
+        """A losses.Classifier."""
         cfg = self.cfg
-        classifier = PartialFC(
-            margin_loss(cfg), cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16, cfg.seed
-        )
-        return classifier.train().to(self.device)
+        return PartialFC(margin_loss(cfg), cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16, cfg.seed)
 
     def open_old_features(self):
-        """The old model's features of the training set, by the config's keys; read ahead of the batches."""
+        """The old model's features of the training set, from the keys in old_model/keys.py."""
         cfg = self.cfg
-        old = OldFeatures(
-            cfg.old_embedding, self.train_set, cfg.old_embedding_label, cfg.embedding_size, cfg.old_model_path
+        if "old_embedding" not in cfg:
+            raise ConfigError(
+                f"{cfg.config_file}: {type(self).__name__} uses old features, but its configs/base.py declares no "
+                "old_embedding; start it with `config = edict(keys)`, keys from old_model.keys"
+            )
+        return OldFeatures(
+            self.train_set,
+            cfg.old_embedding,
+            cfg.old_embedding_label,
+            cfg.get("credible_old_feature"),
+            cfg.embedding_size,
+            cfg.old_model_path,
         )
-        self.loader.read_ahead(old)
-        return old
 
     def setup(self):
-        """Load a method's old features, prototypes, extra modules; runs after the data and the models exist."""
+        """Check a method's keys, load prototypes, add extra modules; runs once data and models exist."""
 
     def begin_epoch(self):
         """Runs before the first batch of every epoch, on all ranks."""
 
-    def losses(self, images, labels, index):
-        """The loss terms `{name: scalar}` of a batch; their sum is minimised.
-
-        images: float32 [B, 3, 112, 112] in [-1, 1], labels: int64 [B], both on the device; index: int64 [B] on
-        the CPU, the images' rows in the training set and in every feature file.
-        """
-        raise TypeError(f"{type(self).__name__} must define losses(images, labels, index)")
+    def losses(self, batch):
+        """The loss terms `{name: scalar}` of an `engine.loader.Batch`; their sum is minimised."""
+        raise TypeError(f"{type(self).__name__} must define losses(batch)")
 
     def parameter_groups(self):
         groups = [{"params": [p for p in [*self.backbone.parameters(), *self.extra.parameters()] if p.requires_grad]}]
-        if self.classifier is not None:
-            groups.append({"params": list(self.classifier.parameters())})
+        if centres := list(self.classifier.parameters()):
+            groups.append({"params": centres})
         return groups
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def train(self):
-        """Train to the end, or until a signal asks to stop: then the step is finished and a checkpoint written."""
+        """Train to the end, or until a stop signal: then finish the step and write a checkpoint."""
         cfg = self.cfg
-        self.claimed = checkpoint_sets.claim(cfg.output)
-        # By torchrun --max-restarts, whose agents on several machines do not all count the same.
+        self.claimed = checkpoint.claim(cfg.output)
+        # By torchrun --max-restarts, whose agents on different machines may disagree on the count.
         restarted = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
         if distributed.all_reduce_(restarted, torch.distributed.ReduceOp.MAX) or cfg.resume:
             self.resume()
         else:
-            checkpoint_sets.start_afresh(cfg.output)
+            checkpoint.start_afresh(cfg.output)
         writer = SummaryWriter(f"{cfg.output}/tensorboard", purge_step=self.step) if self.rank == 0 else None
         self.log_start()
-        self.monitor = Monitor(cfg, self.total_steps, self.global_batch, self.step, writer)
+        self.monitor = Monitor(self.total_steps, self.global_batch, self.step, writer)
         with self.monitor, StopRequest(self.device) as self.stop:
             stopped = None
             try:
                 while self.epoch < cfg.num_epoch and not stopped:
                     stopped = self.train_epoch()
             except NonFiniteLoss as error:
-                explain(self, error)    # in here, where the launcher's SIGTERM to the other ranks finds them writing
+                explain(self, error)  # inside StopRequest: the launcher's SIGTERM must not end ranks that still write
                 raise
         if stopped and self.epoch < cfg.num_epoch:
-            log.info("stopped by %s at step %d; go on with: %s", stopped, self.step, command_to_go_on())
+            log.info("stopped by %s at step %d; resume with: %s", stopped, self.step, resume_command())
 
     def train_epoch(self):
-        """The rest of the epoch. Returns the name of the signal that asks to stop, or None."""
+        """Train the rest of the epoch. Returns the name of the stop signal, or None."""
         cfg = self.cfg
         done = self.step - self.epoch * self.steps_per_epoch  # not 0 after resuming within an epoch
         self.loader.set_epoch(self.epoch, start_step=done * cfg.gradient_acc)
         if done == 0:
-            with self.monitor.pause("begin of an epoch", self.steps_per_epoch):
+            with self.monitor.pause():
                 self.begin_epoch()
         batches, stopped = iter(self.loader), None
         while done < self.steps_per_epoch:
             for micro in range(cfg.gradient_acc):
-                self.accumulate(*next(batches), last=micro == cfg.gradient_acc - 1)
+                self.accumulate(next(batches), last=micro == cfg.gradient_acc - 1)
             self.update()
             done += 1
             if self.step % cfg.frequent == 0 or self.step == self.total_steps:
                 self.monitor.line(self.step, self.epoch, self.schedule.get_last_lr()[0], self.scaler)
             if self.verifier and (self.step % cfg.verbose == 0 or self.step == self.total_steps):
-                with self.monitor.pause("verification", cfg.verbose):
+                with self.monitor.pause():
                     self.verify()
             stopped = self.stop.agreed()
             due = cfg.checkpoint_steps and self.step % cfg.checkpoint_steps == 0
             if done < self.steps_per_epoch and (stopped or due):
-                with self.monitor.pause("checkpoint", cfg.checkpoint_steps or self.total_steps):
+                with self.monitor.pause():
                     self.save_checkpoint()
                 if stopped:
                     return stopped
         self.epoch += 1
-        with self.monitor.pause("end of an epoch", self.steps_per_epoch):
+        with self.monitor.pause():
             self.save_models()
             due = cfg.checkpoint_steps and (self.step % cfg.checkpoint_steps == 0 or self.step == self.total_steps)
             if cfg.save_all_states or stopped or due:
                 self.save_checkpoint()
         return stopped
 
-    def accumulate(self, images, labels, index, last):
-        """Forward and backward of one batch; gradients are exchanged with the `last` one before an update."""
+    def accumulate(self, batch, last):
+        """Forward and backward of one batch; the ranks exchange gradients on the `last` one before an update."""
         exchange = last or self.world_size == 1
         with contextlib.nullcontext() if exchange else self.backbone.no_sync():
-            terms = self.losses(images, labels, index)
-            self.monitor.update(self.step, terms, index)
+            terms = self.losses(batch)
+            self.monitor.update(self.step, terms, batch.index)
             self.scaler.scale(sum(terms.values()) / self.cfg.gradient_acc).backward()
 
     def update(self):
-        for parameter in self.extra.parameters():
+        for parameter in self.replicated:
             if parameter.grad is not None:
                 distributed.all_reduce_(parameter.grad)
         self.scaler.unscale_(self.optimizer)
@@ -227,8 +244,8 @@ class Trainer:
         self.step += 1
 
     def verify(self):
-        self.refuse_broken_weights()
-        distributed.broadcast_buffers(self.backbone)  # of the model that is saved, rank 0's, on every rank
+        self.check_weights()
+        distributed.broadcast_buffers(self.backbone)  # every rank verifies the model that is saved, rank 0's
         accuracies = self.verifier.run(unwrap(self.backbone))
         for name, value in accuracies.items():
             log.info("[%s][%d]Accuracy-Flip: %.5f", name, self.step, value)
@@ -243,7 +260,7 @@ class Trainer:
         for key, value in sorted(self.cfg.items()):
             log.info(": %s%s", key.ljust(32), value)
         log.info(
-            "%d ranks on %s, %d images, %d classes, %d steps an epoch, %d in all",
+            "%d ranks on %s, %d images, %d classes, %d steps per epoch, %d in all",
             *(self.world_size, self.device.type, self.cfg.num_image, self.cfg.num_classes),
             *(self.steps_per_epoch, self.total_steps),
         )
@@ -251,38 +268,34 @@ class Trainer:
     # --- files ----------------------------------------------------------------------------------------------------
 
     def save_backbone(self, name):
-        """The backbone of rank 0, loadable by `backbones.load_backbone`."""
+        """Save rank 0's backbone, for `backbones.load_backbone`."""
         if self.rank == 0:
-            checkpoint.save_atomically(unwrap(self.backbone).state_dict(), pathlib.Path(self.cfg.output) / name)
+            save_atomically(unwrap(self.backbone).state_dict(), pathlib.Path(self.cfg.output) / name)
 
     def save_models(self):
-        """`model.pt`: the backbone; `softmax_fc_gpu_{rank}.pt`: each rank's class centres."""
-        self.refuse_broken_weights()
+        """Save the backbone as `model.pt`, each rank's class centres as `softmax_fc_gpu_{rank}.pt`."""
+        self.check_weights()
         self.save_backbone("model.pt")
-        if self.classifier is not None:
+        if centres := self.classifier.state_dict():
             output = pathlib.Path(self.cfg.output)
-            checkpoint.save_atomically(self.classifier.state_dict(), output / f"softmax_fc_gpu_{self.rank}.pt")
+            save_atomically(centres, output / f"softmax_fc_gpu_{self.rank}.pt")
             others = range(self.world_size + self.rank, 10**6, self.world_size)
             for path in itertools.takewhile(pathlib.Path.exists, (output / f"softmax_fc_gpu_{r}.pt" for r in others)):
-                path.unlink()   # of ranks that a run which was resumed on fewer has no longer
+                path.unlink()  # from before a resume on fewer ranks
 
-    def refuse_broken_weights(self):
-        """A loss that is no number, and what it made of the weights, must get into no file and be nobody's best."""
+    def check_weights(self):
+        """Raise rather than save or rank non-finite weights, or those of a step with a non-finite loss."""
         self.monitor.flush()
-        refuse_broken_weights(self)
+        refuse_non_finite_weights(self)
 
     def save_checkpoint(self):
-        self.refuse_broken_weights()
-        path = checkpoint.checkpoint_path(self.cfg.output, self.step, self.rank, self.world_size)
-        checkpoint.save_atomically(state_of(self), path)
-        distributed.barrier()  # the set is complete before an older one goes
-        checkpoint_sets.remove_old(self.cfg.output, self.rank)
+        self.check_weights()
+        checkpoint.save_set(self.cfg.output, state_of(self))
 
     def resume(self):
-        checkpoint_sets.clear_leftovers(self.cfg.output)
-        found = checkpoint_sets.load_newest(self.cfg.output, self.rank, self.world_size, self.device, log.warning)
+        found = checkpoint.load_newest(self.cfg.output, self.device)
         if found is None:
-            log.warning("resume = True, but %s holds no checkpoint: starting from the beginning", self.cfg.output)
+            log.warning("resume = True, but no checkpoint in %s: starting from scratch", self.cfg.output)
             return
         restore(self, *found)
         log.info("resumed from %s: epoch %d, step %d", found[1], self.epoch, self.step)
@@ -292,17 +305,18 @@ class Trainer:
     @classmethod
     def main(cls, argv=None):
         parser = argparse.ArgumentParser(
-            description=cls.__doc__,
+            usage="%(prog)s [-h] config [--key value ...]",
+            description=sys.modules[cls.__module__].__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="Any key of the config can be overridden, after it: --key value. configs/base.py explains each.",
+            epilog="Any config key can be overridden after the config: --key value. configs/base.py explains each.",
             allow_abbrev=False,
         )
         parser.add_argument("config", help="config file, such as configs/f128_r18_softmax_class30.py; it comes first")
-        # Older launchers pass --local_rank, today's --local-rank; the environment is what counts.
+        # Passed by old launchers as --local_rank, by new ones as --local-rank; ranks come from the environment.
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
         args, overrides = parser.parse_known_args(argv)
         if not args.config.endswith(".py"):
-            parser.error(f"{args.config} is no config file; the config comes first, then --key value")
+            parser.error(f"{args.config} is not a config file; put the config first, then --key value")
         with report_errors():
             cls(load_config(args.config, overrides)).train()
         distributed.shutdown()

@@ -1,4 +1,4 @@
-"""Verification on insightface's .bin sets (LFW, CFP-FP, AgeDB-30, ...) while training."""
+"""Verification on insightface's .bin sets (LFW, CFP-FP, AgeDB-30, ...) during training."""
 
 import pathlib
 
@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from sklearn.model_selection import KFold
 
-from engine import distributed
+from core import distributed
+from dataset import IMAGE_SHAPE, decode_bgr, image_size
 from engine.bin_files import VerificationError, read_bin
-from image_bytes import IMAGE_SHAPE, decode_bgr, image_size
 
-THRESHOLDS = np.arange(0, 4, 0.01)  # of the squared Euclidean distance of unit vectors, as the field's tables use
+THRESHOLDS = np.arange(0, 4, 0.01)  # squared Euclidean distance of unit vectors, as is usual
 
 
 def k_fold_accuracy(first, second, same, folds=10):
-    """Mean accuracy over `folds` folds, each with the threshold that is best on the others.
+    """Mean accuracy over `folds` folds, each with the best threshold of the others.
 
-    first, second: float [N, D], rows of unit norm; same: bool [N]. Pairs are equal where the squared distance is
-    below the threshold. Returns a float in [0, 1]. Protocol: LFW (Huang et al., 2007), image-restricted.
+    first, second: float [N, D], rows of unit norm; same: bool [N]. A pair matches if its squared distance is below the
+    threshold. Returns a float in [0, 1]. Protocol: LFW (Huang et al., 2007), image-restricted.
     """
     distance = np.square(first - second).sum(1)
     correct = (distance[:, None] < THRESHOLDS) == same[:, None]  # [N, T]
@@ -30,16 +30,16 @@ def k_fold_accuracy(first, second, same, folds=10):
 
 
 def _check_headers(path, images):
-    """What can be said of the images before the first step, long before the first of them is decoded."""
+    """Check what the headers tell before the first step, long before any image is decoded."""
     for position, image in enumerate(images):
         size = image_size(image)
         if size != IMAGE_SHAPE[1::-1]:
-            what = f"{size[0]} x {size[1]}, not 112 x 112: align the faces first" if size else "no JPEG and no PNG"
+            what = f"{size[0]} x {size[1]}, not 112 x 112: align the faces first" if size else "neither JPEG nor PNG"
             raise VerificationError(f"{path}: image {position} is {what}")
 
 
 class Verifier:
-    """Runs a backbone over the .bin sets `names` under `directory`, all ranks together. Falsy without names."""
+    """Evaluates a backbone on the .bin sets `names` in `directory`, all ranks together. Falsy without names."""
 
     def __init__(self, directory, names, batch_size, device):
         self.batch_size, self.device = batch_size, device
@@ -53,7 +53,7 @@ class Verifier:
 
     @torch.no_grad()
     def run(self, backbone):
-        """`{name: 10-fold accuracy}` of embeddings f(x) + f(mirrored x); the backbone is left in training mode."""
+        """`{name: 10-fold accuracy}` of embeddings f(x) + f(mirrored x); leaves the backbone in training mode."""
         backbone.eval()
         accuracies = {}
         for name, (images, same) in self.sets.items():
@@ -73,7 +73,7 @@ class Verifier:
             pixels = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2).float()
             pixels = (pixels / 255 - 0.5) / 0.5
             mine.append((backbone(pixels) + backbone(pixels.flip(3))).float())
-        # Ranks hold shares that differ by a row, so everyone adds its rows into a whole table.
+        # The shares differ by a row, so all-gather does not fit: every rank adds its rows to a full table.
         width = torch.tensor(mine[0].shape[1] if mine else 0, device=self.device)
         width = int(distributed.all_reduce_(width, torch.distributed.ReduceOp.MAX))
         table = torch.zeros(len(images), width, device=self.device)

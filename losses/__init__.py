@@ -1,7 +1,8 @@
-"""Losses that several runs share: margin softmax, sharded over the classes, and the softmax over old prototypes."""
+"""Shared losses: margin softmax, sharded over the classes, and softmax over old prototypes."""
 
+from losses.classifier import Classifier, Softmax
 from losses.margin import ArcFace, CombinedMarginLoss, CosFace
 from losses.partial_fc import PartialFC
 from losses.prototype import old_prototype_loss
 
-__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC", "old_prototype_loss"]
+__all__ = ["ArcFace", "Classifier", "CombinedMarginLoss", "CosFace", "PartialFC", "Softmax", "old_prototype_loss"]

@@ -1,9 +1,9 @@
-"""Margins of the softmax losses of face recognition: cosines in, scaled logits out.
+"""Margins for the softmax losses of face recognition: cosines in, scaled logits out.
 
-All of them change one entry a row, the cosine of the sample's own class, and multiply everything by a scale s.
-So the trigonometry is done on [B] numbers in float32 (float64 for float64 input), the [B, C] matrix is passed over
-once forward and once backward, and the derivative at the target is the closed form below, which stays finite where
-that of arccos does not: at |cos theta| = 1, and slightly beyond it through rounding.
+Each changes one entry per row, the cosine to the sample's own class, and multiplies everything by a scale s. So the
+trigonometry runs on [B] numbers in float32 (float64 for float64 input), the [B, C] matrix is read once in the forward
+and once in the backward pass, and the derivative at the target is the closed form below, which stays finite where
+arccos's does not: at |cos theta| = 1, and slightly beyond it through rounding.
 
     d/dc cos(m1 arccos(c) + m2) = m1 sin(m1 theta + m2) / sin(theta),    c = cos(theta)
 """
@@ -14,18 +14,18 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# The derivative divides by max(sin(theta), SIN_FLOOR): exact for angles above 0.06 degrees. Below it the factor grows
-# without bound while the gradient of the cosine itself vanishes like sin(theta), leaving amplified rounding errors.
+# The derivative divides by max(sin(theta), SIN_FLOOR): exact above 0.06 degrees. Below, the factor grows without bound
+# while the gradient of the cosine itself vanishes like sin(theta), which would leave amplified rounding errors.
 SIN_FLOOR = 1e-3
 
 
 class _ApplyMargin(torch.autograd.Function):
-    """logits [B, C] -> s * logits, with the target entries replaced, and filtered entries zero without gradient."""
+    """logits [B, C] -> s * logits, with target entries replaced and filtered entries zero, without gradient."""
 
     @staticmethod
     def forward(ctx, logits, labels, margin):
         here = labels >= 0
-        column = labels.clamp(min=0).unsqueeze(1)                      # any column will do where the row has no target
+        column = labels.clamp(min=0).unsqueeze(1)  # any column will do for a row without a target
         cosine = logits.gather(1, column).squeeze(1)
         value, slope = margin.target(cosine if cosine.dtype == torch.float64 else cosine.float())
         value = torch.where(here, value.to(logits.dtype), cosine)
@@ -35,7 +35,7 @@ class _ApplyMargin(torch.autograd.Function):
         filtered = None
         if margin.interclass_filtering_threshold > 0:
             filtered = logits > margin.interclass_filtering_threshold
-            # The target itself is never filtered; a row without a target here keeps what its column 0 says.
+            # The target is never filtered; a row without a target here keeps the value of its column 0.
             filtered.scatter_(1, column, filtered.gather(1, column) & ~here.unsqueeze(1))
             value = torch.where(filtered.gather(1, column).squeeze(1), torch.zeros_like(value), value)
             out.masked_fill_(filtered, 0)
@@ -57,7 +57,7 @@ class _ApplyMargin(torch.autograd.Function):
 
 
 class Margin(nn.Module):
-    """What the margins share; a subclass defines `target(cosine) -> (value, derivative)` for [B] cosines."""
+    """Base class; a subclass defines `target(cosine) -> (value, derivative)` for [B] cosines."""
 
     def __init__(self, s, interclass_filtering_threshold=0.0):
         super().__init__()
@@ -69,14 +69,14 @@ class Margin(nn.Module):
     def forward(self, logits, labels):
         """Scaled logits with the margin at the target entries.
 
-        logits: [B, C], cosines in [-1, 1] (rounding beyond is tolerated), floating point of any width; not modified.
-        labels: integers [B] or [B, 1], the column of each row's own class; -1 where that class lives on another rank,
-        whose row is scaled only. Returns [B, C], same dtype. Raises ValueError if the shapes do not fit.
+        logits: [B, C], cosines in [-1, 1] (rounding beyond is tolerated), any floating-point dtype; not modified.
+        labels: integers [B] or [B, 1], the column of each row's own class; -1 = the class is on another rank, the row
+        is only scaled. Returns [B, C], same dtype. Raises ValueError if the shapes do not match.
         """
         labels = labels.reshape(-1)
         if logits.dim() != 2 or len(labels) != len(logits):
             raise ValueError(
-                f"logits {tuple(logits.shape)} and labels [{len(labels)}] do not fit: expected [B, C] and [B]"
+                f"logits {tuple(logits.shape)} and labels [{len(labels)}] do not match: expected [B, C] and [B]"
             )
         return _ApplyMargin.apply(logits, labels.long(), self)
 
@@ -87,9 +87,9 @@ class Margin(nn.Module):
 class ArcFace(Margin):
     """Additive angular margin (ArcFace, arXiv:1801.07698, eq. 3): s * cos(theta + margin) at the target.
 
-    Where theta + margin > pi the cosine would rise again and push a sample away from its class. There, that is where
+    For theta + margin > pi the cosine would rise again and push a sample away from its class. There, i.e. for
     cos(theta) <= cos(pi - margin), the target is s * (cos(theta) - margin * sin(pi - margin)), which keeps falling:
-    it lies below the other side for margins up to pi / 2, and its derivative by the cosine is s.
+    it is below the first branch for margins up to pi / 2, and its derivative with respect to the cosine is s.
 
     s: scale. margin: radians in [0, pi).
     """
@@ -126,13 +126,13 @@ class CombinedMarginLoss(Margin):
     """The combined margin (arXiv:1801.07698, eq. 4): s * (cos(m1 * theta + m2) - m3) at the target.
 
     m1 is SphereFace's multiplicative angular margin (arXiv:1704.08063), m2 ArcFace's, m3 CosFace's.
-    m1 = 1, m3 = 0 is ArcFace with what it does past pi - m2; m1 = 1, m2 = 0 is CosFace. Every other combination is
-    the formula as it stands, also where m1 * theta + m2 exceeds pi and the cosine rises again: choose m1 and m2 so
-    that the angles of a trained model, well below pi / 2, stay clear of that.
+    m1 = 1, m3 = 0 is ArcFace, with its second branch past pi - m2; m1 = 1, m2 = 0 is CosFace. All other combinations
+    use the plain formula, even where m1 * theta + m2 exceeds pi and the cosine rises again: choose m1 and m2 so that
+    the angles of a trained model, well below pi / 2, stay clear of that.
 
-    s: scale. m1: factor >= 1 as a rule. m2: radians in [0, pi). m3: cosine.
-    interclass_filtering_threshold: cosines of *other* classes above it are set to 0, so that they hardly count, and
-    get no gradient: presumably noise, the same person under two labels (Partial FC, arXiv:2203.15565). 0 is off.
+    s: scale. m1: factor, usually >= 1. m2: radians in [0, pi). m3: cosine.
+    interclass_filtering_threshold: cosines to *other* classes above it are set to 0, which makes them nearly
+    irrelevant, and get no gradient: probably one person under two labels (Partial FC, arXiv:2203.15565). 0 = off.
     """
 
     def __init__(self, s, m1, m2, m3, interclass_filtering_threshold=0):
@@ -154,7 +154,7 @@ class CombinedMarginLoss(Margin):
 
 
 def _arcface(cosine, margin):
-    """`(value, derivative)` of ArcFace's target for [B] cosines, both of its branches."""
+    """`(value, derivative)` of ArcFace's target for [B] cosines, both branches."""
     theta, sine = _angle_and_sine(cosine)
     moved = theta + margin
     before = cosine > math.cos(math.pi - margin)

@@ -1,13 +1,13 @@
-"""Margin softmax over many classes, the class centres sharded over the ranks (Partial FC, arXiv:2203.15565).
+"""Margin softmax over many classes, with class centres sharded over the ranks (Partial FC, arXiv:2203.15565).
 
-Every rank owns a contiguous range of classes. The normalised embeddings and labels of all ranks are gathered, a rank
-computes the cosines of the global batch to its own centres only, and the cross-entropy needs no more of the other
-ranks than two numbers a sample: the log-sum-exp over their shard and the logit of the target, where they own it.
-Logits are never gathered: a rank's time and memory are those of its share of the classes.
+Each rank owns a contiguous range of classes. The normalised embeddings and labels of all ranks are gathered, a rank
+computes the cosines of the global batch to its own centres only, and from the other ranks the cross-entropy needs just
+two numbers per sample: the log-sum-exp over their shard and, if they own the target, its logit. Logits are never
+gathered: time and memory per rank scale with its share of the classes.
 
-With `sample_rate < 1` a step sees only a part of the centres (the positives of the batch and random others). Their
-gradient is a sparse tensor of the rows concerned, never a dense [num_local, embedding_size] one, and `attach` makes
-an ordinary optimiser update those rows, with their own rows of its state, and no other.
+With `sample_rate < 1` a step uses only some of the centres (the positives of the batch and random negatives). Their
+gradient is a sparse tensor of those rows, never a dense [num_local, embedding_size] one, and `attach` makes an ordinary
+optimiser update those rows and their state only.
 """
 
 import torch
@@ -15,35 +15,38 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from engine.distributed import gather, gather_with_grad, rank, rows_of_rank, world_size
+from core.distributed import gather, gather_with_grad, rank, rows_of_rank, world_size
+from losses.classifier import Classifier
 from losses.row_optimizer import RowOptimizer
 
-INIT_STD = 0.01         # of the centres' initial coordinates
-INIT_BLOCK = 1024       # classes that share an initial generator
+INIT_STD = 0.01  # of the initial coordinates of the centres
+INIT_BLOCK = 1024  # classes per generator of initial centres
 
 
-class PartialFC(nn.Module):
+class PartialFC(Classifier):
     """Class centres of this rank and the softmax loss over the classes of all ranks.
 
     margin_loss: a module (cosines [N, C], local labels [N], -1 = elsewhere) -> logits, see `losses.margin`. It must
-    tolerate cosines that rounding carried past 1 (an ulp; with fp16 1e-3), as those do: no pass over [N, C] clamps.
-    embedding_size: D. num_classes: over all ranks; sizes of the shards differ by at most one.
-    sample_rate: in (0, 1], the share of its centres that a rank uses in a training step; 1 = all, the exact softmax.
-    fp16: on CUDA, cosines by a half precision matrix product (the dtype of the surrounding autocast, float16
-    without one); normalisation and softmax stay in float32. Elsewhere no effect.
-    seed: of the initial centres, which do not depend on the number of ranks, and of the sampling.
+    tolerate cosines rounded past 1 (by an ulp; with fp16 by 1e-3), as those do: nothing clamps [N, C].
+    embedding_size: D. num_classes: over all ranks; shard sizes differ by at most one.
+    sample_rate: in (0, 1], the share of its centres that a rank uses per training step; 1 = all, the exact softmax.
+    fp16: on CUDA, cosines by a half-precision matrix product (autocast's dtype, or float16); normalisation and softmax
+    stay in float32. No effect elsewhere.
+    seed: for the initial centres, which do not depend on the number of ranks, and for the sampling.
 
     Attributes: `weight`, Parameter [num_local, D]; `class_start`: this rank's classes are class_start ...
     class_start + num_local - 1. The state dict is `weight` alone. Construct it after the process group.
     Raises ValueError if there are more ranks than classes, or if sample_rate is out of range.
     """
 
+    class_sharded = {"weight": 0}
+
     def __init__(self, margin_loss, embedding_size, num_classes, sample_rate=1.0, fp16=False, seed=0):
         super().__init__()
         if not 0 < sample_rate <= 1:
-            raise ValueError(f"sample_rate is a share of the classes, above 0 and at most 1, not {sample_rate}")
+            raise ValueError(f"sample_rate = {sample_rate} must be above 0 and at most 1")
         if world_size() > num_classes:
-            raise ValueError(f"{num_classes} classes cannot be shared by {world_size()} ranks: start fewer ranks")
+            raise ValueError(f"{num_classes} classes are fewer than the {world_size()} ranks: start fewer ranks")
         self.margin_loss = margin_loss
         self.embedding_size = embedding_size
         self.num_classes = num_classes
@@ -65,10 +68,10 @@ class PartialFC(nn.Module):
     def forward(self, embeddings, labels):
         """Mean cross-entropy over the global batch: the same scalar on every rank, with exact gradients.
 
-        embeddings: [B, D], any scale, the rows of this rank; B must be the same on every rank.
+        embeddings: [B, D], any scale, this rank's rows; B must be the same on every rank.
         labels: integers [B] or [B, 1] in [0, num_classes). In training mode with sample_rate < 1 the softmax is over
-        the classes that all ranks sampled. Raises ValueError (on CUDA: a device-side assert, so that no step waits
-        for the check) for labels out of range.
+        the classes sampled by all ranks. Raises ValueError for labels out of range (on CUDA a device-side assert, so
+        that the check does not sync).
         """
         labels = labels.reshape(-1).long()
         if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_size or len(labels) != len(embeddings):
@@ -93,42 +96,42 @@ class PartialFC(nn.Module):
     def cosines(self, embeddings):
         """Cosines [N, num_local] of embeddings [N, D], any scale, to all centres of this rank, with gradient to both.
 
-        For losses that work on class-sharded logits. Nothing is gathered: every rank should pass the same N rows, as
-        `gather_with_grad` gives them. float32; rounding may carry a value beyond 1 by an ulp (fp16: by 1e-3).
+        For losses on class-sharded logits. Nothing is gathered: every rank should pass the same N rows, as returned by
+        `gather_with_grad`. float32; rounding may exceed 1 by an ulp (fp16: by 1e-3).
         """
         with torch.autocast(self.weight.device.type, enabled=False):
             return self._cosines(F.normalize(embeddings.to(self.weight.dtype)), self.weight)
 
     def _cosines(self, embeddings, weight):
-        """Of embeddings [N, D] that are normalised to the rows of `weight` that are not."""
+        """Cosines of normalised embeddings [N, D] to the (not normalised) rows of `weight`."""
         if self.fp16 and weight.device.type == "cuda":
             return _HalfCosines.apply(embeddings, weight, torch.get_autocast_dtype("cuda")).float()
         return _Cosines.apply(embeddings, weight)
 
     def _check(self, labels):
-        """Labels [N] of the global batch, so that all ranks fail alike and none waits for another in a collective."""
+        """Check the global batch's labels [N], so that all ranks fail together and none hangs in a collective."""
         if labels.device.type == "cuda":
             in_range = ((labels >= 0) & (labels < self.num_classes)).all()
             torch._assert_async(in_range, f"PartialFC: a label is outside [0, {self.num_classes})")
         elif len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
             wrong = labels[(labels < 0) | (labels >= self.num_classes)][0].item()
             raise ValueError(
-                f"label {wrong} is outside [0, {self.num_classes}): check num_classes against the training set"
+                f"label {wrong} is outside [0, {self.num_classes}): compare num_classes with the training set"
             )
 
     # --- sampling of centres --------------------------------------------------------------------------------------
 
     def _sample(self, local):
-        """Rows of `weight` for this step, int64 [S] in order, and the local labels [N] renumbered to them.
+        """This step's rows of `weight`, int64 [S], sorted, and the local labels [N] as positions in them.
 
         All positives, filled up to num_sample with random negatives; more than num_sample only if the positives are.
         """
         generator = self._sampling_generator()
-        score = torch.rand(self.num_local + 1, generator=generator, device=self.weight.device)   # last: not here
-        score[local] = 2                                     # above every random number; -1 writes to the last
+        score = torch.rand(self.num_local + 1, generator=generator, device=self.weight.device)
+        score[local] = 2  # above every random number; -1, a class elsewhere, writes to the extra last entry
         score = score[:-1]
         count = self.num_sample
-        if len(local) > count:                               # else the positives fit whatever the labels are
+        if len(local) > count:  # else the positives always fit
             count = max(count, int((score == 2).sum()))
         index = score.topk(count, sorted=False).indices.sort().values
         return index, torch.where(local >= 0, torch.searchsorted(index, local), -1)
@@ -139,38 +142,37 @@ class PartialFC(nn.Module):
             self._generator.manual_seed(self.seed * 1_000_003 + rank())
         return self._generator
 
-    def generator_state(self):
-        """State of this rank's sampling for a checkpoint, a CPU uint8 tensor; None if every centre is always used."""
+    def sampling_state(self):
+        """This rank's sampling state for a checkpoint, a CPU uint8 tensor; None if all centres are used."""
         return self._sampling_generator().get_state() if self.sample_rate < 1 else None
 
-    def set_generator_state(self, state):
-        """Continue the sampling from what `generator_state` returned on the same kind of device (None: no change)."""
+    def set_sampling_state(self, state):
+        """Restore what `sampling_state` returned on the same type of device (None: no change)."""
         if state is not None and self.sample_rate < 1:
             self._sampling_generator().set_state(state.cpu())
 
     def attach(self, optimizer):
-        """Have `optimizer`, which holds `weight`, update sampled centres only; call once, before the first step.
+        """Make `optimizer`, which must have `weight`, update sampled centres only; call once, before the first step.
 
-        Returns the `RowOptimizer`, or None where sample_rate = 1 and nothing is to be done. See there for what it
-        guarantees. Raises ValueError if the optimiser does not hold `weight`.
+        Returns the `RowOptimizer`, or None if sample_rate = 1. Raises ValueError if the optimiser lacks `weight`.
         """
         return RowOptimizer(optimizer, self.weight) if self.sample_rate < 1 else None
 
 
 def _initial_centres(start, stop, embedding_size, seed):
-    """Rows [start, stop) of the N(0, 0.01) matrix of all classes, drawn in blocks so that no rank needs the rest."""
+    """Rows [start, stop) of the N(0, 0.01) matrix of all classes, drawn in blocks so that no rank draws the rest."""
     blocks = []
     for first in range(start // INIT_BLOCK * INIT_BLOCK, stop, INIT_BLOCK):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         block = torch.empty(INIT_BLOCK, embedding_size).normal_(0, INIT_STD, generator=generator)
-        blocks.append(block[max(start - first, 0):stop - first])
+        blocks.append(block[max(start - first, 0) : stop - first])
     return torch.cat(blocks)
 
 
 class _Cosines(torch.autograd.Function):
-    """F.linear(embeddings, F.normalize(weight)) for normalised embeddings, without the normalised copy of the centres.
+    """F.linear(embeddings, F.normalize(weight)) for normalised embeddings, without a normalised copy of the centres.
 
-    With u = w / |w| and g = dL/du, dL/dw = (g - u (u . g)) / |w|. The factor 1 / |w| goes on the smaller [N, C] side.
+    With u = w / |w| and g = dL/du, dL/dw = (g - u (u . g)) / |w|. The factor 1 / |w| is applied to the smaller [N, C].
     """
 
     @staticmethod
@@ -187,19 +189,19 @@ class _Cosines(torch.autograd.Function):
         to_embeddings = grad @ weight if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return to_embeddings, None
-        to_weight = grad.t() @ embeddings                                               # g / |w|
-        along = torch.linalg.vecdot(weight, to_weight) * inverse ** 2                   # u . g / |w|^2
+        to_weight = grad.t() @ embeddings  # g / |w|
+        along = torch.linalg.vecdot(weight, to_weight) * inverse**2  # u . g / |w|^2
         return to_embeddings, to_weight.addcmul_(weight, along.unsqueeze(1), value=-1)
 
 
 class _HalfCosines(torch.autograd.Function):
-    """The same by matrix products of `dtype`, which needs a (half precision) copy of the normalised centres."""
+    """The same by matrix products in `dtype`, with a (half-precision) copy of the normalised centres."""
 
     @staticmethod
     def forward(ctx, embeddings, weight, dtype):
         inverse = _inverse_norm(weight)
         unit = torch.empty_like(weight, dtype=dtype)
-        torch.mul(weight, inverse.unsqueeze(1), out=unit)                               # no float32 copy in between
+        torch.mul(weight, inverse.unsqueeze(1), out=unit)  # no float32 copy in between
         embeddings = embeddings.to(dtype)
         ctx.save_for_backward(embeddings, unit, inverse)
         return embeddings @ unit.t()
@@ -218,12 +220,12 @@ class _HalfCosines(torch.autograd.Function):
 
 
 def _inverse_norm(weight):
-    """1 / |w| of every row, as F.normalize has it for rows of (almost) nothing."""
+    """1 / |w| of every row, clamped as in F.normalize for rows near zero."""
     return torch.linalg.vector_norm(weight, dim=1).clamp_(min=1e-12).reciprocal_()
 
 
 class _SelectRows(torch.autograd.Function):
-    """weight[index], index sorted without repetition, with a sparse gradient [num_local, D]."""
+    """weight[index], index sorted and unique, with a sparse gradient [num_local, D]."""
 
     @staticmethod
     def forward(ctx, weight, index):
@@ -240,10 +242,10 @@ class _SelectRows(torch.autograd.Function):
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
-    """Mean of -log softmax at the target, over logits [N, C_local] whose classes are spread over the ranks.
+    """Mean of -log softmax at the target, over logits [N, C_local] whose classes are sharded over the ranks.
 
-    One pass for the local softmax p and its log-sum-exp, one collective of two numbers a sample; the softmax over all
-    ranks is then p * exp(local log-sum-exp - global), which the backward folds into the factor of its only pass.
+    One pass for the local softmax p and its log-sum-exp, one collective of two numbers per sample; the softmax over all
+    ranks is then p * exp(local log-sum-exp - global), a factor that the backward applies in its single pass.
     """
 
     @staticmethod
@@ -251,10 +253,10 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         here = labels >= 0
         column = labels.clamp(min=0).unsqueeze(1)
         probability = logits.softmax(1)
-        # From the largest entry, whose probability is at least 1 / C_local: no overflow, no logarithm of zero.
+        # From the largest entry, with probability at least 1 / C_local: no overflow, no log of zero.
         log_sum = logits.amax(1) - probability.amax(1).log()
         target = torch.where(here, logits.gather(1, column).squeeze(1), 0)
-        parts = gather(torch.stack([log_sum, target])[None])           # [world, 2, N]
+        parts = gather(torch.stack([log_sum, target])[None])  # [world, 2, N]
         total = parts[:, 0].logsumexp(0)
         ctx.save_for_backward(probability, (log_sum - total).exp(), column, here)
         return (total - parts[:, 1].sum(0)).mean()

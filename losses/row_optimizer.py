@@ -1,26 +1,26 @@
-"""An ordinary torch optimiser made to step only those rows of a parameter that have a gradient."""
+"""Makes an ordinary torch optimiser step only the rows of a parameter that have a gradient."""
 
 import torch
 
 
 class RowOptimizer:
-    """Lets `optimizer` update the rows of `parameter` that its sparse gradient holds, and nothing else of it.
+    """Makes `optimizer` update only the rows of `parameter` that are in its sparse gradient.
 
-    For the duration of `optimizer.step()` the parameter is replaced by one that consists of those rows, with their
-    gradient and their rows of every state tensor of the parameter's shape (momentum_buffer, exp_avg, exp_avg_sq, ...);
-    afterwards rows and state go back. So a row that a step did not touch keeps its value and its state bit for bit:
-    no weight decay, no drift by momentum. Any elementwise optimiser works (SGD, Adam, AdamW, ...; foreach and fused
-    as well), with gradient scalers and with gradients accumulated over several backwards (the union of their rows).
-    `optimizer.state_dict()` is, outside a step, of the full size and loads into any optimiser.
+    During `optimizer.step()` the parameter is replaced by those rows, with their gradient and their rows of every state
+    tensor of the parameter's shape (momentum_buffer, exp_avg, exp_avg_sq, ...); afterwards rows and state are copied
+    back. So an untouched row keeps its value and state bit for bit: no weight decay, no momentum drift. Any elementwise
+    optimiser works (SGD, Adam, AdamW, ...; foreach and fused, too), with gradient scalers and with gradients
+    accumulated over several backwards (the union of their rows). Outside a step `optimizer.state_dict()` has full size
+    and loads into any optimiser.
 
-    State that is no table of rows is shared by all of them: Adam's bias correction counts the optimiser's steps, not
-    the steps of a row. A state table starts as zeros, so that with SGD's `dampening` a row's first momentum is
-    (1 - dampening) * gradient, where torch's SGD takes the gradient itself.
+    Other state is shared by all rows: Adam's bias correction counts the optimiser's steps, not a row's. Per-row state
+    starts as zeros, so with SGD's `dampening` a row's first momentum is (1 - dampening) * gradient; torch's SGD uses
+    the gradient itself.
 
     A dense gradient (a loss that used all rows) is left to the optimiser: every row takes part in that step.
 
-    Raises ValueError if `optimizer` does not hold `parameter`; `optimizer.step(closure)` raises RuntimeError, as the
-    rows must be known before the step.
+    Raises ValueError if `optimizer` does not have `parameter`; `optimizer.step(closure)` raises RuntimeError, because
+    the rows must be known before the step.
     """
 
     def __init__(self, optimizer, parameter):
@@ -31,12 +31,12 @@ class RowOptimizer:
         optimizer.register_step_post_hook(self._put_back)
 
     def _params(self, optimizer):
-        """The group's list that holds the parameter, and where in it."""
+        """The param group's list that has the parameter, and its position."""
         for group in optimizer.param_groups:
             for position, parameter in enumerate(group["params"]):
                 if parameter is self.parameter:
                     return group["params"], position
-        raise ValueError("the optimiser does not hold the parameter: build it from parameters() first")
+        raise ValueError("the optimiser does not have the parameter: build it from parameters() first")
 
     def _is_table(self, value):
         return torch.is_tensor(value) and value.shape == self.parameter.shape
@@ -46,7 +46,7 @@ class RowOptimizer:
         gradient = self.parameter.grad
         if gradient is None or not gradient.is_sparse:
             return
-        if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):   # args[0] is the optimiser
+        if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):  # args[0] is the optimiser
             raise RuntimeError("a closure cannot be used with sampled classes: call backward before step()")
         gradient = gradient.coalesce()
         self.rows = gradient.indices()[0]

@@ -1,4 +1,4 @@
-"""What several tests need: one thread a process, and a factory of tiny training sets."""
+"""Shared by the tests: one thread per process, and a factory of tiny training sets."""
 
 import os
 

@@ -1,9 +1,9 @@
-"""Runs that are killed with SIGKILL and gone on with: in a chosen line of the code, or from outside at any moment.
+"""Runs that are killed with SIGKILL and resumed: in a chosen line of the code, or from outside at any moment.
 
 `whole_run` trains without interruption, every checkpoint kept aside. `kill_and_resume` trains the same config again,
-each attempt killed at another point, and holds what is on the disk against the whole run: after every kill the newest
-complete set, whole and bit for bit; at the end all that a run leaves behind. tests/engine/test_kill_and_resume.py does
-so with a few dozen kills, tests/soak.py for as long as one likes.
+each attempt killed at another point, and compares the disk with the whole run: after every kill the newest
+complete set, bit for bit; at the end all files of the run. tests/engine/test_kill_and_resume.py does
+it with a few dozen kills, tests/soak.py for as long as you like.
 """
 
 import contextlib
@@ -26,19 +26,24 @@ import numpy as np
 import torch
 
 import engine.trainer
-from engine import checkpoint, checkpoint_sets
-from tests.BCT_methods.whole_runs import write_config, write_old_features
+from engine import checkpoint
+from tests.BCT_methods.whole_runs import sets_of, write_config, write_old_features
 from tests.conftest import draw_image, draw_record_set
 from tests.ranks import PRELOAD
 
 NUM_IMAGE, NUM_CLASSES = 38, 5
-SECONDS = 120           # after which an attempt is taken to hang
-TO_NOTICE = 30          # seconds that a rank has to end of itself once another was killed
+SECONDS = 120  # after which an attempt counts as hanging
+TO_NOTICE = 30  # seconds for a rank to end by itself after another was killed
 # Calls before and after which a run can be killed, by name, such as "before update"; for those that change names on the
-# disk the file's stands beside it, "after replace checkpoint". "half of save": as many bytes of a file are written.
+# disk the file's kind stands beside it, "after replace rank". "half of save": as many bytes of a file are written.
 WATCHED = (
-    (os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (torch, "save"), (engine.trainer, "restore"),
-    (engine.trainer.Trainer, "update"), (engine.trainer.Trainer, "verify"),
+    (os, "replace"),
+    (os, "fsync"),
+    (pathlib.Path, "unlink"),
+    (torch, "save"),
+    (engine.trainer, "restore"),
+    (engine.trainer.Trainer, "update"),
+    (engine.trainer.Trainer, "verify"),
 )
 # What may differ between two states of the same run.
 NOT_COMPARED = ("output", "resume")
@@ -57,7 +62,7 @@ class Task:
         return self.folder / name
 
     def steps(self, name):
-        return [step for step, _ in checkpoint_sets.complete_sets(self.output(name))]
+        return [step for step, _ in sets_of(self.output(name))]
 
     def log(self, name, rank, suffix):
         return self.folder / f"{name}_rank_{rank}{suffix}"
@@ -97,24 +102,31 @@ def make_task(folder, method, ranks, seed=0, **keys):
 
 
 def whole_run(task):
-    """Train to the end into "whole"; "all" gets the checkpoints that go on the way.
+    """Train to the end into "whole"; "all" gets its checkpoints, with those that it deletes on the way.
 
     Returns `{moment: {rank: how many times it came to it}}` and the seconds that it took.
     """
     task.output("all").mkdir()
     assert attempt(task, "whole", None, keep=task.output("all"))
-    for path in task.output("whole").glob("checkpoint_step_*"):
-        os.link(path, task.output("all") / path.name)
+    for path in task.output("whole").glob("checkpoints/*/*"):
+        _link(path, task.output("all"))
     counts = [json.loads(task.log("whole", rank, ".json").read_text()) for rank in range(task.ranks)]
     seconds = max(count.pop("seconds") for count in counts)
     names = {name for count in counts for name in count}
     return {name: {rank: count[name] for rank, count in enumerate(counts) if name in count} for name in names}, seconds
 
 
+def _link(path, output):
+    """Give the file of a set, `path`, its name in another `output` as well."""
+    kept = output.joinpath(*path.parts[-3:])
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    os.link(path, kept)
+
+
 def attempt(task, name, kill, *overrides, keep=None):
     """Start the task's ranks, writing to `<folder>/<name>`; whether the run came to its end.
 
-    keep: a directory for the checkpoints that the run deletes.
+    keep: an output that gets the checkpoints that the run deletes.
 
     Raises AssertionError, with what was printed, where it did not though nobody was killed. Nothing is left running.
     """
@@ -150,7 +162,7 @@ def attempt(task, name, kill, *overrides, keep=None):
 
 
 def _wait(ranks):
-    """Wait until all have ended; those that have not in time."""
+    """Wait until all have ended; returns those that have not in time."""
     deadline = time.monotonic() + SECONDS
     running = {process.sentinel: rank for rank, process in enumerate(ranks)}
     while running and time.monotonic() < deadline:
@@ -169,7 +181,7 @@ def _kill_group(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.is_alive():
-        process.kill()      # so early that it has no group of its own yet
+        process.kill()  # so early that it has no group of its own yet
 
 
 def _rank_main(task, name, rank, store, words, kill, keep):
@@ -179,12 +191,12 @@ def _rank_main(task, name, rank, store, words, kill, keep):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(CUDA_VISIBLE_DEVICES="")
-    multiprocessing.set_start_method("fork", force=True)    # the loader's workers, as outside the tests
+    multiprocessing.set_start_method("fork", force=True)  # the loader's workers, as outside the tests
     torch.set_num_threads(1)
     if task.ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(task.ranks), LOCAL_RANK=str(rank))
         if any(interface == "lo" for _, interface in socket.if_nameindex()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")       # works without a network
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # works without a network
         store = torch.distributed.FileStore(store, task.ranks)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=task.ranks)
     method = getattr(importlib.import_module(f"BCT_methods.{task.method}.train"), task.method)
@@ -212,11 +224,11 @@ class _Moments:
             name = function.__name__
             if name in ("replace", "unlink"):
                 kind = pathlib.Path(args[-1]).name.partition(".")[0].partition("_")[0]
-                if kind not in ("checkpoint", "model", "softmax"):
-                    return function(*args, **kwargs)    # temporary files, and what is written once, at the start
+                if kind not in ("rank", "DONE", "model", "softmax"):
+                    return function(*args, **kwargs)  # temporary files, and what is written once, at the start
                 name += f" {kind}"
-            if self.keep and name == "unlink checkpoint":
-                os.link(args[0], self.keep / args[0].name)
+            if self.keep and name in ("unlink rank", "unlink DONE"):
+                _link(args[0], self.keep)
             if self.come_to(f"before {name}"):
                 _die()
             if name == "save" and self.come_to("half of save"):
@@ -234,7 +246,7 @@ class _Moments:
 def _write_half(save, state, file):
     whole = io.BytesIO()
     save(state, whole)
-    file.write(whole.getvalue()[:whole.tell() // 2])
+    file.write(whole.getvalue()[: whole.tell() // 2])
     file.flush()
 
 
@@ -263,16 +275,16 @@ def draw_kills(random, task, moments, seconds, number, outside):
 def _some(random, ranks):
     """One of the ranks (their number, or a list of them), or several."""
     ranks = random.permutation(ranks)
-    return tuple(sorted(ranks[:random.integers(1, len(ranks) + 1)].tolist()))
+    return tuple(sorted(ranks[: random.integers(1, len(ranks) + 1)].tolist()))
 
 
 def kill_and_resume(task, kills, name="killed", tell=print):
-    """Run after run, killed by `kills` in turn, until one comes to its end; holds all against the whole run.
+    """Run after run, killed by `kills` in turn, until one finishes; compares each with the whole run.
 
     Returns how many were killed, for one may end before it comes to its kill. `tell` gets a line for each.
     """
     steps, ended = [], False
-    for killed, kill in enumerate([*kills, None]):
+    for killed, kill in enumerate([*kills, None]):  # noqa: B007  (returned)
         ended = attempt(task, name, kill, "--resume", "True")
         steps = check_sets(task, name, steps)
         tell(f"{task.method} on {task.ranks}: {kill or 'to the end'}: {'ended' if ended else 'killed'}; sets {steps}")
@@ -293,25 +305,34 @@ def check_sets(task, name, before=()):
     if not found:
         return found
     newest = written.index(found[-1])
-    last = written[max(newest + 1 - checkpoint_sets.KEEP, 0):newest + 1]
-    assert found[-checkpoint_sets.KEEP:] == last, f"{found} of {written}"
-    for rank in range(task.ranks):
-        path = checkpoint.checkpoint_path(task.output(name), found[-1], rank, task.ranks)
+    last = written[max(newest + 1 - checkpoint.KEEP, 0) : newest + 1]
+    assert found[-checkpoint.KEEP :] == last, f"{found} of {written}"
+    folder = checkpoint.complete_sets(task.output(name))[-1]
+    for path in (folder / f"rank_{rank}_of_{task.ranks}.pt" for rank in range(task.ranks)):
         checkpoint.check_whole(path)
-        assert_same(task.output("all") / path.name, path)
+        assert_same(task.output("all").joinpath(*path.parts[-3:]), path)
     return found
 
 
 def check_end(task, name):
-    """Hold all that a finished run left behind against what the whole one did: names and contents.
+    """Compare all files of a finished run with the whole run's: names and contents.
 
-    One that was killed after its last checkpoint, but before it deleted an older one, has that left.
+    One that was killed after its last checkpoint, but before it deleted an older one, has that, or a part of it, left.
     """
-    whole, ended = ({path.name: path for path in task.output(run).iterdir()} for run in ("whole", name))
-    assert set(whole) <= set(ended) and set(ended) - set(whole) <= {p.name for p in task.output("all").iterdir()}
+    whole, ended, written = (_files(task.output(run)) for run in ("whole", name, "all"))
+    assert set(whole) <= set(ended) and set(ended) - set(whole) <= set(written)
     for key, path in whole.items():
         if key.endswith(".pt"):
             assert_same(path, ended[key])
+
+
+def _files(output):
+    """`{name: path}`; TensorBoard's have a time and a process in their names, the folder stands for them."""
+    return {
+        str(path.relative_to(output)): path
+        for path in output.rglob("*")
+        if path.parent.name != "tensorboard" and (path.is_file() or path.parent == output)
+    }
 
 
 def assert_same(first, second):

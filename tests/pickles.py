@@ -1,7 +1,5 @@
-"""Pickles for the tests of the .bin reader: as Python 2 wrote them, and as Python's own unpickler reads them."""
+"""Pickles as Python 2 wrote them, for the tests of the .bin reader."""
 
-import io
-import pickle
 import struct
 
 
@@ -44,9 +42,10 @@ def python2_pickle(images, same, protocol):
             return b"(l" + put(name) + b"".join(item + b"a" for item in items)
         begin = b"]" + put(name)
         items = list(items)
-        batches = [items[i:i + 1000] for i in range(0, len(items), 1000)]
-        return begin + b"".join(b"(" + b"".join(batch) + b"e" if len(batch) > 1 else batch[0] + b"a"
-                                for batch in batches)
+        batches = [items[i : i + 1000] for i in range(0, len(items), 1000)]
+        return begin + b"".join(
+            b"(" + b"".join(batch) + b"e" if len(batch) > 1 else batch[0] + b"a" for batch in batches
+        )
 
     def lists():
         yield whole_list("images", (string(image) for image in images))
@@ -54,15 +53,3 @@ def python2_pickle(images, same, protocol):
 
     body = b"".join(lists())
     return (b"\x80\x02" if protocol == 2 else b"(") + body + (b"\x86" if protocol == 2 else b"t") + put("pair") + b"."
-
-
-class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C lets some opcodes go beyond their frames
-    def find_class(self, module, name):
-        assert (module, name) == ("_codecs", "encode")
-        return lambda text, encoding: text.encode(encoding)
-
-
-def plain_load(data):
-    """`(images, same)` by Python's own unpickler, which is not for files that nobody knows."""
-    images, same = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
-    return images, [bool(value) for value in same]

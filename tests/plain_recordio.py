@@ -1,4 +1,4 @@
-"""The record format read in the plainest way, for tests that hold recordio.py and image_layout.py against it.
+"""A plain reader of the record format, for comparison with recordio.py and image_layout.
 
 `hold_against_plain` is the whole of it: two files of any bytes, and whatever a RecordReader can be asked about them.
 """
@@ -9,14 +9,14 @@ import struct
 
 import numpy as np
 
-from image_layout import image_layout
+from dataset import image_layout
 from recordio import MAGIC, RecordError, RecordReader, class_label
 
 _WORD = struct.pack("<I", MAGIC)
 
 
 class Wrong(Exception):
-    """The format does not allow this."""
+    """Not allowed by the format."""
 
 
 def plain_index(text):
@@ -42,7 +42,7 @@ def plain_record(rec, offset):
         if magic != MAGIC or flag not in ((2, 3) if parts else (0, 1)):
             raise Wrong
         stop = offset + 8 + length
-        parts.append(rec[offset + 8:stop])
+        parts.append(rec[offset + 8 : stop])
         offset = stop + -stop % 4
         if offset > len(rec):
             raise Wrong
@@ -60,7 +60,7 @@ def plain_image(payload):
     if len(payload) < 24 + 4 * flag:
         raise Wrong
     labels = struct.unpack_from(f"<{flag}f", payload, 24) if flag else (label,)
-    return flag, labels, *ids, payload[24 + 4 * flag:]
+    return flag, labels, *ids, payload[24 + 4 * flag :]
 
 
 def plain_layout(offsets, image):
@@ -86,7 +86,7 @@ def _same(a, b):
 
 
 def _holds(reader, plain, ask, same=lambda a, b: a == b):
-    """Whether `ask()` gives what `plain()` gives, and a RecordError naming the file where that is Wrong."""
+    """Assert that `ask()` equals `plain()`, or raises a RecordError naming the file where that raises Wrong."""
     try:
         expected = plain()
     except Wrong:
@@ -97,7 +97,7 @@ def _holds(reader, plain, ask, same=lambda a, b: a == b):
             assert message.startswith((f"{reader.path}: ", f"{reader.idx_path}: ")), message
             assert len(message) < 2 * len(str(reader.path)) + 300, message
             return
-        raise AssertionError(f"no RecordError, but {answer!r}")
+        raise AssertionError(f"no RecordError, but {answer!r}") from None
     assert same(ask(), expected)
 
 
@@ -117,7 +117,7 @@ def hold_against_plain(folder, rec, idx, most_keys=50):
         except RecordError as error:
             assert str(error).startswith(f"{path.with_suffix('.idx')}: ") and len(str(error)) < len(str(path)) + 400
             return
-        raise AssertionError("no RecordError for a wrong index")
+        raise AssertionError("no RecordError for a wrong index") from None
     with RecordReader(path) as reader:
         assert reader.keys.tolist() == list(offsets) and reader.keys.dtype == np.int64 and len(reader) == len(offsets)
         _ask_of_keys(reader, rec, offsets, most_keys)
@@ -128,6 +128,7 @@ def _ask_of_keys(reader, rec, offsets, most_keys):
     keys = list(offsets)[:most_keys]
     near = [key + step for key in keys[:1] for step in (-1, 1)]
     for key in {*keys, *near, -1, 0, 2**62, 2**70}:
+
         def offset():
             if key not in offsets:
                 raise Wrong
@@ -139,7 +140,7 @@ def _ask_of_keys(reader, rec, offsets, most_keys):
         assert (key in reader) == (key in offsets)
         _holds(reader, offset, lambda: reader.offset(key))
         _holds(reader, payload, lambda: reader.read(key))
-        _holds(reader, lambda: rec[offset():plain_record(rec, offset())[1]], lambda: reader.read_raw(key))
+        _holds(reader, lambda: rec[offset() : plain_record(rec, offset())[1]], lambda: reader.read_raw(key))
         _holds(reader, lambda: plain_image(payload()), lambda: reader.read_record(key), _same_record)
         _holds(reader, lambda: plain_image(payload()), lambda: (reader.read_header(key), None), _same_record)
         _holds(reader, lambda: plain_image(payload()), lambda: reader.read_image(key), _same_image)
@@ -149,8 +150,12 @@ def _ask_of_keys(reader, rec, offsets, most_keys):
 
 def _same_record(answer, expected):
     (flag, label, *ids), image = answer
-    return (flag, *ids) == (expected[0], *expected[2:4]) and image in (None, expected[4]) \
-        and _same(np.ravel(label), expected[1]) and _same(class_label(answer[0]), expected[1][0])
+    return (
+        (flag, *ids) == (expected[0], *expected[2:4])
+        and image in (None, expected[4])
+        and _same(np.ravel(label), expected[1])
+        and _same(class_label(answer[0]), expected[1][0])
+    )
 
 
 def _same_image(answer, expected):
@@ -173,8 +178,12 @@ def _ask_of_all(reader, rec, offsets):
     _holds(reader, lambda: labels(sound * 2), lambda: reader.read_labels(sound * 2), _same)
     _holds(reader, lambda: last() or None, reader.check)
     assert reader.first_missing_key() == next((i for i, key in enumerate(sorted(offsets)) if key != i), None)
-    _holds(reader, lambda: plain_layout(offsets, image), lambda: image_layout(reader),
-           lambda answer, expected: (list(answer.keys), answer.num_classes) == expected)
+    _holds(
+        reader,
+        lambda: plain_layout(offsets, image),
+        lambda: image_layout(reader),
+        lambda answer, expected: (list(answer.keys), answer.num_classes) == expected,
+    )
     reader.release()
     with pickle.loads(pickle.dumps(reader)) as copy:
         assert copy.keys.tolist() == list(offsets)

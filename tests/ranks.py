@@ -68,17 +68,17 @@ def _rank_main(folder, rank, world_size, environment, fn, args):
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     if any(name == "lo" for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")       # works without a network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # works without a network
     torch.set_num_threads(1)
     try:
         store = torch.distributed.FileStore(os.path.join(folder, "store"), world_size)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         result = fn(*args)
         torch.save(result, os.path.join(folder, f"result{rank}.pt"))
-        torch.distributed.barrier()                             # nobody leaves while another still talks
+        torch.distributed.barrier()  # nobody leaves while another still talks
         torch.distributed.destroy_process_group()
     except BaseException:
         temporary = os.path.join(folder, f"writing{rank}")
         pathlib.Path(temporary).write_text(traceback.format_exc())
         os.replace(temporary, os.path.join(folder, f"error{rank}.txt"))
-        os._exit(1)                                             # a clean exit could wait for the other ranks
+        os._exit(1)  # a clean exit could wait for the other ranks

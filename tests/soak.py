@@ -1,4 +1,4 @@
-"""Kill runs and go on with them, for as long as one likes: `make soak MINUTES=60`.
+"""Kill runs and resume them, for as long as you like: `make soak MINUTES=60`.
 
     python tests/soak.py --minutes 20 --seed 1
 
@@ -17,8 +17,8 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch comes in
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))   # the repo root
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repo root
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from tests.kills import draw_kills, kill_and_resume, make_task, whole_run
 
 METHODS = ("MixBCT", "NCCL", "AdvBCT", "UniBCT", "BCT", "L2")
 RANKS = (1, 2, 3)
-KILLS, OUTSIDE = 10, 3      # of each run, if it does not end before
+KILLS, OUTSIDE = 10, 3  # of each run, if it does not end before
 
 
 def draw_task(folder, seed):
@@ -42,13 +42,13 @@ def draw_task(folder, seed):
         "save_all_states": bool(random.integers(2)),
         "sample_rate": float(random.choice([0.5, 1.0])),
         "dropout": float(random.choice([0.0, 0.2])),
-        "deterministic": ranks > 2,     # else DDP sorts its buckets anew after the first step of each attempt
+        "deterministic": ranks > 2,  # else DDP sorts its buckets anew after the first step of each attempt
         **[{}, {"optimizer": "adamw", "lr": 1e-3}][random.integers(2)],
         **[{}, {"val_targets": ["pairs"], "verbose": int(random.integers(2, 6))}][random.integers(2)],
     }
-    if method == "NCCL" and keys["sample_rate"] < 1:    # its logit loss takes all classes
+    if method == "NCCL" and keys["sample_rate"] < 1:  # its logit loss takes all classes
         keys["beta"] = 0.0
-    if method == "UniBCT":      # its prototypes are refined in between; written beside the checkpoints
+    if method == "UniBCT":  # its prototypes are refined in between; written beside the checkpoints
         keys |= {"compat_start_epoch": 0, "refine_epochs": [1, 2]}
     return make_task(folder, method, ranks, seed=seed, **keys), keys
 
@@ -70,8 +70,10 @@ def main():
         shutil.rmtree(folder)
         seed += 1
     minutes = (time.monotonic() - begin) / 60
-    print(f"{counts.pop('runs')} runs survived {counts.pop('kills')} kills in {minutes:.0f} minutes, bit for bit: "
-          + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
+    print(
+        f"{counts.pop('runs')} runs survived {counts.pop('kills')} kills in {minutes:.0f} minutes, bit for bit: "
+        + ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    )
 
 
 if __name__ == "__main__":

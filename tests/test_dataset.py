@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import RecordDataset, SyntheticDataset, decode_bgr, open_train_set
-from image_layout import image_layout
-from loader import ExtractLoader, TrainLoader
+from dataset import RecordDataset, SyntheticDataset, decode_bgr, image_layout, open_train_set
+from engine.loader import ExtractLoader, TrainLoader
 from recordio import IRHeader, RecordError, RecordReader, RecordWriter, pack, unpack
 
 LABELS = [3, 0, 1, 1, 2, 0, 3, 3, 1, 2, 0]
 
 
 def rewrite(path, change):
-    """Write the set anew with `change(key, payload)` for each record; a payload of None leaves the record out."""
+    """Rewrite the set with `change(key, payload)` for each record; a payload of None drops the record."""
     with RecordReader(path) as reader:
         records = {key: reader.read(key) for key in reader.keys.tolist()}
     with RecordWriter(path) as writer:
@@ -53,7 +52,7 @@ def test_items_are_the_images_in_record_order(tmp_path, make_record_set, header)
     assert [index for _, _, index in dataset] == list(range(11))  # IndexError ends the iteration
 
 
-def test_each_name_of_a_set_opens_it(tmp_path, make_record_set):
+def test_every_form_of_a_path_opens_the_set(tmp_path, make_record_set):
     make_record_set(tmp_path / "set.v2.rec", LABELS)
     make_record_set(tmp_path, LABELS[:5])
     for name, images in (("set.v2.rec", 11), ("set.v2", 11), ("train", 5), ("", 5), (".", 5)):
@@ -62,11 +61,13 @@ def test_each_name_of_a_set_opens_it(tmp_path, make_record_set):
         open_train_set(tmp_path / "absent")
 
 
-def test_counts_that_the_config_states_must_be_the_files(path):
+def test_counts_in_the_config_must_match_the_file(path):
     assert len(open_train_set(path, num_classes=4, num_image=11)) == len(open_train_set(path, 0, 0)) == 11
-    with pytest.raises(RecordError, match=r"train\.rec: num_classes is 4 .* says 5; set num_classes = 4"):
+    with pytest.raises(
+        RecordError, match=r"train\.rec: num_classes is 4 in the file, but 5 in .*; set num_classes = 4"
+    ):
         open_train_set(path, num_classes=5)
-    with pytest.raises(RecordError, match=r"train\.rec: num_image is 11 .* says 12"):
+    with pytest.raises(RecordError, match=r"train\.rec: num_image is 11 in the file, but 12"):
         open_train_set(path, num_image=12)
 
 
@@ -80,17 +81,15 @@ def test_without_a_header_the_config_may_state_more_classes(tmp_path, make_recor
 
 
 def test_labels_may_be_vectors(path):
-    rewrite(path, lambda key, payload: payload if key == 0 else pack(
-        IRHeader(0, [LABELS[key - 1], 0.5], key, 0), unpack(payload)[1]))
+    rewrite(
+        path,
+        lambda key, payload: (
+            payload if key == 0 else pack(IRHeader(0, [LABELS[key - 1], 0.5], key, 0), unpack(payload)[1])
+        ),
+    )
     dataset = RecordDataset(path)
     assert dataset.labels().tolist() == [dataset.label(row) for row in range(11)] == LABELS
     assert [label for _, label, _ in dataset] == LABELS
-
-
-def test_a_set_without_header_whose_labels_are_vectors(tmp_path, make_record_set):
-    path = make_record_set(tmp_path, LABELS, header=False)
-    rewrite(path, lambda key, payload: pack(IRHeader(0, [LABELS[key], 0.5], key, 0), unpack(payload)[1]))
-    assert RecordDataset(path).labels().tolist() == LABELS
 
 
 @pytest.mark.parametrize("label", [4, -1, 1.5, float("nan"), 1e9])
@@ -115,12 +114,18 @@ def test_rows_outside_the_set_are_refused(path, row):
 
 
 def stub_reader(counts, records):
-    """What `image_layout` asks of a reader, without a file of millions of records. `records` is {key: image bytes}."""
+    """A fake reader for `image_layout`, without a file of millions of records. `records` is {key: image bytes}."""
+
     def read_record(key):
         return IRHeader(2, np.asarray(counts, np.float32), 0, 0) if key == 0 else None, records(key)
 
-    return types.SimpleNamespace(path="a.rec", idx_path=types.SimpleNamespace(name="a.idx"), read_record=read_record,
-                                 offset=lambda key: 0, first_missing_key=lambda: None)
+    return types.SimpleNamespace(
+        path="a.rec",
+        idx_path=types.SimpleNamespace(name="a.idx"),
+        read_record=read_record,
+        offset=lambda key: 0,
+        first_missing_key=lambda: None,
+    )
 
 
 class Sized(types.SimpleNamespace):
@@ -134,11 +139,17 @@ class Sized(types.SimpleNamespace):
 @pytest.mark.parametrize("images", [10, 2**24 - 2, 2**24 - 1, 2**24, 2**24 + 1, 17_091_657, 2**25 + 3, 42_474_558])
 @pytest.mark.parametrize("classes", [1, 7, 360_232])
 @pytest.mark.parametrize("identities", [True, False])
-def test_counts_beyond_what_float32_holds(images, classes, identities):
+def test_counts_beyond_float32_precision(images, classes, identities):
     end = images + 1
     size = end + classes if identities else end
-    reader = Sized(size=size, **vars(stub_reader([end, size if identities else classes],
-                                                 lambda key: b"\xff\xd8\xff" if 1 <= key <= images else b"")))
+    reader = Sized(
+        size=size,
+        **vars(
+            stub_reader(
+                [end, size if identities else classes], lambda key: b"\xff\xd8\xff" if 1 <= key <= images else b""
+            )
+        ),
+    )
     layout = image_layout(reader)
     assert layout.keys == range(1, images + 1) and layout.num_classes == classes
 
@@ -147,29 +158,32 @@ def write_header(path, counts):
     rewrite(path, lambda key, payload: payload if key else pack(IRHeader(0, counts, 0, 0), b""))
 
 
-@pytest.mark.parametrize("counts, why", [
-    ([13, 4], "has the keys 0 to 11"),
-    ([11, 4], "has the keys 0 to 11"),
-    ([11, 13], "has the keys 0 to 11"),
-    ([0, 4], "no counts"),
-    ([12, float("nan")], "no counts"),
-    ([12, float("inf")], "no counts"),
-    ([12.5, 4], "no counts"),
-    ([12, 2**25], "float32"),
-])
+@pytest.mark.parametrize(
+    "counts, why",
+    [
+        ([13, 4], "has keys 0 to 11"),
+        ([11, 4], "has keys 0 to 11"),
+        ([11, 13], "has keys 0 to 11"),
+        ([0, 4], "not counts"),
+        ([12, float("nan")], "not counts"),
+        ([12, float("inf")], "not counts"),
+        ([12.5, 4], "not counts"),
+        ([12, 2**25], "float32"),
+    ],
+)
 def test_a_header_that_contradicts_the_index_is_refused(path, counts, why):
     write_header(path, counts)
     with pytest.raises(RecordError, match=rf"train\.rec: key 0 at offset 0: .*{why}"):
         RecordDataset(path)
 
 
-def test_more_classes_than_images_is_no_identity_record(path):
+def test_more_classes_than_images_is_not_read_as_identity_records(path):
     for classes in (12, 13, 100):
         write_header(path, [12, classes])
         assert (len(RecordDataset(path)), RecordDataset(path).num_classes) == (11, classes)
 
 
-def test_a_header_may_leave_the_classes_out(path):
+def test_a_header_without_a_class_count(path):
     write_header(path, [12])
     assert (len(RecordDataset(path)), RecordDataset(path).num_classes) == (11, 4)
 
@@ -191,13 +205,19 @@ def test_a_truncated_set_is_refused_when_opened(path):
 def broken_image(kind, jpeg):
     other_size = np.zeros((113, 112, 3), np.uint8)
     png = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (112, 112, 3), np.uint8))[1].tobytes()
-    return {"empty": b"", "text": b"no image at all", "cut": jpeg[:len(jpeg) // 2], "header": jpeg[:30],
-            "cut png": png[:len(png) // 2], "size": cv2.imencode(".png", other_size)[1].tobytes()}[kind]
+    return {
+        "empty": b"",
+        "text": b"no image at all",
+        "cut": jpeg[: len(jpeg) // 2],
+        "header": jpeg[:30],
+        "cut png": png[: len(png) // 2],
+        "size": cv2.imencode(".png", other_size)[1].tobytes(),
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "cut", "header", "cut png", "size"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_is_not_whole_is_named(path, kind, workers):
+def test_a_truncated_image_is_named(path, kind, workers):
     def change(key, payload):
         header, jpeg = unpack(payload)
         return pack(header, broken_image(kind, jpeg)) if key == 4 else payload
@@ -231,7 +251,7 @@ def test_png_and_grey_images_decode_to_rgb():
         assert np.array_equal(decode_bgr(encoded), np.stack([grey] * 3, -1))
 
 
-def test_sets_can_be_sent_to_spawned_workers(path):
+def test_sets_can_be_pickled_for_spawned_workers(path):
     records = RecordDataset(path)
     records.labels()
     for dataset in (records, SyntheticDataset("synthetic", 3, 10)):

@@ -1,26 +1,41 @@
-"""docs/fidelity.md lists exactly the config values that depart from the published ones."""
+"""docs/fidelity.md lists exactly the config values that differ from the published ones."""
 
 import ast
 import pathlib
 import re
 
-from engine.config import load_config
+from core.config import load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PAGE = REPO / "docs/fidelity.md"
 
 # What the published comparison trains all methods with. 8 ranks of 128 images; power 2 is decay_epoch = [].
 SHARED = {
-    "network": "r50", "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 128, "gradient_acc": 1,
-    "num_epoch": 35, "warmup_epoch": 0, "decay_epoch": [], "clip_grad_norm": 5, "loss": "arcface",
-    "margin_list": (1, 0.5, 0), "margin_scale": 64,
+    "network": "r50",
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "weight_decay": 5e-4,
+    "batch_size": 128,
+    "gradient_acc": 1,
+    "num_epoch": 35,
+    "warmup_epoch": 0,
+    "decay_epoch": [],
+    "clip_grad_norm": 5,
+    "loss": "arcface",
+    "margin_list": (1, 0.5, 0),
+    "margin_scale": 64,
 }
 # By method. Values are those that act: NCCL's on 8 ranks, UniBCT's damping where the columns of E sum to 1.
 METHODS = {
     "MixBCT": {"fp16": False, "mix_ratio": 0.3},
     "UniBCT": {
-        "fp16": True, "normalize_prototypes": False, "scale": 1, "damping": 0, "decay_epoch": [20, 26, 32],
-        "compat_start_epoch": 10, "refine_epochs": [10, 20],
+        "fp16": True,
+        "normalize_prototypes": False,
+        "scale": 1,
+        "damping": 0,
+        "decay_epoch": [20, 26, 32],
+        "compat_start_epoch": 10,
+        "refine_epochs": [10, 20],
     },
     "NCCL": {"fp16": False, "alpha": 8, "beta": 0, "temperature": 1},
     "BCT": {"fp16": True, "scale": 1, "warmup_epoch": -1},
@@ -92,7 +107,8 @@ def test_the_page_lists_the_departures_and_nothing_else():
     for key, methods, scenario, published, ours in rows_of_the_page():
         for method in methods:
             meant = [
-                path for its, part, path, _ in shipped()
+                path
+                for its, part, path, _ in shipped()
                 if its == method and scenario in ("all", part.split("_")[0], part)
             ]
             assert meant, f"{PAGE.name}: {key}: no config of {method!r} in scenario {scenario!r}"

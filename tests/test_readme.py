@@ -1,4 +1,4 @@
-"""The README's flow, each command as it stands there, on a copy of the tree with small data.
+"""The README's flow, each command verbatim, on a copy of the tree with small data.
 
 Only what sets the scale is changed: eight ranks become two, `BCT_OVERRIDES` makes the networks `tiny` and the runs
 short, and where r18 and r50 are named for the evaluation, `tiny` is what was trained.
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import load_config
+from core.config import load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 OVERRIDES = "--network tiny --num_epoch 1 --batch_size 16 --num_workers 1"
@@ -40,7 +40,7 @@ def tree(tmp_path_factory):
     """A copy of what the flow needs, with demo data in the places that the README names."""
     root = tmp_path_factory.mktemp("readme") / "repo"
     ignore = shutil.ignore_patterns("__pycache__", "work_dirs", "feature_save", "IJB_result")
-    for name in ("BCT_methods", "backbones", "configs", "engine", "losses", "tools"):
+    for name in ("BCT_methods", "backbones", "configs", "core", "engine", "losses", "old_model", "tools"):
         shutil.copytree(REPO / name, root / name, ignore=ignore)
     for path in REPO.glob("*.py"):
         shutil.copy(path, root)
@@ -102,7 +102,7 @@ def test_the_flow(tree):
 def test_the_other_spelling_of_the_methods_folder(monkeypatch):
     """`cd BCT_Methods/MixBCT/ && python train.py …`, as commands in circulation have it."""
     folder, name = REPO / "BCT_Methods" / "MixBCT", f"configs/{NEW}.py"
-    assert folder.samefile(REPO / "BCT_methods" / "MixBCT")     # a link, or a disk that ignores case
+    assert folder.samefile(REPO / "BCT_methods" / "MixBCT")  # a link, or a disk that ignores case
     monkeypatch.chdir(folder)
     assert load_config(name) == load_config(REPO / "BCT_methods" / "MixBCT" / name)
     command = [sys.executable, "train.py", "--help"]

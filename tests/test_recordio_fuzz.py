@@ -1,6 +1,6 @@
 """Whatever the bytes of a .rec and its .idx: a RecordError or the plain reader's answer, in bounded memory.
 
-tests/fuzz/fuzz_recordio.py looks for the same for as long as it is let.
+tests/fuzz/fuzz_recordio.py searches for longer.
 """
 
 import math
@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies
 
-from dataset import RecordDataset
-from image_bytes import decode_bgr
-from image_layout import image_layout
+from dataset import RecordDataset, decode_bgr, image_layout
 from recordio import MAGIC, RecordError, RecordReader, RecordWriter, pack
 from tests.plain_recordio import Wrong, hold_against_plain, plain_image, plain_index, plain_layout, plain_record
 
@@ -38,7 +36,10 @@ FLAG = strategies.integers(0, 3) | strategies.sampled_from([7, 2**29, 2**30 - 6,
 TAIL = strategies.sampled_from([b"", WORD, b"\xff\xd8\xff", b"\x89PNG", b"abc" + WORD, b"abcd" + WORD + WORD])
 IMAGE = strategies.builds(
     lambda flag, label, labels, image: struct.pack("<IfQQ", flag, label, MAGIC << 32, 2) + labels + image,
-    FLAG, LABEL, strategies.lists(LABEL, max_size=4).map(lambda labels: struct.pack(f"<{len(labels)}f", *labels)), TAIL
+    FLAG,
+    LABEL,
+    strategies.lists(LABEL, max_size=4).map(lambda labels: struct.pack(f"<{len(labels)}f", *labels)),
+    TAIL,
 )
 CUT_IMAGE = strategies.builds(lambda payload, end: payload[:end], IMAGE, strategies.integers(0, 40))
 PAYLOAD = IMAGE | CUT_IMAGE | strategies.binary(max_size=30) | TAIL
@@ -48,8 +49,8 @@ def in_parts(payload):
     """As a writer lays it out."""
     parts = [payload]
     for at in range(len(payload) // 4 * 4 - 4, -1, -4):
-        if payload[at:at + 4] == WORD:
-            parts[:1] = [parts[0][:at], parts[0][at + 4:]]
+        if payload[at : at + 4] == WORD:
+            parts[:1] = [parts[0][:at], parts[0][at + 4 :]]
     flags = [0] if len(parts) == 1 else [1] + [2] * (len(parts) - 2) + [3]
     return b"".join(map(frame, parts, flags))
 
@@ -71,7 +72,7 @@ def edited(data, edits):
     data = bytearray(data)
     for place, count, new in edits:
         at = place % (len(data) + 1)
-        data[at:at + count] = new
+        data[at : at + count] = new
     return bytes(data)
 
 
@@ -94,11 +95,12 @@ def record_sets(draw, piece=PIECE):
     end = draw(strategies.sampled_from(["\n", "\n", "\r\n"]))
     idx = "".join(f"{key}\t{offsets.get(key, starts[key % len(starts)])}{end}" for key in keys).encode()
     rec = edited(b"".join(pieces), draw(strategies.lists(EDIT, max_size=2)))
-    rec = rec[:draw(strategies.sampled_from([None, None, -1, -4, -9]))]
+    rec = rec[: draw(strategies.sampled_from([None, None, -1, -4, -9]))]
     return rec, edited(idx, draw(strategies.just([]) | strategies.lists(EDIT, max_size=1)))
 
 
 # --- every answer is the plain one -----------------------------------------------------------------------------------
+
 
 @QUICK
 @given(record_sets())
@@ -111,7 +113,7 @@ def record_sets(draw, piece=PIECE):
 @example((frame(b"", 2) + frame(b"", 3), b"0\t0\n"))
 @example((frame(b"") * 3 + frame(b"", 1) + frame(b"", 2) + frame(b"", 0), b"0\t0\n1\t8\n2\t24\n"))
 @example((frame(struct.pack("<IfQQ", 0, 3, 1, 2) + b"abc")[:-1], b"0\t0\n"))  # the padding is cut, not the image
-def test_whatever_the_files_the_answers_are_the_plain_ones(tmp_path_factory, files):
+def test_random_files_equal_the_plain_reader(tmp_path_factory, files):
     hold_against_plain(tmp_path_factory.getbasetemp(), *files)
 
 
@@ -121,7 +123,7 @@ def test_any_bytes_at_all(tmp_path_factory, rec, idx):
     hold_against_plain(tmp_path_factory.getbasetemp(), rec, idx)
 
 
-def test_a_record_in_the_middle_of_another_is_read_as_it_stands(tmp_path):
+def test_a_record_inside_another_is_read(tmp_path):
     inner = frame(struct.pack("<IfQQ", 0, 7, 0, 0) + b"inner")
     outer = frame(struct.pack("<IfQQ", 0, 5, 0, 0) + inner)
     hold_against_plain(tmp_path, outer, b"0\t0\n1\t32\n2\t0\n")
@@ -130,6 +132,7 @@ def test_a_record_in_the_middle_of_another_is_read_as_it_stands(tmp_path):
 
 
 # --- the training set on top -----------------------------------------------------------------------------------------
+
 
 def jpeg(seed):
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
@@ -140,8 +143,11 @@ WHOLE = [jpeg(0), jpeg(1)]
 NOT_WHOLE = [WHOLE[0][:-9], cv2.imencode(".png", np.zeros((9, 9)))[1].tobytes(), b""]
 FACE = strategies.sampled_from(3 * WHOLE + NOT_WHOLE)
 CLASS = strategies.sampled_from([0.0, 1.0, 2.0, 0.0, 1.0, 2.0, -1.0, 4.0, 1.5, math.nan])
-FACE_RECORD = strategies.builds(lambda label, face: in_parts(pack((0, label, 1, 0), face)),
-                                CLASS | strategies.lists(CLASS, min_size=1, max_size=2), FACE)
+FACE_RECORD = strategies.builds(
+    lambda label, face: in_parts(pack((0, label, 1, 0), face)),
+    CLASS | strategies.lists(CLASS, min_size=1, max_size=2),
+    FACE,
+)
 
 
 def plain_items(rec, idx):
@@ -163,7 +169,7 @@ def plain_items(rec, idx):
     def item(key):
         try:
             _, labels, _, _, data = image(key)
-            bgr = decode_bgr(np.frombuffer(data, np.uint8))  # test_image_bytes.py holds this against OpenCV
+            bgr = decode_bgr(np.frombuffer(data, np.uint8))  # test_dataset_image.py holds this against OpenCV
         except (Wrong, ValueError):
             return None
         return (int(labels[0]), bgr) if 0 <= labels[0] < classes and labels[0] % 1 == 0 else None
@@ -196,8 +202,9 @@ def test_a_training_set_is_refused_or_right(tmp_path_factory, files):
 
 # --- nothing is reserved that is not there ---------------------------------------------------------------------------
 
+
 def within_bounds(tmp_path, rec, idx, factor=20):
-    """The index in memory bounded by a block of it, or by its size; the records in what they take in the file."""
+    """Memory is bounded by the index's block or size, and by the records' size in the file."""
     path = tmp_path / "big.rec"
     path.write_bytes(rec)
     path.with_suffix(".idx").write_bytes(idx)
@@ -229,23 +236,23 @@ def costs(ask, most):
 
 
 @pytest.mark.parametrize("flag", [1, 5, 2**29, 2**30 - 6, 2**30, 2**31, 2**32 - 1])
-def test_announced_labels_reserve_nothing(tmp_path, flag):
+def test_declared_labels_allocate_nothing(tmp_path, flag):
     for payload in (struct.pack("<IfQQ", flag, 0, 0, 0), struct.pack("<IfQQ", flag, 0, MAGIC << 32, 0) + bytes(3)):
         within_bounds(tmp_path, in_parts(payload) * 2, b"0\t0\n1\t0\n")
 
 
 @pytest.mark.parametrize("length", [2**28, 2**29 - 1])
 @pytest.mark.parametrize("flag", [0, 1])
-def test_announced_lengths_reserve_nothing(tmp_path, flag, length):
+def test_declared_lengths_allocate_nothing(tmp_path, flag, length):
     within_bounds(tmp_path, frame(bytes(40), flag, length) * 2, b"0\t0\n1\t48\n")
 
 
-def test_keys_and_offsets_reserve_nothing(tmp_path):
+def test_keys_and_offsets_allocate_nothing(tmp_path):
     for key in (2**31, 2**53 + 1, 10**18 - 1):
         within_bounds(tmp_path, frame(bytes(40)), f"0\t0\n{key}\t{key}\n".encode())
 
 
-def test_as_many_parts_as_there_is_room_for(tmp_path):
+def test_the_maximum_number_of_parts(tmp_path):
     for part in (b"", b"abc"):
         middle = frame(part, 2) * 1000
         within_bounds(tmp_path, frame(b"", 1) + middle + frame(b"", 3), b"0\t0\n", factor=8)
@@ -253,12 +260,12 @@ def test_as_many_parts_as_there_is_room_for(tmp_path):
 
 
 @pytest.mark.parametrize("idx", [b"1" * 2**20, b"1\t" * 2**19, b"\n" * 2**20, bytes(2**20), b"0\t0\n" + b"7" * 2**20])
-def test_an_index_without_an_end_of_line_or_of_nothing_else(tmp_path, idx):
+def test_an_index_without_newlines_or_with_nothing_else(tmp_path, idx):
     within_bounds(tmp_path, frame(bytes(40)), idx)
 
 
-def test_a_line_of_an_index_is_not_read_to_its_end(tmp_path):
-    """However long it is: what no line of an index can hold is wrong before that."""
+def test_an_endless_index_line_is_not_read_to_its_end(tmp_path):
+    """It is refused early, however long it is."""
     path = tmp_path / "a.rec"
     RecordWriter(path).close()
     with open(path.with_suffix(".idx"), "wb") as file:

@@ -1,4 +1,4 @@
-"""recordio.py against MXNet's own, which runs in a process of its own; skipped where it does not import."""
+"""recordio.py against MXNet's, run in a separate process; skipped if it cannot be imported."""
 
 import json
 import random
@@ -14,7 +14,9 @@ import recordio
 # MXNet 1.9.1 asks NumPy for `bool`, a name that NumPy 1.24 took away.
 IMPORT = "import numpy\nif 'bool' not in vars(numpy):\n    numpy.bool = bool\nfrom mxnet import recordio\n"
 
-PROGRAM = IMPORT + """
+PROGRAM = (
+    IMPORT
+    + """
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 
@@ -37,6 +39,7 @@ for record in packed:
 json.dump({"read": read, "packed": [record.hex() for record in packed], "unpacked": unpacked},
           open(folder / "answer.json", "w"))
 """
+)
 
 HEADERS = [
     [0, 0, 0, 0],
@@ -99,7 +102,7 @@ def test_pack_is_the_same_byte_for_byte(answer):
         assert recordio.pack(header, b"image").hex() == theirs
 
 
-def test_unpack_is_the_same(answer):
+def test_unpack_equals_mxnets(answer):
     for packed, theirs in zip(answer["packed"], answer["unpacked"], strict=True):
         header, payload = recordio.unpack(bytes.fromhex(packed))
         assert [header.flag, np.ravel(header.label).tolist(), header.id, header.id2, payload.hex()] == theirs

@@ -4,8 +4,8 @@
 #
 #   tools/demo.sh [SEED [METHOD ...]]      METHOD: MixBCT (the default), UniBCT, weakenedL2, ..., independent
 #
-# Everything lands in demo/seed<SEED>/. A step whose result is there already is not run again; a training run that
-# was cut short goes on from its last checkpoint.
+# Everything is written to demo/seed<SEED>/. Finished steps are skipped; an interrupted training run is resumed from
+# its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-0}
@@ -18,12 +18,12 @@ report=$root/report
 features=$root/feature_save/OPclass
 old=f128_tiny_softmax
 run=(--workspace "$root" --seed "$seed")
-export OMP_WAIT_POLICY=passive          # idle threads leave the core to the workers that decode
+export OMP_WAIT_POLICY=passive          # idle threads yield the core to the decoding workers
 
-configs=()      # of the methods, in their order; a misspelt one is to show before the hours of the others
+configs=()      # of the methods, in order, checked up front so that a typo shows before hours of training
 for method in "$@"; do
     config=configs/demo/f128_tiny_x2_arc_class70.py
-    if [ "$method" != independent ]; then   # weakenedL2 is a config of L2, say
+    if [ "$method" != independent ]; then   # a config may lie in another method's folder: weakenedL2 in L2
         config=$(echo BCT_methods/*/configs/demo/"OPclass_tiny_to_tiny_x2_${method}_softmax_to_arc_f128.py")
     fi
     if [ ! -e "$config" ]; then
@@ -33,7 +33,7 @@ for method in "$@"; do
     configs+=("$config")
 done
 
-sources() {  # digest of the code that all steps share, whatever folder it lies in, and of the files given
+sources() {  # digest of the code that all steps share, and of the files given
     {
         find . \( -name '.?*' -o -name venv -o -path ./dataset -o -path ./demo -o -path ./tests -o -path ./benchmarks \
             -o -path ./BCT_methods -o -path ./tools/ijbc_eval \) -prune -o -name '*.py' -type f -print0 |
@@ -42,13 +42,13 @@ sources() {  # digest of the code that all steps share, whatever folder it lies 
     } | cksum
 }
 
-before=         # what the step builds on: a digest of the stamp of the step before it
+before=         # digest of the previous step's stamp
 method_files=()
-step() {        # step RESULT COMMAND...: run the command, its output in a log, unless it has made the result before
+step() {        # step RESULT COMMAND...: run the command, logging its output, unless it has already made the result
     local result=$1 log stamp found
     shift
     log=$root/log/$(basename "$(dirname "$result")")_$(basename "$result").log
-    # A model.pt alone proves little: training writes one after every epoch, and code and commands change.
+    # A model.pt alone proves nothing: training writes one after every epoch, and code and commands change.
     stamp="$(sources ${method_files[@]+"${method_files[@]}"}) after $before: ${BCT_OVERRIDES:-} $*"
     found=$(head -n 1 "$log.stamp" 2> /dev/null || true)
     if [ -e "$result" ] && [ "$found" = "done $stamp" ]; then
@@ -58,19 +58,19 @@ step() {        # step RESULT COMMAND...: run the command, its output in a log, 
         if [[ $result == */work_dirs/* ]]; then
             if [ "$found" = "begun $stamp" ]; then
                 set -- "$@" --resume True
-            else        # a run is not begun over the checkpoints of another
+            else        # never start over another run's checkpoints
                 rm -rf "$(dirname "$result")"
             fi
         fi
         mkdir -p "$root/log"
         echo "begun $stamp" > "$log.stamp"
-        # Training that gets SIGTERM writes a checkpoint and ends well, but before its end.
+        # On SIGTERM training writes a checkpoint and exits with 0, though it is not finished.
         if ! "$@" > "$log" 2>&1 || grep 'stopped by SIG' "$log"; then
             tail -n 25 "$log"
-            echo "not finished; the whole output is in $log, and the same command goes on from here" >&2
+            echo "not finished; see $log for the whole output; run the same command to continue" >&2
             exit 1
         fi
-        printf 'done %s\n%s\n' "$stamp" "$(date)" > "$log.stamp"    # made again, it differs: so must what follows
+        printf 'done %s\n%s\n' "$stamp" "$(date)" > "$log.stamp"    # the date makes the following steps run again
         tail -n 1 "$log"
     fi
     before=$(cksum < "$log.stamp")

@@ -1,10 +1,10 @@
-"""AdvBCT's elastic boundary: a new feature shall lie within its class as the old model drew it, or a little beyond.
+"""AdvBCT's elastic boundary: a new feature must lie within its old class, or a learned distance beyond it.
 
 Tan Pan et al., "Boundary-aware Backward-Compatible Representation via Adversarial Learning in Image Retrieval",
 CVPR 2023, arXiv:2305.02610.
 
-Of a class's L2-normalised old features: centre c = their mean, not normalised again; r_max = the largest distance to
-it that is no outlier. With a learnable scalar e a class and a threshold t,
+Per class, over its L2-normalised old features: centre c = their mean, not normalised again; r_max = the largest
+distance to it, outliers excluded. With a learnable scalar e per class and a threshold t,
 
     r_y = r_max + sigmoid(e_y) (t - r_max)
     point-to-set loss = mean over the images outside, ||f - c_y|| > r_y, of ||f - c_y|| - r_y
@@ -19,24 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.atomic import atomic_write
-from engine.by_class import squared_distances_to_means, unit_class_means
-from engine.distributed import barrier, is_main, sum_over_ranks
-from engine.feature_files import FeatureError
+from core.distributed import barrier, is_main, sum_over_ranks
+from core.files import atomic_write
+from old_model.by_class import squared_distances_to_means, unit_class_means
+from old_model.feature_set import FeatureError
 
-WHISKER = 1.5       # outliers lie this many interquartile ranges outside the quartiles
-ENOUGH = 4          # distances from which on there are quartiles to speak of
+WHISKER = 1.5  # outliers lie this many interquartile ranges outside the quartiles
+ENOUGH = 4  # distances that a class needs before its outliers are dropped
 
 
 def class_boundaries(features, labels, num_classes):
     """Centre and radius of each class of the old features.
 
     features: float [N, D], memory-mapped or not, any scale; labels: int [N], any order, 0 ... num_classes - 1.
-    Of the sorted distances d of a class's n features to their centre, where n >= 4, those outside
-    [q1 - 1.5 (q3 - q1), q3 + 1.5 (q3 - q1)] are dropped, with q1 = d[n // 4] and q3 = d[3 n // 4].
+    With n >= 4 features in a class, sorted distances d to the centre outside [q1 - 1.5 (q3 - q1), q3 + 1.5 (q3 - q1)]
+    are dropped, where q1 = d[n // 4] and q3 = d[3 n // 4].
 
-    Returns `(centers, radius, count)`: float32 [C, D]; float32 [C], the largest distance left; int64 [C], how many
-    are left. A class without images has zeros. Two passes over the rows, a chunk at a time, sums in float64.
+    Returns `(centers, radius, count)`: float32 [C, D]; float32 [C], the largest distance kept; int64 [C], how many
+    are kept. Zeros for a class without images. Two passes over the rows in chunks, sums in float64.
     Raises FeatureError for labels out of range or rows that are not finite.
     """
     labels = np.asarray(labels)
@@ -54,9 +54,9 @@ def class_boundaries(features, labels, num_classes):
 
 
 def _radii(distance, labels, size):
-    """`(radius [C], count [C])`: largest distance of a class that is no outlier, and how many are none."""
+    """`(radius [C], count [C])`: each class's largest distance without outliers, and the number of those distances."""
     order = np.lexsort((distance, labels))
-    ordered = np.append(distance[order], 0.0)       # one more, for what an empty last class would look up
+    ordered = np.append(distance[order], 0.0)  # padding: an empty last class indexes one past the end
     first = np.cumsum(size) - size
     low, high = ordered[first + size // 4], ordered[first + 3 * size // 4]
     reach = np.where(size >= ENOUGH, WHISKER * (high - low), np.inf)
@@ -73,10 +73,10 @@ def default_path(feature_path):
 
 
 def load_boundaries(path, old, num_classes):
-    """`(centers [C, D], radius [C], count [C])` tensors on the CPU, from the file `path`; all ranks call it together.
+    """`(centers [C, D], radius [C], count [C])` tensors on the CPU, read from `path`; collective: call it on all ranks.
 
-    old: OldFeatures. Rank 0 writes the file first where it is missing or older than the features.
-    Raises FeatureError for a file that is damaged or of other features.
+    old: OldFeatures. Rank 0 writes the file first if it is missing or older than the features.
+    Raises FeatureError for a damaged file or one made from other features.
     """
     path = pathlib.Path(path)
     if is_main() and not (path.is_file() and path.stat().st_mtime_ns >= old.path.stat().st_mtime_ns):
@@ -87,13 +87,13 @@ def load_boundaries(path, old, num_classes):
             arrays = [torch.from_numpy(file[name]) for name in ("centers", "radius", "count")]
     except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise FeatureError(
-            f"{path}: not a readable file of centres and radii ({error}); delete it, and it is written again"
+            f"{path}: not a readable file of centres and radii ({error}); delete it to have it rebuilt"
         ) from error
     shapes = [(num_classes, old.features.shape[1]), (num_classes,), (num_classes,)]
     if [tuple(array.shape) for array in arrays] != shapes:
         raise FeatureError(
             f"{path}: centres {list(arrays[0].shape)}, but {old.path} has {num_classes} classes of width "
-            f"{old.features.shape[1]}; delete it, and it is written again, or set center_radius to another file"
+            f"{old.features.shape[1]}; delete it to have it rebuilt, or set center_radius to another file"
         )
     return arrays
 
@@ -105,29 +105,29 @@ def _save(path, centers, radius, count):
             np.savez(file, centers=centers, radius=radius, count=count)
     except OSError as error:
         raise FeatureError(
-            f"{path}: could not be written ({error.strerror}); set center_radius to a place that can"
+            f"{path}: cannot be written ({error.strerror}); set center_radius to a writable path"
         ) from error
 
 
 class ElasticBoundary(nn.Module):
-    """A learnable scalar a class, `elastic` [num_classes], at first uniform in (-1, 1): how far r_y lies towards t."""
+    """A learnable scalar per class, `elastic` [num_classes], initially uniform in (-1, 1), that moves r_y towards t."""
 
     def __init__(self, num_classes):
         super().__init__()
         self.elastic = nn.Parameter(torch.empty(num_classes).uniform_(-1, 1))
 
     def forward(self, labels, radius, threshold):
-        """r_y of labels [B]: radius [C] + sigmoid(e) (threshold - radius), between the two. Returns [B]."""
+        """r_y [B] of labels [B]: radius + sigmoid(e) (threshold - radius), with radius [C]."""
         radius = radius[labels]
         return radius + torch.sigmoid(self.elastic[labels]) * (threshold - radius)
 
 
 def point_to_set_loss(embeddings, labels, centers, radius, count, boundary, threshold):
-    """How far new features lie outside their old classes, on average over those outside; 0 if none is.
+    """Mean distance by which new features lie outside their class boundary, over those outside; 0 if none is.
 
     embeddings: [B, D], this rank's new features, any scale; labels: int64 [B]. centers [C, D], radius [C] and count [C]
-    of `class_boundaries`, on the same device; a class with count <= 1 holds nobody back. boundary: ElasticBoundary;
-    threshold: the distance that it stretches, or shrinks, r_max towards.
+    of `class_boundaries`, on the same device; a class with count <= 1 has no boundary. boundary: ElasticBoundary;
+    threshold: the distance t that r_max is moved towards.
     Returns a scalar: the mean over the images outside in the *global* batch, the same on all ranks. Gradients go to
     the embeddings and to the boundary.
     """

@@ -1,4 +1,4 @@
-"""AdvBCT's adversary: it tells new features from old ones, and the new model learns to leave it no means to.
+"""AdvBCT's adversary: it learns to tell new features from old ones, and the new model learns to fool it.
 
 Tan Pan et al., CVPR 2023, arXiv:2305.02610; gradient reversal: Ganin and Lempitsky, ICML 2015, arXiv:1409.7495.
 """
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import gather_with_grad, global_mean, rank
+from core.distributed import gather_with_grad, global_mean, rank
 
 HIDDEN = 100
-NEW, OLD = 0, 1     # the adversary's two labels
+NEW, OLD = 0, 1  # the adversary's two labels
 
 
 class _ReverseGradient(torch.autograd.Function):
@@ -27,7 +27,7 @@ class _ReverseGradient(torch.autograd.Function):
 
 
 def reverse_gradient(x, alpha):
-    """x as it is; what comes back as gradient is multiplied by -alpha."""
+    """Identity in the forward pass; the gradient is multiplied by -alpha."""
     return _ReverseGradient.apply(x, alpha)
 
 
@@ -39,8 +39,8 @@ def reversal_strength(progress):
 class Discriminator(nn.Module):
     """linear(D, 100) - BatchNorm - ReLU - linear(100, 2) - log-softmax.
 
-    BatchNorm's statistics in training are those of the global batch, with their gradient, so that the number of ranks
-    makes no difference.
+    In training BatchNorm uses the statistics of the global batch, with gradient, so the number of ranks makes no
+    difference.
     """
 
     def __init__(self, embedding_size):
@@ -50,10 +50,10 @@ class Discriminator(nn.Module):
         self.out = nn.Linear(HIDDEN, 2)
 
     def forward(self, features):
-        """Features [B, D] -> log-probabilities [B, 2] of being NEW and OLD; B is the same on every rank."""
+        """Features [B, D] -> log-probabilities [B, 2] of NEW and OLD; B is the same on every rank."""
         hidden, first = self.hidden(features), rank() * len(features)
         if self.training:
-            hidden = self.norm(gather_with_grad(hidden))[first:first + len(features)]
+            hidden = self.norm(gather_with_grad(hidden))[first : first + len(features)]
         else:
             hidden = self.norm(hidden)
         return self.out(F.relu(hidden)).log_softmax(1)
@@ -62,10 +62,9 @@ class Discriminator(nn.Module):
 def adversarial_loss(discriminator, new, old, alpha, normalize_input=True):
     """NLL of the new features as NEW + NLL of the old ones as OLD, each a mean over the global batch.
 
-    new, old: [B, D], this rank's rows, any scale; normalize_input: both are L2-normalised here. The discriminator gets
-    the gradient as it is and learns to tell them apart; `new` gets it reversed, with strength alpha; `old` gets none.
-    New and old features go through the discriminator one after the other, each batch with BatchNorm statistics of its
-    own.
+    new, old: [B, D], this rank's rows, any scale; normalize_input: L2-normalise both here. The discriminator gets the
+    plain gradient, `new` the reversed one, scaled by alpha, `old` none. New and old features go through the
+    discriminator separately, each with its own BatchNorm statistics.
     """
     dtype = discriminator.hidden.weight.dtype
     new, old = new.to(dtype), old.detach().to(dtype)

@@ -1,7 +1,7 @@
-"""Classify new features by the old classifier: the influence loss of BCT, with a synthesised old classifier.
+"""BCT's influence loss: classify new features with a synthesised old classifier.
 
 Yantao Shen, Yuanjun Xiong, Wei Xia, Stefano Soatto, "Towards Backward-Compatible Representation Learning", CVPR 2020,
-arXiv:2003.11942. The term is in losses/prototype.py, for UniBCT takes it over with prototypes of its own.
+arXiv:2003.11942. The term is in losses/prototype.py, since UniBCT uses it too, with its own prototypes.
 """
 
 from losses.prototype import old_prototype_loss

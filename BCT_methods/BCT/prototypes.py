@@ -1,37 +1,36 @@
-"""The old model's class means of the new training set, read and held against it."""
+"""Read the old model's class means of the new training set and check that they fit it."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.feature_files import FeatureError, again_from_images, check_not_older
-from engine.features import open_array
+from old_model.feature_set import FeatureError, check_not_older, open_array, rewrite_from_images
 
 
 def load_prototypes(path, num_classes, embedding_size, old_model_path=None):
     """Read a …_avg_feature.npy: float32 [num_classes, embedding_size] on the CPU, rows L2-normalised, row = class.
 
-    old_model_path: the model that the file must not be older than; "" or None = any age will do.
-    Raises FeatureError, with what to do, for a file that is missing, stale, of another shape or not finite.
+    old_model_path: the file must not be older than this model; "" or None = no check.
+    Raises FeatureError for a file that is missing, stale, of another shape or not finite.
     """
     if not path:
         raise FeatureError(
-            "old_prototype is empty; set it in the config to a …_avg_feature.npy that get_avg_feature.py has written"
+            "old_prototype is empty; set it in the config to a …_avg_feature.npy written by get_avg_feature.py"
         )
     prototypes = np.array(open_array(path, 2, np.floating), dtype=np.float32)
     classes, width = prototypes.shape
     if width != embedding_size:
         raise FeatureError(
             f"{path}: prototypes of width {width}, but embedding_size is {embedding_size}; "
-            "set embedding_size to the old model's, or take the prototypes of an old model of that width; "
-            f"if that model has changed since, {again_from_images(path)}"
+            "set embedding_size to the old model's, or use prototypes of that width; "
+            f"if the old model has changed since, {rewrite_from_images(path)}"
         )
     if classes != num_classes:
         raise FeatureError(
             f"{path}: {classes} rows, but the training set has {num_classes} classes: "
-            f"the prototypes were made from another record file; {again_from_images(path)}"
+            f"the prototypes were made from another record file; {rewrite_from_images(path)}"
         )
     if not np.isfinite(prototypes).all():
-        raise FeatureError(f"{path}: holds NaN or infinity; {again_from_images(path)}")
+        raise FeatureError(f"{path}: contains NaN or infinity; {rewrite_from_images(path)}")
     check_not_older(path, old_model_path)
     return F.normalize(torch.from_numpy(prototypes), dim=1)

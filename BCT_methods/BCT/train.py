@@ -1,23 +1,23 @@
-"""BCT: the new features must also be right for the old classifier (CVPR 2020, arXiv:2003.11942).
+"""BCT: the old classifier must classify the new features correctly too (CVPR 2020, arXiv:2003.11942).
 
-    cd BCT_methods/BCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_BCT_softmax_to_arc_f128.py
+cd BCT_methods/BCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_BCT_softmax_to_arc_f128.py
 """
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes
-from engine.config import require
-from engine.distributed import global_mean
+from core.config import require
+from core.distributed import global_mean
 from engine.trainer import Trainer
 
 
 class BCT(Trainer):
-    """Classify by the new class centres, and by the old class means, which stay as they are."""
+    """Classify by the new class centres and by the fixed class means of the old features."""
 
     def setup(self):
         cfg = self.cfg
@@ -25,10 +25,10 @@ class BCT(Trainer):
         prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size, cfg.old_model_path)
         self.prototypes = prototypes.to(self.device)
 
-    def losses(self, images, labels, index):
-        new = self.backbone(images)
-        old_cls = old_prototype_loss(new, labels, self.prototypes, self.cfg.scale)
-        return {"cls": self.classifier(new, labels), "old_cls": global_mean(old_cls)}
+    def losses(self, batch):
+        new = self.backbone(batch.images)
+        old_cls = old_prototype_loss(new, batch.labels, self.prototypes, self.cfg.scale)
+        return {"cls": self.classifier(new, batch.labels), "old_cls": global_mean(old_cls)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MixBCT's one idea: put old features in the place of some new ones, and let one classifier have them all.
+"""MixBCT's one idea: replace some new features by old ones and train one classifier on both.
 
 Yu Liang et al., "MixBCT: Towards Self-Adapting Backward-Compatible Training", arXiv:2308.06948.
 """
@@ -6,19 +6,19 @@ Yu Liang et al., "MixBCT: Towards Self-Adapting Backward-Compatible Training", a
 import torch
 import torch.nn.functional as F
 
-from engine.features import to_device
+from core.distributed import to_device
 
 
 def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=None):
-    """Replace int(B · mix_ratio) rows of a batch, drawn at random among the credible ones, by their old features.
+    """Replace int(B · mix_ratio) random credible rows of a batch by their old features.
 
-    embeddings: new features [B, D], any device. old_features: the same images' old features [B, D], not normalised;
-    they may stay on the CPU, only the drawn rows move. credible: bool [B], on the CPU: images whose old feature may be
-    used. mix_ratio: in [0, 1]. generator: a CPU torch.Generator; None = torch's own.
+    embeddings: new features [B, D]. old_features: the same images' old features [B, D], any scale, on the same device.
+    credible: bool [B], on the CPU: images whose old feature may be used. mix_ratio: in [0, 1]. generator: a CPU
+    torch.Generator; None = torch's own.
 
-    Returns [B, D] in the embeddings' dtype and device: drawn rows hold L2-normalised old features, without gradient
-    to anything; the others are the embeddings as they are, with their gradient (the classifier normalises all alike).
-    Where fewer rows are credible, all of those are replaced. Raises ValueError for shapes or a ratio that do not fit.
+    Returns [B, D] in the embeddings' dtype and device: replaced rows are L2-normalised old features without gradient,
+    the others the embeddings themselves, with gradient (the classifier normalises all rows). With fewer credible rows
+    all of them are replaced. Raises ValueError for mismatched shapes or a ratio out of range.
     """
     if old_features.shape != embeddings.shape:
         raise ValueError(
@@ -30,11 +30,11 @@ def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=No
     if not 0 <= mix_ratio <= 1:
         raise ValueError(f"mix_ratio = {mix_ratio} must be in [0, 1]")
 
-    # The draw stays on the CPU: the same rows whatever the device, and no wait for it.
-    candidates = credible.cpu().nonzero().flatten()
+    # Drawn on the CPU: the same rows on any device, and no wait for the GPU.
+    candidates = credible.nonzero().flatten()
     order = torch.randperm(len(candidates), generator=generator)
-    drawn = candidates[order[:int(len(embeddings) * mix_ratio)]]
+    drawn = candidates[order[: int(len(embeddings) * mix_ratio)]]
 
-    old = old_features.detach()[to_device(drawn, old_features.device)]
-    old = F.normalize(old.float(), dim=1).to(embeddings.dtype)
-    return embeddings.index_copy(0, to_device(drawn, embeddings.device), to_device(old, embeddings.device))
+    drawn = to_device(drawn, embeddings.device)
+    old = F.normalize(old_features.detach()[drawn].float(), dim=1)
+    return embeddings.index_copy(0, drawn, old.to(embeddings.dtype))

@@ -1,4 +1,4 @@
-"""NCCL's two losses: a new feature shall have the neighbours, among old features, that its old feature has.
+"""NCCL's two losses: a new feature must have the same neighbours among the old features as its own old feature.
 
 Shengsen Wu et al., "Neighborhood Consensus Contrastive Learning for Backward-Compatible Representation", AAAI 2022,
 arXiv:2108.03372.
@@ -16,22 +16,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import gather, rank, rows_of_rank, sum_over_ranks, world_size
+from core.distributed import gather, rank, rows_of_rank, sum_over_ranks, world_size
 
-HALF_BLOCK = 4096   # classes whose half precision products are added up in one number; the blocks are added in float32
+HALF_BLOCK = 4096  # classes summed in half precision; the sums of these blocks are added in float32
 
 
 class NeighborhoodConsensusLoss(nn.Module):
-    """Both losses, or the embedding loss alone, and the queue of old features that they compare with.
+    """Both losses, or the embedding loss alone, with their queue of old features.
 
-    embedding_size: D. num_classes: over all ranks; a rank holds the logits of the classes that PartialFC gives it.
-    queue_size: Q, old features kept, the newest. temperature: T > 0 of both softmaxes.
+    embedding_size: D. num_classes: over all ranks; a rank keeps the logits of its own PartialFC shard.
+    queue_size: Q, how many of the newest old features are kept. temperature: T > 0 of both softmaxes.
     logit_dtype: of the queue's logits, [Q, num_local]. 8192 x 65,402 in float32 are 2.1 GB on one rank, an eighth of
-    that on each of eight. float16 or bfloat16 (for CUDA) halves it and takes the products in it, added up in float32.
+    that on each of eight. float16 or bfloat16 (for CUDA) halves it; products are then taken in it, summed in float32.
     None: no logits in the queue, no logit loss.
 
-    Buffers, all part of a checkpoint: queue_embeddings [Q, D], queue_labels [Q] (-1 = empty slot) and position
-    [] (the slot to be filled next) are alike on all ranks, queue_logits [Q, num_local] is each rank's own.
+    Buffers, all saved in checkpoints: queue_embeddings [Q, D], queue_labels [Q] (-1 = empty slot) and position
+    [] (the next slot to fill) are the same on all ranks, queue_logits [Q, num_local] is each rank's own.
     """
 
     def __init__(self, embedding_size, num_classes, queue_size, temperature=1.0, logit_dtype=torch.float32):
@@ -46,22 +46,22 @@ class NeighborhoodConsensusLoss(nn.Module):
         self.register_buffer("queue_logits", logits)
         self.register_buffer("queue_labels", torch.full((queue_size,), -1, dtype=torch.int64))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
-        # For a checkpoint that goes on on another number of ranks.
+        # For resuming on another number of ranks.
         self.class_sharded = {} if logits is None else {"queue_logits": 1}
 
     def forward(self, old_embeddings, old_logits, new_embeddings, new_logits, labels):
-        """Put the old features of the global batch into the queue, then compare the new ones with all of it.
+        """Enqueue the old features of the global batch, then compare the new ones with the whole queue.
 
         old_embeddings, new_embeddings: [B, D], this rank's rows, any scale; B is the same on every rank.
         old_logits, new_logits: [world * B, num_local], cosines of the *global* batch, in rank order, to this rank's
-        class centres (one process: [B, C]); the new ones made with `gather_with_grad`. None where logit_dtype is.
-        labels: int64 [B]; -1 = do not use this image: it takes no part in the losses, and the slot that it fills stays
-        empty. Gradients go to new_embeddings and new_logits only.
+        class centres (one process: [B, C]); the new ones from `gather_with_grad`. None if logit_dtype is.
+        labels: int64 [B]; -1 = ignore this image: it does not count in the losses, and its slot stays empty.
+        Gradients go to new_embeddings and new_logits only.
 
         Returns `(embedding_loss, logit_loss)`, scalars of the global batch, the same on all ranks; without logits
         logit_loss is None. An image without a positive in the queue (its own old feature is one, unless the global
-        batch is larger than the queue) does not count; without any that counts both are 0. Raises ValueError for
-        shapes that do not fit.
+        batch is larger than the queue) does not count; if none counts, both are 0. Raises ValueError for mismatched
+        shapes.
         """
         self._check(old_embeddings, old_logits, new_embeddings, new_logits, labels)
         dtype = self.queue_embeddings.dtype
@@ -69,7 +69,7 @@ class NeighborhoodConsensusLoss(nn.Module):
         new = F.normalize(new_embeddings.to(dtype))
         self.enqueue(gather(old), old_logits, gather(labels))
 
-        positive = (labels[:, None] == self.queue_labels) & (self.queue_labels >= 0)                   # [B, Q]
+        positive = (labels[:, None] == self.queue_labels) & (self.queue_labels >= 0)  # [B, Q]
         count = positive.sum(1, keepdim=True)
         weight = (old @ self.queue_embeddings.T + 1) / 2 * positive / count.clamp(min=1)
         scores = [new @ self.queue_embeddings.T]
@@ -82,19 +82,19 @@ class NeighborhoodConsensusLoss(nn.Module):
         return embedding, logit[0] if logit else None
 
     def _weighted_cross_entropy(self, scores, weight):
-        """-sum_ij weight_ij log softmax_j(scores_ij / T) over filled slots; both [B, Q], the weight 0 at empty ones."""
+        """-sum_ij weight_ij log softmax_j(scores_ij / T) over filled slots; both [B, Q], weight 0 at empty slots."""
         scores = scores / self.temperature
-        # Not -inf: while the queue is empty altogether, that would make NaN of a sum that counts nothing.
+        # Not -inf: with an empty queue that would give NaN instead of 0.
         filled = scores.masked_fill(self.queue_labels < 0, torch.finfo(scores.dtype).min)
         return (weight.sum(1) * filled.logsumexp(1)).sum() - (weight * scores).sum()
 
     @torch.no_grad()
     def enqueue(self, embeddings, logits, labels):
-        """Overwrite the oldest slots by embeddings [N, D], logits [N, num_local] (None where the queue has none) and
+        """Overwrite the oldest slots with embeddings [N, D], logits [N, num_local] (None if the queue has none) and
         labels [N], the same on all ranks.
 
-        Of more rows than the queue has slots the last stay. The position lives on the device and nobody reads it
-        on the host, so no step waits for the device.
+        If there are more rows than slots, the last rows are kept. The position stays on the device, so no step waits
+        for it.
         """
         rows = len(labels)
         kept = slice(max(rows - self.queue_size, 0), rows)
@@ -130,8 +130,8 @@ def _shape(tensor):
 def _inner_products(logits, queue, dtype):
     """logits [N, num_local] x queue [Q, num_local] -> [N, Q] in `dtype`, with gradient to the logits.
 
-    The large operand comes first: a quarter faster on the CPU, the same on a GPU. A half precision queue: products in
-    it, a block of classes at a time, since a sum over 65,402 of them runs to several hundred, where float16 is coarse.
+    The large operand comes first: a quarter faster on the CPU, the same on a GPU. With a half precision queue, products
+    are taken in blocks of classes, since a sum over 65,402 of them reaches several hundred, where float16 is coarse.
     """
     if queue.dtype == dtype:
         return (queue @ logits.to(dtype).T).T
@@ -140,10 +140,9 @@ def _inner_products(logits, queue, dtype):
 
 
 class _SumToOwnRows(torch.autograd.Function):
-    """Every rank's partial sums [world * B, Q] -> the whole sums of this rank's rows [B, Q].
+    """Every rank's partial sums [world * B, Q] -> the full sums of this rank's rows [B, Q].
 
-    A row goes on on one rank alone, so the derivative with respect to all ranks' parts of it is what that rank says:
-    the backward gathers the rows. Nobody holds more than its own rows' softmax.
+    Only one rank uses a row, so its gradient there is the gradient of every rank's part: the backward gathers the rows.
     """
 
     @staticmethod
@@ -153,9 +152,9 @@ class _SumToOwnRows(torch.autograd.Function):
             own = partial.new_empty(rows, partial.shape[1])
             dist.reduce_scatter_tensor(own, partial)
             return own
-        total = partial.clone()     # gloo has no reduce-scatter before torch 2.7
+        total = partial.clone()  # gloo has no reduce-scatter before torch 2.7
         dist.all_reduce(total)
-        return total[rank() * rows:(rank() + 1) * rows].clone()
+        return total[rank() * rows : (rank() + 1) * rows].clone()
 
     @staticmethod
     def backward(ctx, grad):

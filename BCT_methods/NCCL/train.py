@@ -1,7 +1,7 @@
 """NCCL: neighborhood consensus contrastive learning for backward-compatible representation (arXiv:2108.03372).
 
-    cd BCT_methods/NCCL/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_NCCL_softmax_to_arc_f128.py
+cd BCT_methods/NCCL/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_NCCL_softmax_to_arc_f128.py
 """
 
 import pathlib
@@ -9,29 +9,27 @@ import sys
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
-from engine.config import require
-from engine.distributed import gather, gather_with_grad
-from engine.features import to_device
-from engine.old_features import load_credible
+from core.config import require
+from core.distributed import gather, gather_with_grad, to_device
 from engine.trainer import Trainer
 
 
 class NCCL(Trainer):
-    """Classify, and keep each image's neighbourhood among the old features, by embeddings and by class logits."""
+    """Classify, and preserve each image's neighbourhood among the old features, in embeddings and class logits."""
+
+    old_features = "rows"
 
     def setup(self):
         cfg = self.cfg
-        every_class = f"1 where beta = {cfg.beta}: the logit loss takes all classes; set sample_rate = 1 or beta = 0"
+        every_class = f"1 with beta = {cfg.beta}: the logit loss needs all classes; set sample_rate = 1 or beta = 0"
         require(cfg, "sample_rate", cfg.sample_rate == 1 or cfg.beta == 0, every_class)
         require(cfg, "queue_size", cfg.queue_size >= 1, "at least 1")
         require(cfg, "temperature", cfg.temperature > 0, "above 0")
         for weight in ("alpha", "beta"):
             require(cfg, weight, cfg[weight] >= 0, "at least 0")
-        self.old = self.open_old_features()
-        self.credible = load_credible(cfg.credible_old_feature, self.train_set, cfg.old_model_path)
         half = cfg.fp16 and self.device.type == "cuda"
         logit_dtype = torch.get_autocast_dtype("cuda") if half else torch.float32
         self.extra["consensus"] = NeighborhoodConsensusLoss(
@@ -39,19 +37,18 @@ class NCCL(Trainer):
             logit_dtype=logit_dtype if cfg.beta > 0 else None,
         )
 
-    def losses(self, images, labels, index):
-        self.old.check_labels(index, labels)
-        old = self.old.fetch(index, self.device)
-        known = torch.where(to_device(self.credible[index], self.device), labels, -1)
+    def losses(self, batch):
+        old, labels = batch.old, batch.labels
+        known = torch.where(to_device(batch.credible, self.device), labels, -1)
 
-        new = self.backbone(images)
+        new = self.backbone(batch.images)
         old_logits, new_logits = self.logits(old, new) if self.cfg.beta > 0 else (None, None)
         embedding, logit = self.extra["consensus"](old, old_logits, new, new_logits, known)
         terms = {"cls": self.classifier(new, labels), "embedding": self.cfg.alpha * embedding}
         return terms if logit is None else {**terms, "logit": self.cfg.beta * logit}
 
     def logits(self, old, new):
-        """Cosines of the global batch's old and new features to this rank's class centres; gradient to the new."""
+        """Cosines of the global batch's old and new features to this rank's class centres; gradient to the new only."""
         new_logits = self.classifier.cosines(gather_with_grad(new))
         with torch.no_grad():
             return self.classifier.cosines(gather(old)), new_logits

@@ -1,4 +1,4 @@
-"""UniBCT's prototypes: class means of old features, weighted by how well the new features of a class agree.
+"""UniBCT's prototypes: class means of old features, weighted by the similarity of the class's new features.
 
 Binjie Zhang, Yixiao Ge, Yantao Shen, Shupeng Su, Chun Yuan, Xuyuan Xu, Yexin Wang, Ying Shan,
 "Towards Universal Backward-Compatible Representation Learning", IJCAI 2022, arXiv:2203.01583.
@@ -7,38 +7,38 @@ Per class, with new features N [n, D] (L2-normalised) and old ones V [n, D] (as 
 
     E = softmax over each row of N·Nᵀ/τ, the diagonal at −∞
     V̂ = (1 − λ)(I − λE)⁻¹ V
-    prototype = mean of V̂'s rows, as it is; L2-normalised only where asked for
+    prototype = mean of V̂'s rows, L2-normalised only with normalize=True
 
-Only the mean of V̂ is needed, which is wᵀV with wᵀ = (1 − λ)/n · 1ᵀ(I − λE)⁻¹: one solution of the transposed system
-(I − λEᵀ) x = 1 in place of D right-hand sides. w is not negative and sums to 1, for E's rows do: image i weighs what
-random walks over the class visit it, which an outlier's neighbours seldom choose.
+Only the mean of V̂ is needed. It is wᵀV with wᵀ = (1 − λ)/n · 1ᵀ(I − λE)⁻¹: one solution of the transposed system
+(I − λEᵀ) x = 1 instead of D right-hand sides. w is non-negative and sums to 1, since E's rows do: w_i is how often
+random walks over the class visit image i, and they rarely visit an outlier.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-CHUNK_VALUES = 1 << 25      # values of old and of new features in memory at once, each: 128 MB in float32
-BATCH_VALUES = 1 << 23      # values of a batch of classes, its similarities and its features together
-ALIKE = 0.8                 # classes of a batch have at least this share of the images of its largest
+CHUNK_VALUES = 1 << 25  # values in memory at once, of old and of new features each: 128 MB in float32
+BATCH_VALUES = 1 << 23  # values of a batch of classes, similarities and features together
+ALIKE = 0.8  # a batch's smallest class has at least this share of its largest one's images
 
 
 def refine_prototypes(
     old_features, new_features, labels, damping=0.9, temperature=0.05, normalize=False, *, classes=None, device=None
 ):
-    """The classes' refined prototypes, as the head of this file says.
+    """Refined prototypes of the classes; the formula is at the top of this file.
 
-    old_features, new_features: float [N, D] and [N, D'], tensors or arrays, np.memmap among them; the rows are read
-        some classes at a time and never copied as a whole. labels: int [N], 0 … C − 1 in any order.
+    old_features, new_features: float [N, D] and [N, D'], tensors or arrays, np.memmap too; rows are read a few classes
+        at a time, never copied as a whole. labels: int [N], 0 … C − 1 in any order.
     damping: λ in [0, 1); 0 gives the plain class means. temperature: τ above 0, divides cosines.
-    normalize: L2-normalise the prototypes. The published code does not: a class that the old model knows well has the
+    normalize: L2-normalise the prototypes. The published code does not: a class that the old model knows well has a
         longer mean and weighs more.
-    classes: `(start, stop)`, the share of the classes that is wanted; default: all of them.
-    device: where to compute; default: that of tensors on a GPU, else CUDA where there is one, else the CPU.
+    classes: `(start, stop)`, the range of classes to compute; default: all.
+    device: where to compute; default: the features' GPU, else CUDA if available, else the CPU.
 
-    Returns [stop − start, D] on the device of old_features (CPU for arrays); float32, or float64 where an input is.
-    Memory: some 0.5 GB, or the n² similarities of the largest class several times.
-    Raises ValueError for shapes and values that do not fit, a class without images, and a row that is not finite.
+    Returns [stop − start, D] on the device of old_features (CPU for arrays); float32, or float64 if an input is.
+    Memory: about 0.5 GB, or several times the n² similarities of the largest class.
+    Raises ValueError for mismatched shapes, values out of range, a class without images and non-finite rows.
     """
     if not 0 <= damping < 1:
         raise ValueError(f"damping = {damping} must be in [0, 1)")
@@ -48,7 +48,7 @@ def refine_prototypes(
     if labels.ndim != 1 or not len(old_features) == len(new_features) == len(labels) > 0:
         raise ValueError(
             f"{len(old_features)} old features, {len(new_features)} new features and {len(labels)} labels: "
-            "there must be as many of each, and at least one"
+            "the counts must be equal and above 0"
         )
     if labels.min() < 0:
         raise ValueError(f"labels must be 0 or more; row {int(labels.argmin())} has {int(labels.min())}")
@@ -66,12 +66,15 @@ def refine_prototypes(
 
     prototypes = torch.empty(stop - start, width, dtype=dtype)
     for first, last in _chunks(bounds, CHUNK_VALUES // max(width, new_features.shape[1])):
-        rows = np.sort(order[bounds[first]:bounds[last]])   # ascending: friendlier to the disk
+        rows = np.sort(order[bounds[first] : bounds[last]])  # ascending, for sequential reads
         by_class = torch.from_numpy(np.argsort(labels[rows], kind="stable")).to(device)
         prototypes[first:last] = _refine_chunk(
             _take(old_features, rows, device, dtype, "old"),
             F.normalize(_take(new_features, rows, device, dtype, "new"), dim=1),
-            by_class, counts[first:last], damping, temperature,
+            by_class,
+            counts[first:last],
+            damping,
+            temperature,
         ).cpu()
     if normalize:
         prototypes = F.normalize(prototypes, dim=1)
@@ -85,20 +88,20 @@ def _default_device(features):
 
 
 def _take(features, rows, device, dtype, name):
-    """The rows [R] of an array or a tensor, as a tensor [R, D] on the device."""
+    """Rows [R] of an array or a tensor, as a tensor [R, D] on the device."""
     if isinstance(features, torch.Tensor):
         part = features.detach()[torch.from_numpy(rows).to(features.device)].to(device, dtype)
     else:
         part = torch.from_numpy(features[rows]).to(device, dtype)
     if not torch.isfinite(part.sum()):
         wrong = (~torch.isfinite(part).all(dim=1)).nonzero().flatten()
-        if len(wrong):      # else the sum alone overflowed
+        if len(wrong):  # else only the sum overflowed
             raise ValueError(f"row {rows[int(wrong[0])]} of the {name} features is not finite")
     return part
 
 
 def _chunks(bounds, rows):
-    """Cut the classes into runs `(first, last)` of at most `rows` images, or of one larger class."""
+    """Yield ranges of classes `(first, last)` of at most `rows` images, or of one larger class."""
     first = 0
     while first < len(bounds) - 1:
         last = int(np.searchsorted(bounds, bounds[first] + rows, side="right")) - 1
@@ -108,7 +111,7 @@ def _chunks(bounds, rows):
 
 
 def _batches(counts, width):
-    """Put classes of similar size together: yields arrays of positions in `counts`, the largest classes first."""
+    """Batch classes of similar size: yields arrays of positions in `counts`, the largest classes first."""
     order = np.argsort(counts, kind="stable")
     ascending = counts[order]
     stop = len(order)
@@ -129,7 +132,7 @@ def _refine_chunk(old, new, by_class, counts, damping, temperature):
     for picked in _batches(counts, old.shape[1]):
         place = torch.arange(int(counts[picked].max()), device=device)
         picked = torch.from_numpy(picked).to(device)
-        valid = place < sizes[picked, None]                                 # [b, n]; smaller classes are padded
+        valid = place < sizes[picked, None]  # [b, n]; smaller classes are padded
         index = by_class[offsets[picked, None] + torch.where(valid, place, 0)]
         weights = image_weights(new[index], valid, damping, temperature)
         prototypes[picked] = (weights.unsqueeze(1) @ old[index]).squeeze(1)
@@ -137,17 +140,17 @@ def _refine_chunk(old, new, by_class, counts, damping, temperature):
 
 
 def image_weights(new, valid, damping, temperature):
-    """What each image of a class contributes to its prototype: w [b, n], each row's sum 1, padding 0.
+    """Each image's weight in its class's prototype: w [b, n], rows sum to 1, padding 0.
 
     new: L2-normalised new features of b classes, padded to n images, [b, n, D]; valid: bool [b, n], False = padding.
     """
     size = valid.sum(dim=1)
     itself = torch.eye(new.shape[1], dtype=torch.bool, device=new.device)
-    # A lone image has none but itself to look at; it keeps its feature.
+    # A class's only image has no neighbour; it keeps its feature.
     blocked = ~valid.unsqueeze(1) | (itself & (size > 1)[:, None, None])
     similarity = (new / temperature) @ new.mT
-    transition = similarity.masked_fill_(blocked, float("-inf")).softmax(dim=2)     # E: rows sum to 1
-    # No image moves on to the padding, whose right-hand side is 0: so is its weight.
+    transition = similarity.masked_fill_(blocked, float("-inf")).softmax(dim=2)  # E: rows sum to 1
+    # No image moves to the padding, and its right-hand side is 0, so its weight is 0.
     system = itself.to(new.dtype) - damping * transition.mT
     walks = torch.linalg.solve(system, valid.to(new.dtype))
-    return walks * ((1 - damping) / size.to(new.dtype)).unsqueeze(1)    # by int64 it would be float32
+    return walks * ((1 - damping) / size.to(new.dtype)).unsqueeze(1)  # by int64 it would be float32

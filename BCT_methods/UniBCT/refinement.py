@@ -1,4 +1,4 @@
-"""The refinement within a run: all ranks embed the training set, each solves for its share of the classes."""
+"""UniBCT's refinement during training: all ranks embed the training set, each solves its share of the classes."""
 
 import math
 import pathlib
@@ -8,19 +8,19 @@ import numpy as np
 import torch
 
 from BCT_methods.UniBCT.prototypes import refine_prototypes
-from engine import distributed
-from engine.config import require
-from engine.feature_files import FeatureError, again
-from engine.features import extract_features, save_array
+from core import distributed
+from core.config import require
+from engine.extract import extract_features
 from engine.monitor import log
+from old_model.feature_set import FeatureError, rewrite, save_array
 
-SHORT = 2.0             # old features of a smaller median norm make raw class means that hardly pull
-CLASSES_SAMPLED = 64    # spread over all of them, for that median
-ROWS_SAMPLED = 64       # at most so many of each
+SHORT = 2.0  # median norm of old features below which raw class means hardly pull
+CLASSES_SAMPLED = 64  # evenly spread, for that median
+ROWS_SAMPLED = 64  # of each of them, at most
 
 
 def check_config(cfg):
-    """Raise ConfigError for values that would stop the run only epochs later, or would never take effect."""
+    """Raise ConfigError for values that would fail only epochs later; warn of epochs that are never reached."""
     require(cfg, "damping", 0 <= cfg.damping < 1, "at least 0 and below 1")
     require(cfg, "temperature", cfg.temperature > 0, "above 0")
     require(cfg, "scale", cfg.scale > 0, "above 0")
@@ -31,15 +31,17 @@ def check_config(cfg):
         if epoch >= cfg.num_epoch:
             log.warning(
                 "%s: epoch %d (compat_start_epoch, refine_epochs) is never reached with num_epoch = %d",
-                cfg.config_file, epoch, cfg.num_epoch,
+                cfg.config_file,
+                epoch,
+                cfg.num_epoch,
             )
 
 
 class Refinement(torch.nn.Module):
-    """The prototypes of a run, float32 [num_classes, embedding_size] in the buffer `prototypes`, and their making.
+    """Computes a run's prototypes, float32 [num_classes, embedding_size] in the buffer `prototypes`.
 
-    old: the training set's OldFeatures; cfg: the run's config. The buffer holds zeros until one of the two methods
-    below has run, on all ranks together; each also leaves `<output>/prototypes_epoch_<e>.npy`.
+    old: the training set's OldFeatures; cfg: the run's config. The buffer is zero until `refine` or `take_class_means`
+    has run, on all ranks together; each also writes `<output>/prototypes_epoch_<e>.npy`.
     Raises FeatureError for a class without images.
     """
 
@@ -54,16 +56,20 @@ class Refinement(torch.nn.Module):
                 "so no prototype; write the record file again with labels 0 … C − 1, without gaps"
             )
         if not cfg.normalize_prototypes and distributed.is_main():
-            self._tell_of_short_features()
+            self._warn_of_short_features()
 
     def refine(self, backbone, train_set, epoch):
-        """Embed the training set as rank 0's backbone sees it, and refine the class means by that."""
+        """Embed the training set with rank 0's backbone, and refine the class means by these features."""
         cfg, start = self.cfg, time.perf_counter()
-        distributed.broadcast_buffers(backbone)     # model.pt will have rank 0's
+        distributed.broadcast_buffers(backbone)  # as in model.pt
         path = pathlib.Path(cfg.output) / f"new_feature_epoch_{epoch}.npy"
         extract_features(
-            backbone, train_set, path,
-            embedding_size=cfg.embedding_size, batch_size=cfg.batch_size, num_workers=cfg.num_workers,
+            backbone,
+            train_set,
+            path,
+            embedding_size=cfg.embedding_size,
+            batch_size=cfg.batch_size,
+            num_workers=cfg.num_workers,
         )
         embedded = time.perf_counter()
         self._set(np.load(path, mmap_mode="r"), cfg.damping, epoch)
@@ -72,16 +78,19 @@ class Refinement(torch.nn.Module):
             path.unlink()
         log.info(
             "epoch %d: %d prototypes refined, in %.0f s after %.0f s for the new features",
-            epoch, cfg.num_classes, time.perf_counter() - embedded, embedded - start,
+            epoch,
+            cfg.num_classes,
+            time.perf_counter() - embedded,
+            embedded - start,
         )
 
     def take_class_means(self, epoch):
         """The plain means of the old features, for epochs before the first refinement."""
-        self._set(self.old.features, 0.0, epoch)     # without damping the new features play no part
+        self._set(self.old.features, 0.0, epoch)  # without damping the new features do not matter
         log.info("epoch %d: the prototypes are plain class means until the first of refine_epochs", epoch)
 
-    def _tell_of_short_features(self):
-        """Log the effective scale where the old features are as short as unit vectors; reads a few thousand rows."""
+    def _warn_of_short_features(self):
+        """Log the effective scale if the old features are as short as unit vectors; reads a few thousand rows."""
         old, cfg = self.old, self.cfg
         classes = np.unique(np.linspace(0, cfg.num_classes - 1, CLASSES_SAMPLED).astype(np.int64))
         rows = np.flatnonzero(np.isin(old.labels, classes))
@@ -93,28 +102,41 @@ class Refinement(torch.nn.Module):
             usual = math.sqrt(cfg.embedding_size)
             log.warning(
                 "%s: the old features have norm %.2f (median), so the prototype term's effective scale, scale × norm "
-                "of the class means, is %.2f; coordinates of unit variance make it √%d: for its pull set scale = %.1f",
-                old.path, norm, scale, cfg.embedding_size, usual / norm,
+                "of the class means, is %.2f; coordinates of unit variance give √%d: to match that set scale = %.1f",
+                old.path,
+                norm,
+                scale,
+                cfg.embedding_size,
+                usual / norm,
             )
 
     def _set(self, new_features, damping, epoch):
-        """Each rank solves for its share of the classes; the sum puts the shares together."""
+        """Each rank solves its share of the classes; an all-reduce combines the shares."""
         cfg = self.cfg
         start, stop = distributed.rows_of_rank(cfg.num_classes, distributed.rank(), distributed.world_size())
         try:
             share = refine_prototypes(
-                self.old.features, new_features, self.old.labels, damping, cfg.temperature, cfg.normalize_prototypes,
-                classes=(start, stop), device=self.device,
+                self.old.features,
+                new_features,
+                self.old.labels,
+                damping,
+                cfg.temperature,
+                cfg.normalize_prototypes,
+                classes=(start, stop),
+                device=self.device,
             )
         except ValueError as error:
-            raise FeatureError(f"{self.old.path}: {error}; {again(self.old.path)}") from error
+            raise FeatureError(f"{self.old.path}: {error}; {rewrite(self.old.path)}") from error
         self.prototypes.zero_()
         self.prototypes[start:stop] = share.to(self.device, torch.float32)
         distributed.all_reduce_(self.prototypes)
         scales = cfg.scale * self.prototypes.norm(dim=1)
         log.info(
             "epoch %d: effective scale of the prototype term, scale × norm of a prototype: median %.2f (%.2f to %.2f)",
-            epoch, scales.median(), scales.min(), scales.max(),
+            epoch,
+            scales.median(),
+            scales.min(),
+            scales.max(),
         )
         if distributed.is_main():
             save_array(pathlib.Path(cfg.output) / f"prototypes_epoch_{epoch}.npy", self.prototypes.cpu().numpy())

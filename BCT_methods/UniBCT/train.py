@@ -1,17 +1,17 @@
 """UniBCT: BCT whose prototypes are refined by the structure of the new features (IJCAI 2022, arXiv:2203.01583).
 
-    cd BCT_methods/UniBCT/
-    torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
+cd BCT_methods/UniBCT/
+torchrun --nproc_per_node=8 train.py configs/OPclass_ms1mv3_r18_to_r50_UniBCT_softmax_to_arc_f128.py
 """
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.UniBCT.refinement import Refinement, check_config
+from core.distributed import global_mean
 from engine.build import unwrap
-from engine.distributed import global_mean
 from engine.trainer import Trainer
 from losses import old_prototype_loss
 
@@ -19,11 +19,11 @@ from losses import old_prototype_loss
 class UniBCT(Trainer):
     """Classify by the new class centres and, from `compat_start_epoch` on, by refined means of the old features."""
 
+    old_features = "labels"  # batches need only these; the refinement reads all rows itself
+
     def setup(self):
-        cfg = self.cfg
-        check_config(cfg)
-        self.old = self.open_old_features()
-        self.extra["refinement"] = Refinement(self.old, cfg, self.device)
+        check_config(self.cfg)
+        self.extra["refinement"] = Refinement(self.old, self.cfg, self.device)
 
     def begin_epoch(self):
         cfg, refinement = self.cfg, self.extra["refinement"]
@@ -32,12 +32,11 @@ class UniBCT(Trainer):
         elif self.epoch >= cfg.compat_start_epoch and not refinement.prototypes.any():
             refinement.take_class_means(self.epoch)
 
-    def losses(self, images, labels, index):
-        self.old.check_labels(index, labels)
-        new = self.backbone(images)
-        terms = {"cls": self.classifier(new, labels)}
+    def losses(self, batch):
+        new = self.backbone(batch.images)
+        terms = {"cls": self.classifier(new, batch.labels)}
         if self.epoch >= self.cfg.compat_start_epoch:
-            old_cls = old_prototype_loss(new, labels, self.extra["refinement"].prototypes, self.cfg.scale)
+            old_cls = old_prototype_loss(new, batch.labels, self.extra["refinement"].prototypes, self.cfg.scale)
             terms["old_cls"] = global_mean(old_cls)
         return terms
 

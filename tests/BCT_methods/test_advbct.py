@@ -18,10 +18,12 @@ from BCT_methods.AdvBCT.boundary import (
 )
 from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, reversal_strength, reverse_gradient
 from BCT_methods.AdvBCT.train import AdvBCT
-from engine import by_class, distributed
-from engine.config import load_config
-from engine.feature_files import FeatureError
-from tests.BCT_methods.whole_runs import REPO, launch, write_config, write_old_features
+from core import distributed
+from core.config import load_config
+from engine.checkpoint import complete_sets
+from old_model import by_class
+from old_model.feature_set import FeatureError
+from tests.BCT_methods.whole_runs import launch, write_config
 from tests.ranks import run_ranks
 
 WIDTH, CLASSES = 6, 5
@@ -55,7 +57,9 @@ def boundaries_slowly(features, labels, num_classes):
 @settings(deadline=None, max_examples=40)
 @given(
     labels=st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=60),
-    seed=st.integers(0, 1000), outliers=st.booleans(), dtype=st.sampled_from([np.float32, np.float16]),
+    seed=st.integers(0, 1000),
+    outliers=st.booleans(),
+    dtype=st.sampled_from([np.float32, np.float16]),
 )
 def test_boundaries_against_loops(labels, seed, outliers, dtype):
     random = np.random.default_rng(seed)
@@ -83,7 +87,7 @@ def test_an_outlier_is_dropped_from_the_radius_but_not_from_the_centre():
     features, labels = one_far_row()
     centers, radius, count = class_boundaries(features, labels, CLASSES)
     assert count.tolist() == [1, 9, 0, 2, 0]
-    np.testing.assert_allclose(centers[1], features[:10].mean(0), atol=1e-6)   # with the far row, not of length 1
+    np.testing.assert_allclose(centers[1], features[:10].mean(0), atol=1e-6)  # with the far row, not of length 1
     assert radius[1] == pytest.approx(np.linalg.norm(features[:9] - centers[1], axis=1).max(), abs=1e-6)
     assert np.linalg.norm(features[9] - centers[1]) > 1.7 > radius[1]
 
@@ -261,7 +265,7 @@ def test_reversed_gradient_and_its_strength():
     out.pow(2).sum().backward()
     assert x.grad.tolist() == [-0.5, 1.0]
     assert reversal_strength(0) == 0
-    assert reversal_strength(0.1) == pytest.approx(2 / (1 + math.e ** -1) - 1)
+    assert reversal_strength(0.1) == pytest.approx(2 / (1 + math.e**-1) - 1)
     assert reversal_strength(1) == pytest.approx(1, abs=1e-4)
 
 
@@ -286,7 +290,7 @@ def losses_on_rank():
     adv = adversarial_loss(model, new, old[mine], 0.6)
     own = [torch.autograd.grad(loss, new, retain_graph=True)[0] for loss in (p2s, adv)]
     shared = torch.autograd.grad(p2s + adv, [*boundary.parameters(), *model.parameters()])
-    shared = [distributed.all_reduce_(grad.clone()) for grad in shared]     # as the trainer does
+    shared = [distributed.all_reduce_(grad.clone()) for grad in shared]  # as the trainer does
     return torch.stack([p2s, adv]).detach(), own, shared, dict(model.state_dict())
 
 
@@ -307,33 +311,25 @@ def test_three_ranks_have_the_losses_and_gradients_of_one():
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path, make_record_set):
-    labels = [0, 1, 2, 3, 4] * 5
-    make_record_set(tmp_path / "set.rec", labels)
-    write_old_features(tmp_path, labels)
-    return tmp_path
-
-
 def test_terms_are_weighted_and_fade(folder):
     """p2s as it is, times 4; adv times 4 and (E - epoch + 1) / E, epochs counted from 0; the reversal grows."""
     trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", num_epoch=35)))
     trainer.loader.set_epoch(0)
-    images, labels, index = next(iter(trainer.loader))
+    batch = next(iter(trainer.loader))
 
     def terms(**state):
         for name, value in state.items():
             setattr(trainer, name, value)
-        new = trainer.backbone(images).detach().requires_grad_()
+        new = trainer.backbone(batch.images).detach().requires_grad_()
         trainer.backbone = lambda images: new
-        named = trainer.losses(images, labels, index)
-        grad, = torch.autograd.grad(named["adv"], new)
+        named = trainer.losses(batch)
+        (grad,) = torch.autograd.grad(named["adv"], new)
         return named, grad, new
 
     first, grad, new = terms(epoch=0, step=0)
     last, last_grad, _ = terms(epoch=34, step=trainer.total_steps // 2)
-    p2s = point_to_set_loss(new, labels, *trainer.classes, trainer.extra["boundary"], 0.4)
-    adv = adversarial_loss(trainer.extra["discriminator"], new, trainer.old[index], 0.0)
+    p2s = point_to_set_loss(new, batch.labels, *trainer.classes, trainer.extra["boundary"], 0.4)
+    adv = adversarial_loss(trainer.extra["discriminator"], new, batch.old, 0.0)
     torch.testing.assert_close(first["p2s"], 4 * p2s)
     torch.testing.assert_close(last["p2s"], 4 * p2s)
     torch.testing.assert_close(first["adv"], 4 * 36 / 35 * adv)
@@ -341,7 +337,7 @@ def test_terms_are_weighted_and_fade(folder):
     assert not grad.any() and last_grad.any()
     trainer.cfg.normalize_input = False
     unnormalised, _, _ = terms(epoch=34)
-    adv = adversarial_loss(trainer.extra["discriminator"], new, trainer.old[index], 0.0, normalize_input=False)
+    adv = adversarial_loss(trainer.extra["discriminator"], new, batch.old, 0.0, normalize_input=False)
     torch.testing.assert_close(unnormalised["adv"], 4 * 2 / 35 * adv)
     assert not torch.isclose(unnormalised["adv"], last["adv"], rtol=1e-3)
 
@@ -352,12 +348,12 @@ def test_one_norm_clips_backbone_adversary_and_boundary(folder, largest):
     keys = {"clip_grad_norm": largest, "momentum": 0.0, "weight_decay": 0.0, "lr": 0.1, "adv_weight": 40.0}
     trainer = AdvBCT(load_config(write_config(folder, "AdvBCT", "run", **keys)))
     trainer.loader.set_epoch(0)
-    trainer.step = trainer.total_steps // 2     # the reversal is on
-    sum(trainer.losses(*next(iter(trainer.loader))).values()).backward()
+    trainer.step = trainer.total_steps // 2  # the reversal is on
+    sum(trainer.losses(next(iter(trainer.loader))).values()).backward()
     backbone = [parameter for parameter in trainer.backbone.parameters() if parameter.requires_grad]
     together = [*backbone, *trainer.extra.parameters()]
     alone, norm = (math.sqrt(sum((p.grad.double() ** 2).sum().item() for p in part)) for part in (backbone, together))
-    assert norm > 1.01 * alone and alone > 0.5      # the backbone's alone is another number
+    assert norm > 1.01 * alone and alone > 0.5  # the backbone's alone is another number
     factor = largest / norm if largest else 1.0
     expected = [parameter.detach() - 0.1 * factor * parameter.grad for parameter in together]
     centres = trainer.classifier.weight.detach() - 0.1 * trainer.classifier.weight.grad
@@ -374,7 +370,7 @@ def test_train_script_on_two_ranks(folder):
     model = torch.load(folder / "launched" / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in model.values())
     assert not any("elastic" in name or "discriminator" in name for name in model)
-    paths = (folder / "launched").glob("checkpoint_step_6_*.pt")
+    paths = complete_sets(folder / "launched")[-1].glob("rank_*.pt")
     states = [torch.load(path, weights_only=True)["extra"] for path in paths]
     assert len(states) == 2 and states[0].keys() >= {"boundary.elastic", "discriminator.hidden.weight"}
     for name, value in states[0].items():
@@ -383,15 +379,3 @@ def test_train_script_on_two_ranks(folder):
     with np.load(folder / "old_center_radius.npz") as file:
         for name, expected in zip(("centers", "radius", "count"), class_boundaries(features, labels, 5)):
             np.testing.assert_array_equal(file[name], expected)
-
-
-def test_nine_configs_are_mixbcts_but_for_the_method():
-    paths = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
-    assert len(paths) == 9
-    for path in paths:
-        config, mixbct = (load_config(str(path).replace("MixBCT", method)) for method in ("AdvBCT", "MixBCT"))
-        for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
-            assert config[key] == mixbct[key], (path.name, key)
-        assert (config.threshold, config.p2s_weight, config.adv_weight, config.center_radius) == (0.4, 4.0, 4.0, "")
-        assert (config.normalize_input, config.clip_grad_norm) == (True, 5.0)
-        assert config.output.endswith(path.stem.replace("MixBCT", "AdvBCT"))

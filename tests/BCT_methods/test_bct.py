@@ -4,21 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-import losses
-from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes
 from BCT_methods.BCT.train import BCT
+from core.config import load_config
 from dataset import RecordDataset
-from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
-from loader import ExtractLoader
-from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
+from engine.loader import ExtractLoader
+from old_model.feature_set import FeatureError
+from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config
 
 CONFIGS = REPO / "BCT_methods" / "BCT" / "configs"
-
-
-def test_the_term_is_the_shared_one():
-    assert old_prototype_loss is losses.old_prototype_loss
 
 
 # --- the prototypes' file ---------------------------------------------------------------------------------------
@@ -38,7 +32,7 @@ def test_prototypes_come_normalised(tmp_path):
         (np.ones((3, 5)), "width 5, but embedding_size is 4.*get_feature.py .* && python .*get_avg_feature.py --SD"),
         (np.ones((2, 4)), "2 rows, but the training set has 3 classes.*get_avg_feature.py"),
         (np.full((3, 4), np.nan), "NaN"),
-        (np.ones((3, 4), int), "not 2-D floating"),
+        (np.ones((3, 4), int), "expected 2-D floating"),
     ],
 )
 def test_prototypes_that_do_not_fit(tmp_path, rows, message):
@@ -59,22 +53,14 @@ def test_prototypes_that_are_not_there(tmp_path):
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path, make_record_set):
-    labels = [0, 1, 2, 3, 4] * 5
-    make_record_set(tmp_path / "set.rec", labels)
-    write_old_features(tmp_path, labels)
-    return tmp_path
-
-
 def cosine_to_prototypes(folder, backbone):
     """Mean cosine of the features of a trained `without_batch_norm` and the prototypes of their classes."""
     model, data = without_batch_norm(), RecordDataset(folder / "set.rec")
     model.load_state_dict(backbone)
-    images, labels, _ = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
+    batch = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
     prototypes = load_prototypes(folder / "old_avg_feature.npy", 5, 8)
     with torch.no_grad():
-        return torch.nn.functional.cosine_similarity(model(images), prototypes[labels]).mean().item()
+        return torch.nn.functional.cosine_similarity(model(batch.images), prototypes[batch.labels]).mean().item()
 
 
 def test_a_run_draws_new_features_to_the_prototypes_the_more_the_higher_the_scale(folder):
@@ -89,21 +75,8 @@ def test_values_and_files_that_do_not_fit(folder):
     def start(**keys):
         return BCT(load_config(write_config(folder, "BCT", "run", **keys)))
 
-    with pytest.raises(ConfigError, match="scale = 0.0; it must be above 0"):
-        start(scale=0.0)
     with pytest.raises(FeatureError, match="embedding_size is 6"):
         start(embedding_size=6)
     np.save(folder / "old_avg_feature.npy", np.ones((4, 8)))
     with pytest.raises(FeatureError, match="4 rows, but the training set has 5 classes"):
         start()
-
-
-def test_nine_configs_differ_from_mixbct_in_the_method_alone():
-    theirs = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
-    assert len(theirs) == 9
-    for path in theirs:
-        config, mixbct = load_config(CONFIGS / path.name.replace("MixBCT", "BCT")), load_config(path)
-        for key in ("rec", "embedding_size", "network", "lr", "num_epoch", "decay_epoch"):
-            assert config[key] == mixbct[key], (path.name, key)
-        assert config.old_prototype == mixbct.old_embedding.replace("_feature.npy", "_avg_feature.npy")
-        assert config.scale == 1 and config.output.endswith(path.stem.replace("MixBCT", "BCT"))

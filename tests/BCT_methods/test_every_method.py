@@ -6,11 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
-from tests.BCT_methods.whole_runs import REPO, WIDTH, launch, without_batch_norm, write_old_features
+from core.config import ConfigError, load_config
+from old_model.feature_set import FeatureError
+from tests.BCT_methods.whole_runs import METHODS, REPO, WIDTH, launch, without_batch_norm, write_old_features
 
-METHODS = ["AdvBCT", "BCT", "L2", "MixBCT", "NCCL", "UniBCT"]
 LABELS = np.arange(12) % 3
 
 
@@ -30,31 +29,55 @@ def start(method, folder, **keys):
     plain = type("Plain", (kind,), {"build_backbone": lambda self: without_batch_norm()})
     cfg = load_config(REPO / "BCT_methods" / method / "configs" / "base.py", [f"--{k}={v}" for k, v in keys.items()])
     usual = {
-        "rec": "synthetic", "rec_val": "", "num_classes": 3, "num_image": 12, "batch_size": 4, "num_workers": 0,
-        "embedding_size": WIDTH, "output": str(folder / "out"), "queue_size": keys.get("queue_size", 8),
-        "old_embedding": str(folder / "old_feature.npy"), "old_embedding_label": str(folder / "old_label.npy"),
-        "old_prototype": str(folder / "old_avg_feature.npy"), "credible_old_feature": str(folder / "credible.npy"),
+        "rec": "synthetic",
+        "rec_val": "",
+        "num_classes": 3,
+        "num_image": 12,
+        "batch_size": 4,
+        "num_workers": 0,
+        "embedding_size": WIDTH,
+        "output": str(folder / "out"),
+        "queue_size": keys.get("queue_size", 8),
+        "old_embedding": str(folder / "old_feature.npy"),
+        "old_embedding_label": str(folder / "old_label.npy"),
+        "old_prototype": str(folder / "old_avg_feature.npy"),
+        "credible_old_feature": str(folder / "credible.npy"),
     }
     cfg.update({key: value for key, value in usual.items() if key in cfg})
     return plain(cfg)
 
 
-@pytest.mark.parametrize("method", ["AdvBCT", "L2", "MixBCT", "NCCL"])
-def test_old_features_are_read_before_the_forward_is_queued(method, folder):
-    run, order = start(method, folder), []
-    read, forward = type(run.old).__getitem__, run.backbone.forward
-
-    class Watched(type(run.old)):
-        def __getitem__(self, index):
-            order.append("read")
-            return read(self, index)
-
-    run.old.__class__ = Watched
-    run.backbone.forward = lambda images: order.append("forward") or forward(images)
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_carry_what_the_method_states(method, folder):
+    run = start(method, folder)
     run.loader.set_epoch(0)
-    terms = run.losses(*next(iter(run.loader)))
-    sum(terms.values()).backward()
-    assert order == ["read", "forward"]
+    batch = next(iter(run.loader))
+    sum(run.losses(batch).values()).backward()
+    assert (batch.old is not None) == (batch.credible is not None) == (run.old_features == "rows")
+    if run.old_features == "rows":
+        assert np.array_equal(batch.old, np.load(folder / "old_feature.npy")[batch.index])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_of_another_record_file_end_the_run_of_every_method_with_old_features(method, folder, monkeypatch):
+    run = start(method, folder)
+    if run.old_features is None:
+        assert "old_embedding" not in run.cfg
+        return
+    monkeypatch.setattr(type(run.train_set), "fill", lambda self, rows, images: (np.asarray(rows) + 1) % 3)
+    with pytest.raises(FeatureError, match="old_feature.npy: row .* is of class .*another record file"):
+        next(iter(run.loader))
+
+
+def test_a_method_whose_base_config_declares_no_old_features_is_told_what_to_write(folder):
+    kind = type("New", (importlib.import_module("BCT_methods.BCT.train").BCT,), {"old_features": "rows"})
+    with pytest.raises(ConfigError, match="New uses old features, but.*declares no old_embedding; start it with"):
+        kind(
+            load_config(
+                REPO / "BCT_methods/BCT/configs/base.py",
+                [f"--output={folder / 'out'}", "--rec=synthetic", "--num_classes=3", "--num_image=150"],
+            )
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,23 +99,26 @@ def test_credible_rows_must_not_be_older_either(method, folder):
         start(method, folder, old_model_path=folder / "model.pt")
 
 
-@pytest.mark.parametrize("method, key, value, text", [
-    ("AdvBCT", "threshold", 0.0, "above 0 and at most 2"),
-    ("AdvBCT", "threshold", 2.1, "above 0 and at most 2"),
-    ("AdvBCT", "p2s_weight", -1.0, "at least 0"),
-    ("AdvBCT", "adv_weight", -0.5, "at least 0"),
-    ("BCT", "scale", 0.0, "above 0"),
-    ("L2", "threshold", -0.1, "in .0, 2."),
-    ("MixBCT", "mix_ratio", -0.1, "in .0, 1."),
-    ("MixBCT", "mix_ratio", 1.1, "in .0, 1."),
-    ("NCCL", "queue_size", 0, "at least 1"),
-    ("NCCL", "temperature", 0.0, "above 0"),
-    ("NCCL", "alpha", -1.0, "at least 0"),
-    ("NCCL", "beta", -1.0, "at least 0"),
-    ("UniBCT", "damping", 1.0, "at least 0 and below 1"),
-    ("UniBCT", "temperature", -0.1, "above 0"),
-    ("UniBCT", "scale", -1.0, "above 0"),
-])
+@pytest.mark.parametrize(
+    "method, key, value, text",
+    [
+        ("AdvBCT", "threshold", 0.0, "above 0 and at most 2"),
+        ("AdvBCT", "threshold", 2.1, "above 0 and at most 2"),
+        ("AdvBCT", "p2s_weight", -1.0, "at least 0"),
+        ("AdvBCT", "adv_weight", -0.5, "at least 0"),
+        ("BCT", "scale", 0.0, "above 0"),
+        ("L2", "threshold", -0.1, "in .0, 2."),
+        ("MixBCT", "mix_ratio", -0.1, "in .0, 1."),
+        ("MixBCT", "mix_ratio", 1.1, "in .0, 1."),
+        ("NCCL", "queue_size", 0, "at least 1"),
+        ("NCCL", "temperature", 0.0, "above 0"),
+        ("NCCL", "alpha", -1.0, "at least 0"),
+        ("NCCL", "beta", -1.0, "at least 0"),
+        ("UniBCT", "damping", 1.0, "at least 0 and below 1"),
+        ("UniBCT", "temperature", -0.1, "above 0"),
+        ("UniBCT", "scale", -1.0, "above 0"),
+    ],
+)
 def test_values_out_of_range_are_named_with_file_and_key(method, key, value, text, folder):
     with pytest.raises(ConfigError, match=f"BCT_methods/{method}/configs/base.py: {key} = {value}; it must be {text}"):
         start(method, folder, **{key: value})
@@ -103,10 +129,19 @@ def test_values_out_of_range_are_named_with_file_and_key(method, key, value, tex
 def test_train_script_on_two_ranks(method, folder, make_record_set):
     make_record_set(folder / "set.rec", LABELS.tolist())
     keys = {
-        "rec": folder / "set.rec", "output": folder / "out", "embedding_size": WIDTH, "network": "tiny", "num_epoch": 3,
-        "batch_size": 4, "num_workers": 0, "old_embedding": folder / "old_feature.npy",
-        "old_embedding_label": folder / "old_label.npy", "old_prototype": folder / "old_avg_feature.npy",
-        "credible_old_feature": folder / "credible.npy", "compat_start_epoch": 0, "refine_epochs": [1],
+        "rec": folder / "set.rec",
+        "output": folder / "out",
+        "embedding_size": WIDTH,
+        "network": "tiny",
+        "num_epoch": 3,
+        "batch_size": 4,
+        "num_workers": 0,
+        "old_embedding": folder / "old_feature.npy",
+        "old_embedding_label": folder / "old_label.npy",
+        "old_prototype": folder / "old_avg_feature.npy",
+        "credible_old_feature": folder / "credible.npy",
+        "compat_start_epoch": 0,
+        "refine_epochs": [1],
         "decay_epoch": [],
     }
     known = load_config(REPO / "BCT_methods" / method / "configs" / "base.py")
@@ -119,3 +154,16 @@ def test_train_script_on_two_ranks(method, folder, make_record_set):
     assert {"model.pt", "softmax_fc_gpu_0.pt", "softmax_fc_gpu_1.pt"} <= files
     if method == "UniBCT":
         assert np.load(folder / "out/prototypes_epoch_1.npy").shape == (3, WIDTH)
+
+
+@pytest.mark.parametrize("form", [*(method for method in METHODS if method != "MixBCT"), "weakenedL2"])
+def test_nine_configs_have_mixbcts_data_and_old_features(form):
+    configs = REPO / "BCT_methods"
+    for path in sorted((configs / "MixBCT/configs").glob("*_MixBCT_*.py")):
+        config = load_config(configs / form.removeprefix("weakened") / "configs" / path.name.replace("MixBCT", form))
+        mixbct = load_config(path)
+        for key in ("rec", "embedding_size", "old_embedding", "old_embedding_label"):
+            assert config.get(key, mixbct[key]) == mixbct[key], (path.name, key)
+        prototypes = config.get("old_prototype") or mixbct.old_embedding.replace("_feature.npy", "_avg_feature.npy")
+        assert prototypes == mixbct.old_embedding.replace("_feature.npy", "_avg_feature.npy")
+        assert config.output.endswith(path.stem.replace("MixBCT", form))

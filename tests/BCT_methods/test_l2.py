@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from BCT_methods.L2.loss import feature_l2_loss
 from BCT_methods.L2.train import L2
+from core.config import ConfigError, load_config
 from dataset import RecordDataset
-from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
-from engine.old_features import OldFeatures
-from loader import ExtractLoader
-from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
+from engine.loader import ExtractLoader
+from old_model.feature_set import FeatureError
+from old_model.old_features import OldFeatures
+from tests.BCT_methods.whole_runs import train, without_batch_norm, write_config
 
 
 def batch(size=6, width=5, seed=0, dtype=torch.float64):
@@ -61,14 +61,14 @@ def test_coinciding_features_cost_nothing_and_break_no_gradient():
     loss.backward()
     assert loss.item() < 1e-6 and torch.isfinite(new.grad).all()
     old = old.clone()
-    old[3:] = batch(3, seed=4)[0].float()    # beside others, too
+    old[3:] = batch(3, seed=4)[0].float()  # beside others, too
     new.grad = None
     feature_l2_loss(new, old).backward()
     assert torch.isfinite(new.grad).all() and new.grad[3:].abs().sum(dim=1).min() > 0
 
 
 def test_within_the_threshold_there_is_no_pull_and_beyond_it_all_of_it():
-    angles = torch.tensor([0.1, 0.19, 0.21, 1.0], dtype=torch.float64)       # chords 0.1, 0.19, 0.21 and 0.96, nearly
+    angles = torch.tensor([0.1, 0.19, 0.21, 1.0], dtype=torch.float64)  # chords 0.1, 0.19, 0.21 and 0.96, nearly
     new = torch.stack([angles.cos(), angles.sin()], dim=1).requires_grad_()
     old = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(4, 2)
     feature_l2_loss(new, old, threshold=0.2).backward()
@@ -81,7 +81,7 @@ def test_within_the_threshold_there_is_no_pull_and_beyond_it_all_of_it():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     new, old = batch(8, 64)
-    loss = feature_l2_loss(new.to(dtype), 1000 * old.float())       # squares of 1000 overflow float16
+    loss = feature_l2_loss(new.to(dtype), 1000 * old.float())  # squares of 1000 overflow float16
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(slowly(new, old, 0.0), abs=0.02)
 
@@ -97,21 +97,14 @@ def test_arguments_that_do_not_fit():
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path, make_record_set):
-    labels = [0, 1, 2, 3, 4] * 5
-    make_record_set(tmp_path / "set.rec", labels)
-    write_old_features(tmp_path, labels)
-    return tmp_path
-
-
 def distance_to_old(folder, backbone):
     """Mean distance of the features of a trained `without_batch_norm` from the old ones."""
     model, data = without_batch_norm(), RecordDataset(folder / "set.rec")
     model.load_state_dict(backbone)
-    images, _, index = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
+    batch = next(iter(ExtractLoader(data, len(data), "cpu", num_workers=0)))
+    old = torch.from_numpy(OldFeatures(data, folder / "old_feature.npy").read(batch.index.numpy()))
     with torch.no_grad():
-        return feature_l2_loss(model(images), OldFeatures(folder / "old_feature.npy", data)[index]).item()
+        return feature_l2_loss(model(batch.images), old).item()
 
 
 def test_a_run_draws_new_features_to_old_ones_as_far_as_the_threshold_says(folder):
@@ -125,23 +118,12 @@ def test_a_run_draws_new_features_to_old_ones_as_far_as_the_threshold_says(folde
 
 def test_values_and_files_that_do_not_fit(folder):
     for keys, message in [
-        ({"loss_weight": [1, 10, 1]}, "two numbers"), ({"loss_weight": [1, -1]}, "each at least 0"),
-        ({"loss_weight": ["1", 10]}, "two numbers"), ({"threshold": 3.0}, r"must be in \[0, 2\]"),
+        ({"loss_weight": [1, 10, 1]}, "two numbers"),
+        ({"loss_weight": [1, -1]}, "each at least 0"),
+        ({"loss_weight": ["1", 10]}, "two numbers"),
+        ({"threshold": 3.0}, r"must be in \[0, 2\]"),
     ]:
         with pytest.raises(ConfigError, match=message):
             L2(load_config(write_config(folder, "L2", "run", **keys)))
     with pytest.raises(FeatureError, match="embedding_size is 6"):
         L2(load_config(write_config(folder, "L2", "run", embedding_size=6)))
-
-
-def test_nine_configs_of_each_form_differ_from_mixbct_in_the_method_alone():
-    theirs = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
-    assert len(theirs) == 9
-    for path in theirs:
-        mixbct = load_config(path)
-        for form, threshold in (("L2", 0.0), ("weakenedL2", 0.2)):
-            config = load_config(REPO / "BCT_methods/L2/configs" / path.name.replace("MixBCT", form))
-            for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
-                assert config[key] == mixbct[key], (path.name, key)
-            assert (config.threshold, config.loss_weight) == (threshold, [1, 10])
-            assert config.output.endswith(path.stem.replace("MixBCT", form))

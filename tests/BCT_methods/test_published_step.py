@@ -25,18 +25,18 @@ import torch
 import torch.nn.functional as F
 
 import backbones
+from core.config import load_config
 from engine.build import unwrap
-from engine.config import load_config
 from tests.BCT_methods.whole_runs import WIDTH, write_config, write_old_features
 from tests.conftest import draw_record_set
 from tests.ranks import run_ranks
 
 RANKS, BATCH, CLASSES, EPOCHS, SEED = 2, 8, 5, 4, 5
-IMAGES, EPOCH = RANKS * BATCH, 2        # an epoch is a step; EPOCH is the one that is looked at
-SHARDS = [slice(0, 3), slice(3, 5)]     # classes of each rank
-QUEUE = 40                              # three global batches are 48
+IMAGES, EPOCH = RANKS * BATCH, 2  # an epoch is a step; EPOCH is the one that is looked at
+SHARDS = [slice(0, 3), slice(3, 5)]  # classes of each rank
+QUEUE = 40  # three global batches are 48
 S, MARGIN = 64.0, 0.5
-TOLERANCE = 5e-6                        # of the gradient's norm; float32 against losses in float64
+TOLERANCE = 5e-6  # of the gradient's norm; float32 against losses in float64
 
 
 # --- what the ranks do ------------------------------------------------------------------------------------------
@@ -53,16 +53,16 @@ def recorded_step(method, path):
     kind, record = getattr(importlib.import_module(f"BCT_methods.{method}.train"), method), {"history": []}
 
     class Recorded(kind):
-        def accumulate(self, images, labels, index, last):
+        def accumulate(self, batch, last):
             if self.epoch <= EPOCH:
-                record["history"].append(index)
+                record["history"].append(batch.index)
             if self.epoch == EPOCH:
-                record.update(images=images, labels=labels)
+                record.update(images=batch.images, labels=batch.labels)
                 state = unwrap(self.backbone).state_dict()
                 record["backbone"] = {name: value.clone() for name, value in state.items()}
                 record["centres"] = self.classifier.weight.detach().clone()
                 record["extra"] = {name: value.clone() for name, value in self.extra.state_dict().items()}
-            super().accumulate(images, labels, index, last)
+            super().accumulate(batch, last)
 
         def update(self):
             if self.epoch == EPOCH:
@@ -88,12 +88,12 @@ def recorded_step(method, path):
 class Step:
     """What the ranks hold, lists over them; embeddings and losses in float64."""
 
-    new: list           # [B, D], with gradient
-    old: list           # [B, D], as stored
-    labels: list        # [B]
-    ranks: list         # the records
-    features: torch.Tensor      # all old features [N, D], and
-    all_labels: torch.Tensor    # their labels [N]
+    new: list  # [B, D], with gradient
+    old: list  # [B, D], as stored
+    labels: list  # [B]
+    ranks: list  # the records
+    features: torch.Tensor  # all old features [N, D], and
+    all_labels: torch.Tensor  # their labels [N]
 
 
 def gathered(parts):
@@ -109,7 +109,7 @@ def gathered_and_cut(parts):
 def margin_logits(embeddings, centres, labels):
     """s · cos(θ + m) at the label, s · cos θ elsewhere."""
     cosine = F.normalize(embeddings) @ F.normalize(centres).T
-    assert cosine.min() > -math.cos(MARGIN)       # θ + m stays below π
+    assert cosine.min() > -math.cos(MARGIN)  # θ + m stays below π
     own = F.one_hot(labels, CLASSES).bool()
     return S * torch.where(own, (cosine.clamp(-1 + 1e-9, 1 - 1e-9).acos() + MARGIN).cos(), cosine)
 
@@ -166,9 +166,7 @@ def nccl(step):
     queue, queue_labels = F.normalize(step.features[newest]), step.all_labels[newest]
     centres = torch.cat([rank["centres"] for rank in step.ranks]).double()
     everyone = gathered(step.new)
-    own_logits = [
-        margin_logits(new, centres, labels) for new, labels in zip(everyone.split(BATCH), step.labels)
-    ]
+    own_logits = [margin_logits(new, centres, labels) for new, labels in zip(everyone.split(BATCH), step.labels)]
     logits = gathered_and_cut(own_logits)
     # Which logits the queue holds makes no difference: no gradient passes l₂.
     queue_logits = S * queue @ F.normalize(centres).T
@@ -249,7 +247,7 @@ class Case(typing.NamedTuple):
 CASES = {
     "MixBCT": Case(mixbct, {"credible_old_feature": "credible.npy"}),
     "UniBCT": Case(unibct, {"compat_start_epoch": 1, "refine_epochs": [1], "damping": 0.0, "decay_epoch": []}),
-    "NCCL": Case(nccl, {"alpha": 2.0, "beta": 0.0, "queue_size": QUEUE}),     # alpha = R
+    "NCCL": Case(nccl, {"alpha": 2.0, "beta": 0.0, "queue_size": QUEUE}),  # alpha = R
     "BCT": Case(bct),
     "AdvBCT": Case(advbct),
     "L2": Case(l2),
@@ -268,10 +266,20 @@ def recorded(tmp_path_factory):
     paths = []
     for method, case in CASES.items():
         keys = {key: str(folder / value) if str(value).endswith(".npy") else value for key, value in case.keys.items()}
-        paths.append(write_config(
-            folder, method, method, **keys, seed=SEED, batch_size=BATCH, num_epoch=EPOCHS, margin_scale=S,
-            margin_list=(1.0, MARGIN, 0.0), save_all_states=False,
-        ))
+        paths.append(
+            write_config(
+                folder,
+                method,
+                method,
+                **keys,
+                seed=SEED,
+                batch_size=BATCH,
+                num_epoch=EPOCHS,
+                margin_scale=S,
+                margin_list=(1.0, MARGIN, 0.0),
+                save_all_states=False,
+            )
+        )
     by_rank = run_ranks(steps_of_this_rank, RANKS, list(CASES), paths)
     features = torch.from_numpy(np.load(folder / "old_feature.npy")).double()
     return {name: list(records) for name, *records in zip(CASES, *by_rank)}, features, torch.from_numpy(labels)

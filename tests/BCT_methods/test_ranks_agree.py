@@ -14,16 +14,17 @@ import pytest
 import torch
 
 from BCT_methods.AdvBCT.boundary import class_boundaries
+from core.config import load_config
 from engine.build import unwrap
-from engine.config import load_config
-from loader import ShuffledRows
-from tests.BCT_methods.whole_runs import WIDTH, without_batch_norm, write_config, write_old_features
+from engine.loader import ShuffledRows
+from losses.classifier import sharded_tensors
+from tests.BCT_methods.whole_runs import METHODS, WIDTH, without_batch_norm, write_config, write_old_features
 from tests.conftest import draw_record_set
 from tests.ranks import run_ranks
 from train_old_arc import OldArc
 
-GLOBAL_BATCH, IMAGES, EPOCHS, SEED = 12, 38, 2, 5      # two images are left over in each epoch
-COMMON, ALONE = 4, 6                                    # classes; ten cannot be shared equally by four ranks
+GLOBAL_BATCH, IMAGES, EPOCHS, SEED = 12, 38, 2, 5  # two images are left over in each epoch
+COMMON, ALONE = 4, 6  # classes; ten cannot be shared equally by four ranks
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -61,6 +62,7 @@ CASES = {
     "L2": method("L2"),
     "weakened L2": method("L2", threshold=1.4),
 }
+CASES = {name: method(name) for name in METHODS} | CASES  # a new method needs a line only for keys, or for by_batch
 
 
 def trained(case, path, *overrides):
@@ -75,8 +77,8 @@ def trained(case, path, *overrides):
                 backbone.append(torch.nn.Linear(WIDTH, self.cfg.num_classes))
             return backbone
 
-        def losses(self, *batch):
-            terms = super().losses(*batch)
+        def losses(self, batch):
+            terms = super().losses(batch)
             seen.append({name: term.detach().clone() for name, term in terms.items()})
             return terms
 
@@ -84,7 +86,7 @@ def trained(case, path, *overrides):
     trainer.train()
     replicated = {f"backbone.{name}": value for name, value in unwrap(trainer.backbone).state_dict().items()}
     replicated.update({f"extra.{name}": value for name, value in trainer.extra.state_dict().items()})
-    sharded = {"classes": trainer.classifier.weight.detach()} if trainer.classifier else {}
+    sharded = {name: tensor.detach() for name, tensor, _ in sharded_tensors(trainer.classifier)}
     if "extra.consensus.queue_logits" in replicated:
         sharded["queue_logits"] = replicated.pop("extra.consensus.queue_logits").T
     return {"terms": seen, "replicated": replicated, "sharded": sharded}
@@ -112,15 +114,22 @@ def folder(tmp_path_factory):
 def runs(request, folder):
     """`(case, {(ranks, gradient_acc): what each rank has trained})`."""
     case, results = CASES[request.param], {}
-    keys = {
-        key: str(folder / value) if key == "credible_old_feature" else value for key, value in case.keys.items()
-    }
+    keys = {key: str(folder / value) if key == "credible_old_feature" else value for key, value in case.keys.items()}
     for ranks, accumulated in ((1, [1, 2]), (2, [1, 2]), (4, [1])):
         paths = [
             write_config(
-                folder, case.trainer, f"{request.param.replace(' ', '_')}_{ranks}_{times}", **keys, seed=SEED,
-                batch_size=GLOBAL_BATCH // ranks // times, gradient_acc=times, num_epoch=EPOCHS,
-                decay_epoch=[EPOCHS], weight_decay=0.01, clip_grad_norm=0.0, save_all_states=False,
+                folder,
+                case.trainer,
+                f"{request.param.replace(' ', '_')}_{ranks}_{times}",
+                **keys,
+                seed=SEED,
+                batch_size=GLOBAL_BATCH // ranks // times,
+                gradient_acc=times,
+                num_epoch=EPOCHS,
+                decay_epoch=[EPOCHS],
+                weight_decay=0.01,
+                clip_grad_norm=0.0,
+                save_all_states=False,
             )
             for times in accumulated
         ]
@@ -133,7 +142,7 @@ def runs(request, folder):
 def steps(result, times=1):
     """The terms of each step, the mean of those of its accumulated batches: `[{name: value}]`."""
     terms = result["terms"]
-    parts = [terms[first:first + times] for first in range(0, len(terms), times)]
+    parts = [terms[first : first + times] for first in range(0, len(terms), times)]
     return [{name: sum(part[name] for part in step) / times for name in step[0]} for step in parts]
 
 
@@ -194,7 +203,7 @@ def test_accumulated_batches(runs):
     if not case.by_batch:
         torch.testing.assert_close(accumulated, expected, **TOLERANCE)
         assert_same_end(two, four)
-    for name, value in expected[0].items():     # both runs' first step is from the same weights
+    for name, value in expected[0].items():  # both runs' first step is from the same weights
         same = torch.isclose(accumulated[0][name], value, **TOLERANCE).item()
         assert same == (name not in case.by_batch), name
 
@@ -214,7 +223,7 @@ class BatchNormByParts(torch.nn.BatchNorm2d):
 def trained_with_batch_norm(norm, path):
     """A plain trainer's cls terms and state dicts of backbone and classifier, with the BatchNorm class `norm`."""
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = "0"      # on CUDA the ranks share one GPU
+    os.environ["LOCAL_RANK"] = "0"  # on CUDA the ranks share one GPU
     seen = []
 
     class Normalised(OldArc):
@@ -222,8 +231,8 @@ def trained_with_batch_norm(norm, path):
             first, *rest = without_batch_norm()
             return torch.nn.Sequential(first, norm(4), *rest)
 
-        def losses(self, *batch):
-            terms = super().losses(*batch)
+        def losses(self, batch):
+            terms = super().losses(batch)
             seen.append(terms["cls"].detach().cpu())
             return terms
 
@@ -255,7 +264,7 @@ def test_batch_norm_has_the_statistics_of_each_ranks_own_rows(folder):
     for name in ("1.running_mean", "1.running_var"):
         torch.testing.assert_close(two[0][1][name], one[1][name], rtol=0, atol=1e-5)
         assert torch.equal(saved[name], two[0][1][name]) and not torch.equal(saved[name], two[1][1][name])
-    assert (whole[0] - one[0]).abs().max() > 1e-4      # and not what one rank does with all rows together
+    assert (whole[0] - one[0]).abs().max() > 1e-4  # and not what one rank does with all rows together
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has SyncBatchNorm for CUDA alone")
@@ -264,8 +273,11 @@ def test_sync_bn_makes_two_ranks_one(folder):
     visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
     (one,), two = (
         run_ranks(
-            trained_with_batch_norm, ranks, torch.nn.BatchNorm2d,
-            batch_norm_config(folder, f"sync{ranks}", ranks, sync_bn=True, **keys), env=visible,
+            trained_with_batch_norm,
+            ranks,
+            torch.nn.BatchNorm2d,
+            batch_norm_config(folder, f"sync{ranks}", ranks, sync_bn=True, **keys),
+            env=visible,
         )
         for ranks in (1, 2)
     )

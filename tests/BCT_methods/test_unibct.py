@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from BCT_methods.UniBCT import prototypes as unibct
 from BCT_methods.UniBCT.prototypes import image_weights, refine_prototypes
 from BCT_methods.UniBCT.train import UniBCT
-from engine.config import ConfigError, load_config
-from engine.feature_files import FeatureError
+from core.config import ConfigError, load_config
 from engine.trainer import unwrap
 from losses import old_prototype_loss
-from tests.BCT_methods.whole_runs import REPO, train, without_batch_norm, write_config, write_old_features
+from old_model.feature_set import FeatureError
+from tests.BCT_methods.whole_runs import train, without_batch_norm, write_config, write_old_features
 from tests.ranks import run_ranks
 
 
@@ -114,17 +114,17 @@ def test_an_outlier_of_a_class_loses_weight():
     new = np.ones((10, 16)) + 0.3 * rng.normal(size=(10, 16))
     new[7] = rng.normal(size=16)
     labels = np.zeros(10, int)
-    weights = refine_prototypes(np.eye(10), new, labels).numpy()[0]     # old features that show who contributed
+    weights = refine_prototypes(np.eye(10), new, labels).numpy()[0]  # old features that show who contributed
     assert weights.sum() == pytest.approx(1)
     assert weights.min() >= 0 and weights.argmin() == 7
-    assert weights[7] < 0.25 / 10       # less than a quarter of its share in the plain mean
+    assert weights[7] < 0.25 / 10  # less than a quarter of its share in the plain mean
 
     old = np.ones((10, 16)) + 0.3 * rng.normal(size=(10, 16))
     old[7] = -5
     without = class_means(np.delete(old, 7, axis=0), labels[1:])[0]
     both = refine_prototypes(old, new, labels).numpy()[0], class_means(old, labels)[0]
     refined, plain = (1 - mean @ without / np.linalg.norm(mean) / np.linalg.norm(without) for mean in both)
-    assert refined < plain / 4      # how far the outlier turns the prototype, 1 - cosine
+    assert refined < plain / 4  # how far the outlier turns the prototype, 1 - cosine
 
 
 def test_weights_are_those_of_the_formula_and_padding_has_none():
@@ -220,7 +220,7 @@ def test_the_same_on_the_gpu():
 
 # --- whole runs -------------------------------------------------------------------------------------------------
 
-LABELS = [0, 1, 2, 3] * 6 + [4]     # class 4 has but one image
+LABELS = [0, 1, 2, 3] * 6 + [4]  # class 4 has but one image
 
 
 @pytest.fixture
@@ -250,8 +250,8 @@ class Watched(UniBCT):
         assert self.backbone.training
         self.notes.append((new.numpy(), self.extra["refinement"].prototypes.clone().numpy(), set()))
 
-    def losses(self, *batch):
-        terms = super().losses(*batch)
+    def losses(self, batch):
+        terms = super().losses(batch)
         self.notes[-1][2].update(terms)
         return terms
 
@@ -285,7 +285,7 @@ def test_a_refinement_before_the_term_begins_is_kept_for_it(folder, normalize):
     expected = slowly(np.load(folder / "old_feature.npy"), run.notes[0][0], np.array(LABELS), normalize=normalize)
     assert apart(run.notes[2][1], expected).max() < 1e-5
     norms = 2 * np.linalg.norm(expected, axis=1)
-    told, = (line for line in (folder / "run/training.log").open() if "effective scale" in line)
+    (told,) = (line for line in (folder / "run/training.log").open() if "effective scale" in line)
     assert told.endswith(f"median {np.median(norms):.2f} ({norms.min():.2f} to {norms.max():.2f})\n")
 
 
@@ -336,9 +336,6 @@ def test_all_ranks_embed_with_the_backbone_of_rank_0(folder):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"damping": 1.0}, "damping = 1.0"),
-        ({"temperature": 0.0}, "temperature = 0.0"),
-        ({"scale": 0.0}, "scale = 0.0"),
         ({"refine_epochs": [1.5]}, "refine_epochs = .1.5.; it must be a list of whole numbers"),
         ({"compat_start_epoch": -1}, "compat_start_epoch = -1; it must be at least 0"),
     ],
@@ -363,9 +360,9 @@ def test_the_effective_scale_is_said_where_old_features_are_short(folder):
         return [line for line in (folder / name / "training.log").open() if "effective scale" in line]
 
     for name, scale in (("raw", 1.0), ("scaled", 3.0)):
-        line, = told(name, scale=scale)
+        (line,) = told(name, scale=scale)
         assert "have norm 1.50 (median)" in line and f"is {scale * norm:.2f};" in line
-        assert line.endswith("set scale = 1.9\n")       # √8 / 1.5
+        assert line.endswith("set scale = 1.9\n")  # √8 / 1.5
     assert not told("unit", normalize_prototypes=True)
     np.save(folder / "old_feature.npy", features)
     assert not told("long")
@@ -384,16 +381,3 @@ def test_features_that_do_not_fit(folder, make_record_set):
     write_old_features(folder, [0, 1, 3] * 8 + [4])
     with pytest.raises(FeatureError, match=r"class 2 has no image \(1 of 5 classes"):
         UniBCT(load_config(config(folder, "run")))
-
-
-def test_nine_configs_differ_from_mixbct_in_the_method_alone():
-    theirs = sorted((REPO / "BCT_methods/MixBCT/configs").glob("*_MixBCT_*.py"))
-    assert len(theirs) == 9
-    for path in theirs:
-        config, mixbct = (load_config(str(path).replace("MixBCT", method)) for method in ("UniBCT", "MixBCT"))
-        for key in ("rec", "embedding_size", "network", "old_embedding", "old_embedding_label", "lr", "num_epoch"):
-            assert config[key] == mixbct[key], (path.name, key)
-        assert (config.compat_start_epoch, config.refine_epochs, config.decay_epoch) == (10, [10, 20], [20, 26, 32])
-        assert (config.temperature, config.damping) == (0.05, 0.9)
-        assert (config.scale, config.normalize_prototypes) == (1, False)
-        assert config.output.endswith(path.stem.replace("MixBCT", "UniBCT"))

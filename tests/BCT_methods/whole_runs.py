@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import torch
 
-from engine.config import load_config
+from core.config import load_config
+from engine.checkpoint import complete_sets, read_done
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 WIDTH = 8
+METHODS = sorted(path.parent.name for path in REPO.glob("BCT_methods/*/train.py"))
 
 
 def write_old_features(folder, labels, width=WIDTH, seed=0):
@@ -39,12 +41,22 @@ def write_config(folder, method, name, **keys):
         base.write_text(own.read_text())
     known = load_config(own if own.is_file() else REPO / "configs" / "base.py")
     usual = {
-        "rec": folder / "set.rec", "output": folder / name, "old_embedding": folder / "old_feature.npy",
-        "old_embedding_label": folder / "old_label.npy", "old_prototype": folder / "old_avg_feature.npy",
+        "rec": folder / "set.rec",
+        "output": folder / name,
+        "old_embedding": folder / "old_feature.npy",
+        "old_embedding_label": folder / "old_label.npy",
+        "old_prototype": folder / "old_avg_feature.npy",
     }
     keys = {
-        **{key: str(path) for key, path in usual.items() if key in known}, "embedding_size": WIDTH, "network": "tiny",
-        "num_epoch": 2, "batch_size": 12, "num_workers": 0, "lr": 0.05, "margin_scale": 8.0, **keys,
+        **{key: str(path) for key, path in usual.items() if key in known},
+        "embedding_size": WIDTH,
+        "network": "tiny",
+        "num_epoch": 2,
+        "batch_size": 12,
+        "num_workers": 0,
+        "lr": 0.05,
+        "margin_scale": 8.0,
+        **keys,
     }
     lines = [f"config.{key} = {value!r}" for key, value in keys.items()]
     path = configs / f"{name}.py"
@@ -70,14 +82,29 @@ def train(method, path, *overrides):
     return backbone, trainer.classifier.weight.detach().clone(), dict(trainer.extra.state_dict())
 
 
+def sets_of(output):
+    """`[(step, ranks)]` of the complete checkpoint sets, oldest first."""
+    return [(step, ranks) for step, _, ranks in map(read_done, complete_sets(output))]
+
+
 def launch(method, path, *overrides, ranks=2):
     """Run the method's train.py from its own folder by torch.distributed.launch; returns its output."""
     command = [
-        sys.executable, "-m", "torch.distributed.launch", f"--nproc_per_node={ranks}",
-        f"--master_port={29500 + os.getpid() % 2000}", "train.py", str(path), *overrides,
+        sys.executable,
+        "-m",
+        "torch.distributed.launch",
+        f"--nproc_per_node={ranks}",
+        f"--master_port={29500 + os.getpid() % 2000}",
+        "train.py",
+        str(path),
+        *overrides,
     ]
     done = subprocess.run(
-        command, cwd=REPO / "BCT_methods" / method, capture_output=True, text=True, timeout=300,
+        command,
+        cwd=REPO / "BCT_methods" / method,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Reading model files: what loads, and what the error says where one does not."""
+"""Loading model files, and the errors on those that do not load."""
 
 import pytest
 import torch
@@ -50,16 +50,16 @@ def test_embedding_size_comes_from_the_file(name, key, tmp_path):
 
 
 def test_embedding_size_of_something_else():
-    with pytest.raises(ValueError, match="no embedding layer among the keys: none of fc.weight, features.lay"):
+    with pytest.raises(ValueError, match="no embedding layer: none of fc.weight, features.lay"):
         backbones.embedding_size({"weight": torch.zeros(3, 3)})
 
 
 def test_wrong_network_names_the_one_that_fits(tiny, tmp_path):
     path = saved(tiny.state_dict(), tmp_path)
-    lacking = "model.pt: not a r18: lacks conv1.weight, .* more; has beyond it layers.0.weight, .*; the file fits tiny$"
+    lacking = "model.pt: not a r18: missing conv1.weight, .*; unexpected layers.0.weight, .*; the file matches tiny$"
     with pytest.raises(ValueError, match=lacking):
         backbones.load_backbone(path, "r18")
-    shapes = r"not a tiny_x2: differs in shape: layers.0.weight is \[16, 3, 5, 5\] and not \[32, 3, 5, 5\]"
+    shapes = r"not a tiny_x2: wrong shape: layers.0.weight is \[16, 3, 5, 5\] instead of \[32, 3, 5, 5\]"
     with pytest.raises(ValueError, match=shapes):
         backbones.load_backbone(path, "tiny_x2")
 
@@ -69,10 +69,10 @@ def test_a_file_that_fits_nothing(tiny, tmp_path):
     del state["layers.4.running_mean"]
     state["layers.0.bias"] = torch.zeros(16)
     path = saved(state, tmp_path)
-    message = "lacks layers.4.running_mean; has beyond it layers.0.bias; it fits no other network"
+    message = "missing layers.4.running_mean; unexpected layers.0.bias; it matches no other network"
     with pytest.raises(ValueError, match=message):
         backbones.load_backbone(path, "tiny")
-    with pytest.raises(ValueError, match="model.pt: no embedding layer .*; the keys are weight, bias$"):
+    with pytest.raises(ValueError, match="model.pt: no embedding layer.*its keys weight, bias$"):
         backbones.load_backbone(saved({"weight": torch.zeros(2), "bias": torch.zeros(2)}, tmp_path), "tiny")
 
 
@@ -103,7 +103,7 @@ def test_networks_with_the_same_keys_differ_in_training_only():
         groups.setdefault(tuple(backbones._shapes(name, 16).items()), []).append(name)
     same = {other: first for first, *others in groups.values() for other in others}
     assert same == SAME_KEYS
-    for name, first in same.items():    # what follows width and depth, a VisionTransformer uses in training alone
+    for name, first in same.items():  # what follows width and depth, a VisionTransformer uses in training alone
         assert VIT_SIZES[name][:2] == VIT_SIZES[first][:2]
 
 
@@ -115,7 +115,7 @@ def test_a_network_that_is_given_none(tiny, tmp_path):
         assert torch.equal(model(images), tiny(images))
     state = tiny.state_dict()
     del state["layers.1.weight"]
-    message = "model.pt: fits no network; nearest are tiny, .*; as tiny it lacks layers.1.weight$"
+    message = "model.pt: matches no network; nearest are tiny, .*; as tiny: missing layers.1.weight;"
     for read in (backbones.load_backbone, backbones.find_network):
         with pytest.raises(ValueError, match=message):
             read(saved(state, tmp_path))

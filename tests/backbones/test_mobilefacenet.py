@@ -66,7 +66,7 @@ def test_equals_the_plain_restatement(name, blocks):
 def test_weights_start_from_fan_out_normal():
     torch.manual_seed(0)
     model = backbones.get_model("mbf", 512)
-    weight = model.conv_sep.layers[0].weight                    # [512, 256, 1, 1]: fan-out 512
+    weight = model.conv_sep.layers[0].weight  # [512, 256, 1, 1]: fan-out 512
     assert abs(weight.std().item() - (2 / 512) ** 0.5) < 1e-3
     assert abs(model.features.layers[2].weight.std().item() - (2 / 512) ** 0.5) < 1e-3
 

@@ -1,4 +1,4 @@
-"""The .bin reader on what the picklers write, and on what they never would."""
+"""The .bin reader on real pickles and on hostile ones."""
 
 import os
 import pickle
@@ -6,17 +6,18 @@ import pickletools
 import struct
 import tracemalloc
 
+import numpy as np
 import pytest
-from hypothesis import example, given, settings, strategies
+from hypothesis import given, settings, strategies
 
-import engine.verification
 from engine import bin_files
 from engine.bin_files import VerificationError, read_bin
-from tests.pickles import plain_load, python2_pickle
+from tests.pickles import python2_pickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 IMAGES = [b"\xff\xd8\xff" + bytes(range(0, 256, 5)) * 6, b"'\"\\\n\r\0\x80\\x41", b'only "these"', b"only 'these'"]
 SAME = [True, False]
+ALLOWED = sorted(bin_files._Unpickler.dispatch)
 
 
 @pytest.fixture
@@ -27,103 +28,95 @@ def path(tmp_path):
 def read(path, data):
     path.write_bytes(data)
     images, same = read_bin(path)
-    assert type(images) is list and same.dtype == bool
+    assert type(images) is list and {type(image) for image in images} == {bytes} and same.dtype == bool
     return images, same.tolist()
 
 
 def refused(path, data, why=""):
+    """Refused in one short line, in memory bounded by the file's size."""
     path.write_bytes(data)
-    with pytest.raises(VerificationError, match=rf"set\.bin: not a verification set: .*{why}") as caught:
-        read_bin(path)
-    assert len(str(caught.value)) < len(str(path)) + 400
-
-
-def every_way(images, same):
-    """The set as each pickler writes it."""
-    yield from (pickle.dumps((images, same), protocol) for protocol in PROTOCOLS)
-    yield from (python2_pickle(images, same, protocol) for protocol in range(3))
+    tracemalloc.start()
+    try:
+        with pytest.raises(VerificationError, match=rf"set\.bin: not a verification set: .*{why}") as caught:
+            read_bin(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000 + 50 * len(data)
+    assert len(str(caught.value)) < len(str(path)) + 300 and "\n" not in str(caught.value)
 
 
 # --- what the picklers write -----------------------------------------------------------------------------------------
-
-def test_the_name_under_which_it_is_known():
-    assert engine.verification.read_bin is read_bin and engine.verification.VerificationError is VerificationError
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_reads_every_pickle_protocol(path, protocol):
     assert read(path, pickle.dumps((IMAGES, SAME), protocol)) == (IMAGES, SAME)
-    assert read(path, pickletools.optimize(pickle.dumps((IMAGES, SAME), protocol))) == (IMAGES, SAME)
+    assert read(path, pickletools.optimize(pickle.dumps((IMAGES, SAME), protocol)) + b"rest") == (IMAGES, SAME)
+    many = [str(number).encode() * 100 for number in range(2400)]  # more than a pickler's batch, or a byte's memo
+    assert read(path, pickle.dumps((many, SAME * 600), protocol)) == (many, SAME * 600)
 
 
 @pytest.mark.parametrize("protocol", range(3))
 def test_reads_what_python_2_wrote(path, protocol):
     data = python2_pickle(IMAGES, SAME, protocol)
-    assert plain_load(data) == (IMAGES, SAME)
+    images, same = pickle.loads(data, encoding="bytes")
+    assert (images, [bool(value) for value in same]) == (IMAGES, SAME), "the test's own pickler"
     assert read(path, data) == (IMAGES, SAME)
 
 
-def test_lists_longer_than_a_batch_of_the_pickler_and_a_memo_longer_than_a_byte(path):
-    images = [str(number).encode() * 100 for number in range(2400)]
-    same = [number % 3 == 0 for number in range(1200)]
-    for data in every_way(images, same):
-        assert read(path, data) == (images, same)
-
-
-def test_an_image_that_occurs_again_is_not_copied(path):
-    image = b"x" * 1000
-    for data in every_way([image] * 8, [True] * 4):
-        assert read(path, data) == ([image] * 8, [True] * 4) and len(data) < 2500
-        assert len({id(each) for each in read_bin(path)[0]}) == 1
-
-
-def test_what_follows_the_pickle_is_left_alone(path):
-    assert read(path, pickle.dumps((IMAGES, SAME)) + b"\0" * 512) == (IMAGES, SAME)
-
-
-def test_numbers_that_are_booleans(path):
-    for protocol in PROTOCOLS:
-        assert read(path, pickle.dumps((IMAGES, [1, 0]), protocol)) == (IMAGES, SAME)
-        refused(path, pickle.dumps((IMAGES, [1, 2]), protocol))
-        refused(path, pickle.dumps((IMAGES, [1, -1]), protocol))
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(strategies.lists(strategies.tuples(strategies.binary(min_size=1), strategies.binary(min_size=1),
-                                          strategies.booleans()), min_size=1, max_size=6))
-def test_any_set_is_read_back(tmp_path_factory, pairs):
-    images, same = [image for pair in pairs for image in pair[:2]], [pair[2] for pair in pairs]
-    path = tmp_path_factory.getbasetemp() / "any.bin"
-    for data in every_way(images, same):
-        assert read(path, data) == (images, same) == plain_load(data)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "images, same",
+    [
+        (tuple(IMAGES), tuple(SAME)),
+        ([bytearray(image) for image in IMAGES], [np.bool_(value) for value in SAME]),
+        ([np.frombuffer(image, np.uint8) for image in IMAGES], np.array(SAME)),
+        (
+            [np.frombuffer(image, np.uint8)[:, None].copy() for image in IMAGES],
+            np.array(SAME, np.int64),
+        ),  # as by OpenCV
+        (np.array(IMAGES), [1, 0]),
+        (np.array(IMAGES, object), [np.int32(1), np.uint8(0)]),
+        (list(np.array(IMAGES)), SAME),
+    ],
+    ids=["tuples", "bytearrays", "uint8", "opencv", "bytes array", "objects", "bytes scalars"],
+)
+def test_reads_plain_data_in_other_containers(path, images, same, protocol):
+    assert read(path, pickle.dumps((images, same), protocol)) == (IMAGES, SAME)
+    assert read(path, pickle.dumps([images, same], protocol)) == (IMAGES, SAME)
+    if protocol < 4:  # before strings with a length field
+        numpy_2 = pickle.dumps((images, same), protocol).replace(b"numpy.core.", b"numpy._core.")
+        assert read(path, numpy_2) == (IMAGES, SAME)
 
 
 # --- what is no set --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("content, why", [
-    (([b"x"], [True]), "2·N images and N booleans, N > 0, not 1 and 1"),
-    (([b"x", b"y", b"z"], [True]), "not 3 and 1"),
-    (([], []), "not 0 and 0"),
-    (([b"x", "y"], [True]), "image 1 is not bytes"),
-    (([b"x", True], [True]), "image 1 is not bytes"),
-    (([b"x", [b"y"]], [True]), "more than 2 lists"),
-    (([b"x", b"y"], [b"\1"]), "entry of the second list 0 is not a boolean"),
-    (([b"x", b"y"], [3]), "the number b'\\\\x03' is no boolean"),
-    (([b"x", b"y"], [None]), "NONE has no place"),
-    (([b"x", b"y"], [1.0]), "BINFLOAT has no place"),
-    (([b"x", b"y"], (True,)), "TUPLE1 has no place"),
-    (([b"x", b"y"], (True, False)), "no pair of lists"),
-    ((b"x", b"y", True), "TUPLE3 has no place"),
-    ([[b"x", b"y"], [True]], "more than 2 lists"),
-    ({"images": [b"x", b"y"], "same": [True]}, "EMPTY_DICT has no place"),
-    ((bytearray(b"x"), [True]), "BYTEARRAY8|bytearray"),
-    (b"xy", "no pair of lists"),
-    (True, "no pair of lists"),
-])
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (([b"x"], [True]), "2·N images and N booleans, N > 0, not 1 and 1"),
+        (([b"x", b"y", b"z"], [True]), "not 3 and 1"),
+        (([], []), "not 0 and 0"),
+        (([b"x", "y"], [True]), "image 1 is not bytes"),
+        (([b"x", [b"y"]], [True]), "image 1 is not bytes"),
+        (([b"x", np.zeros(3, np.int64)], [True]), "image 1 is not bytes"),
+        (([b"x", b"y"], [b"\1"]), "pair 0 has no boolean"),
+        (([b"x", b"y"], [-1]), "pair 0 has no boolean"),
+        (([b"x", b"y"], np.array([2])), "pair 0 has no boolean"),
+        (([b"x", b"y"], [None]), "pair 0 has no boolean"),
+        (([b"x", b"y"], [1.0]), "is not allowed"),
+        (([b"x", b"y"], np.array([1.0])), "NumPy array of dtype f8"),
+        ((b"x", b"y", True), "not a pair of lists"),
+        ((b"xy", [True]), "not a pair of lists"),
+        ({"images": [b"x", b"y"], "same": [True]}, "is not allowed"),
+        (True, "not a pair of lists"),
+    ],
+)
 def test_wrong_content_is_an_error(path, content, why):
-    refused(path, pickle.dumps(content, 4), why)
     for protocol in PROTOCOLS:
-        refused(path, pickle.dumps(content, protocol))
+        refused(path, pickle.dumps(content, protocol), why)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -133,194 +126,155 @@ def test_no_code_runs(path, tmp_path, protocol):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
     for content in ([Evil()], ([Evil(), b"x"], [True]), ([b"x", b"y"], [Evil()])):
-        refused(path, pickle.dumps(content, protocol), r"it asks for posix\.mkdir, which has no place")
+        refused(path, pickle.dumps(content, protocol), r"posix\.mkdir', which is not allowed")
     assert not (tmp_path / "owned").exists()
 
 
-def test_only_the_encoding_of_the_pickler_is_called(path):
+def test_only_the_picklers_calls_are_allowed(path):
     whole = pickle.dumps((IMAGES, SAME), 2)
     for other in (b"utf-8", b"UTF-16", b"bz2_codec"):
         assert b"X\x06\0\0\0latin1" in whole
-        refused(path, whole.replace(b"X\x06\0\0\0latin1", b"X" + struct.pack("<I", len(other)) + other), "calls what")
+        refused(
+            path, whole.replace(b"X\x06\0\0\0latin1", b"X" + struct.pack("<I", len(other)) + other), "call that is not"
+        )
     for name in (b"decode", b"lookup", b"encode.__class__"):
         refused(path, whole.replace(b"c_codecs\nencode\n", b"c_codecs\n" + name + b"\n"), rf"_codecs\.{name.decode()}")
-    refused(path, b"\x80\x02c_codecs\nencode\n.", "no pair of lists")
-    refused(path, b"\x80\x02c_codecs\nencode\nX\x02\0\0\0\xc4\x80", "latin-1")
+    for start in (b"cbuiltins\nbytearray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
+        refused(path, b"\x80\x02" + start + b"J\xff\xff\xff\x7f\x85R.")  # bytearray(2**31 - 1)
+        refused(path, b"\x80\x02" + start + b"U\1xU\1y\x86b.", "state")
 
 
-def test_cut_anywhere_it_ends_too_early(path):
-    for whole in every_way(IMAGES, SAME):
-        for length in range(1, len(whole), 3):
-            refused(path, whole[:length], "ends too early")
+def test_a_set_truncated_anywhere_is_refused(path):
+    for whole in (pickle.dumps((IMAGES, SAME), 4), pickle.dumps((IMAGES, SAME), 0), python2_pickle(IMAGES, SAME, 2)):
+        for length in range(1, len(whole), 5):
+            refused(path, whole[:length])
     refused(path, b"", "empty")
 
 
-def test_an_opcode_across_the_end_of_its_frame_is_refused(path):
-    whole = pickle.dumps((IMAGES, SAME), 4)
-    protocol, opcodes = whole[:2], whole[11:]
-    assert whole[2:11] == b"\x95" + struct.pack("<Q", len(opcodes)) and opcodes[:4] == b"]\x94(B"
-
-    def framed(length):
-        return protocol + b"\x95" + struct.pack("<Q", length) + opcodes
-
-    assert read(path, framed(3)) == (IMAGES, SAME) == plain_load(framed(3))     # the rest need not be in one
-    for length in (4, 8, 20):
-        refused(path, framed(length), "BINBYTES goes beyond its frame")
-    with pytest.raises(pickle.UnpicklingError):     # which lets one end between an opcode and what belongs to it
-        plain_load(framed(20))
-    refused(path, framed(len(opcodes) + 1), "ends too early")
-    for length in (20, 4):
-        whole = protocol + b"\x95" + struct.pack("<Q", length) + b"\x95" + struct.pack("<Q", 4) + opcodes
-        refused(path, whole, "a frame begins in another one")
-
-
-def test_what_is_no_file_is_named(path, tmp_path):
-    for target in (path, tmp_path):
-        with pytest.raises(VerificationError, match="no such verification set; .* take it out of val_targets"):
+def test_a_path_that_is_not_a_file_is_named(path, tmp_path):
+    os.mkfifo(path)  # opening it would wait for a writer
+    for target in (path, tmp_path, tmp_path / "none.bin"):
+        with pytest.raises(VerificationError, match="no such verification set; .* remove it from val_targets"):
             read_bin(target)
-    os.mkfifo(path)  # to open it would wait for a writer
-    with pytest.raises(VerificationError, match="no such verification set"):
-        read_bin(path)
 
 
 # --- what only an attacker writes ------------------------------------------------------------------------------------
 
-def within_bounds(path, data):
-    """Refused, or read, in memory that is bounded by the file's size."""
-    path.write_bytes(data)
-    tracemalloc.start()
-    try:
-        read_bin(path)
-    except VerificationError as error:
-        assert len(str(error)) < len(str(path)) + 400
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 100_000 + 50 * len(data)
 
-
-@pytest.mark.parametrize("opcode", [name for name in pickletools.opcodes if name.code.encode("latin-1")
-                                    not in bin_files._OPCODES and name.name != "STOP"], ids=lambda each: each.name)
-def test_every_other_opcode_is_refused_by_name(path, opcode):
-    """Persistent ids, extensions, classes, out-of-band buffers, dictionaries, sets, long integers, ..."""
+@pytest.mark.parametrize(
+    "opcode", [each for each in pickletools.opcodes if ord(each.code) not in ALLOWED], ids=lambda each: each.name
+)
+def test_every_other_opcode_is_refused(path, opcode):
+    """Persistent ids, extensions, classes, out-of-band buffers, dictionaries, sets, ..."""
     for argument in (b"", b"\0" * 8, b"\xff" * 8, b"os\nsystem\n"):
         before = b"\x80\x05" + pickle.dumps(IMAGES)[2:-1]
-        refused(path, before + opcode.code.encode("latin-1") + argument + b".", f"{opcode.name} has no place")
+        refused(path, before + opcode.code.encode("latin-1") + argument + b".", "is not allowed")
 
 
-LENGTHS = {b"U": 1, b"T": 4, b"C": 1, b"B": 4, b"\x8e": 8, b"X": 4, b"\x8c": 1, b"\x95": 8}
+@pytest.mark.parametrize("opcode", [b"T", b"B", b"X", b"\x8d", b"\x8e", b"\x95", b"\x96", b"\x8a", b"r", b"j"])
+def test_no_declared_length_allocates_memory(path, opcode):
+    """A length field, or a memo index: with 2**32 - 2 the C unpickler allocates 64 GB."""
+    for number in (2**31 - 1, 2**32 - 2, 2**63 - 1, 2**64 - 1):
+        refused(path, b"\x80\x04]" + opcode + (number % 2**64).to_bytes(8, "little") + b"five.")
+    refused(path, b"\x80\x02]p" + b"9" * 10000 + b"\n.")
+    refused(path, pickle.dumps(np.zeros(2, np.uint8), 2).replace(b"K\x02", b"J\xff\xff\xff\x7f"))
 
 
-@pytest.mark.parametrize("opcode", LENGTHS)
-def test_a_length_beyond_the_file_reserves_nothing(path, opcode):
-    for length in (6, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1):
-        if length < 256 ** LENGTHS[opcode]:
-            data = b"\x80\x04" + opcode + length.to_bytes(LENGTHS[opcode], "little") + b"five."
-            refused(path, data, "ends too early")
-            within_bounds(path, data)
-
-
-@pytest.mark.parametrize("index", [99, 255, 2**31, 2**32 - 2, 2**32 - 1])
-def test_a_memo_index_reserves_nothing(path, index):
-    """With 2**32 - 2 Python's unpickler reserves 64 GB."""
-    begin = b"\x80\x02]"
-    puts = [b"r" + struct.pack("<I", index), b"p%d\n" % index, b"q" + bytes([min(index, 255)])]
-    for data in [*(begin + put + b"." for put in puts), begin + b"p" + b"9" * 10000 + b"\n."]:
-        refused(path, data, "out of turn|no number")
-        within_bounds(path, data)
-    for get in (b"j" + struct.pack("<I", index), b"g%d\n" % index, b"h" + bytes([min(index, 255)]), b"g-1\n"):
-        refused(path, begin + b"q\0" + get + b".", "is empty|no number")
-
-
-def test_tuples_that_hold_the_one_before_twice_are_not_walked_through(path):
-    """2**60 values, to whoever compares, hashes or prints them."""
+def test_exponentially_nested_tuples_are_not_traversed(path):
+    """2**60 values if compared, hashed or printed."""
     doubled = b"".join(b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86" for level in range(60))
     deep = b"\x80\x02\x88" + doubled
-    for data in (deep + b".", b"\x80\x02](U\1xU\1ye](" + deep[2:] + b"e\x86.", deep + b"R.",
-                 b"\x80\x02c_codecs\nencode\n" + deep[2:] + b"R.", deep + b"\x93."):
-        refused(path, data)
-        within_bounds(path, data)
-
-
-def test_values_inside_themselves_are_refused(path):
-    for data in (b"\x80\x02]q\0h\0a.", b"\x80\x02]q\0h\0a]\x88a\x86.", b"\x80\x02]q\0](h\0h\0e\x86.",
-                 b"\x80\x02]q\0U\1xaU\1xah\0\x86.", b"\x80\x02]q\0(h\0h\0t."):
-        refused(path, data)
-
-
-@pytest.mark.parametrize("nested", [b"(", b"]", b"]a", b"(]", b"\x88\x86", b"\x88\x88\x86q\0", b"(\x88"])
-def test_deep_nests_are_refused(path, nested):
-    for data in (nested * 5_000, b"\x88" * 5_000 + nested[-1:] * 5_000 + b"."):
-        refused(path, data)
-        within_bounds(path, data)
-
-
-@pytest.mark.parametrize("code", sorted(bin_files._OPCODES))
-def test_each_opcode_again_and_again_stays_within_bounds(path, code):
-    for argument in (b"", b"\0", b"\1", b"\1a", b"0\n", b"00\n", b"''\n", b"\1\0\0\0a", b"\1\0\0\0\0\0\0\0a"):
-        for begin in (b"\x80\x04]\x94", b"\x80\x04\x88\x94"):
-            within_bounds(path, begin + (code + argument) * 1000)
-
-
-def test_references_cost_no_more_than_they_take_in_the_file(path):
-    """As copies they would take 20 MB."""
-    image, count = bytes(10_000), 2_000
-    same = b"](" + b"\x88" * (count // 2) + b"e\x86."
-    for begin, each in (
-        (b"\x80\x02](B" + struct.pack("<I", len(image)) + image + b"q\0", b"h\0"),
-        (b"\x80\x02](c_codecs\nencode\nq\1X" + struct.pack("<I", len(image)) + image + b"q\2X\6\0\0\0latin1q\3\x86q\4R",
-         b"h\1h\4R"),
-        (b"\x80\x02](c_codecs\nencode\nq\1X" + struct.pack("<I", len(image)) + image + b"q\2X\6\0\0\0latin1q\3\x86q\4R",
-         b"h\1h\2h\3\x86R"),
+    for data in (
+        deep + b".",
+        b"\x80\x02](U\1xU\1ye](" + deep[2:] + b"e\x86.",
+        deep + b"R.",
+        deep + b"b.",
+        b"\x80\x02c_codecs\nencode\n" + deep[2:] + b"R.",
+        deep + b"\x93.",
     ):
-        data = begin + each * (count - 1) + b"e" + same
-        assert read(path, data) == ([image] * count, [True] * (count // 2))
-        within_bounds(path, data)
+        refused(path, data)
 
 
-def test_a_list_extended_by_itself_again_and_again_is_refused(path):
-    refused(path, b"\x80\x02]q\0" + b"(h\0h\0e" * 100 + b".")
+def test_self_containing_values_are_refused(path):
+    for data in (
+        b"\x80\x02]q\0h\0a.",
+        b"\x80\x02]q\0h\0a]\x88a\x86.",
+        b"\x80\x02]q\0](h\0h\0e\x86.",
+        b"\x80\x02]q\0" + b"(h\0h\0e" * 100 + b".",
+    ):
+        refused(path, data)
+
+
+@pytest.mark.parametrize("nested", [b"(", b"]", b"]\x94", b"(]", b"\x85", b"\x88\x88\x86q\0", b"\x88\x94", b")"])
+def test_as_many_values_as_bytes_are_refused(path, nested):
+    refused(path, b"\x80\x04\x88" + nested * (100_000 // len(nested)) + b".")
+
+
+def test_text_encoded_repeatedly_is_bounded_by_the_file_size(path):
+    image = bytes(10_000)
+    text = b"X" + struct.pack("<I", len(image)) + image
+    begin = b"\x80\x02](c_codecs\nencode\nq\1" + text + b"q\2X\6\0\0\0latin1q\3\x86q\4R"
+    refused(path, begin + b"h\1h\4R" * 3999 + b"e](" + b"\x88" * 2000 + b"e\x86.", "larger than its file")
+    again = b"\x80\x02](B" + struct.pack("<I", len(image)) + image + b"q\0" + b"h\0" * 1999 + b"e](" + b"\x88" * 1000
+    assert read(path, again + b"e\x86.") == ([image] * 2000, [True] * 1000)
+    assert len({id(each) for each in read_bin(path)[0]}) == 1, "an image that occurs again is not copied"
 
 
 # --- anything --------------------------------------------------------------------------------------------------------
 
-def agrees(path, data):
-    """A VerificationError, or what Python's unpickler reads (safe for what read_bin accepts, see its docstring)."""
-    path.write_bytes(data)
+
+def harmless(path, data):
     try:
-        images, same = read_bin(path)
+        images, same = read(path, data)
     except VerificationError as error:
-        assert str(error).startswith(f"{path}: ") and len(str(error)) < len(str(path)) + 400
+        assert str(error).startswith(f"{path}: ") and len(str(error)) < len(str(path)) + 300
     else:
-        assert (images, same.tolist()) == plain_load(data)
+        assert len(images) == 2 * len(same) > 0
 
 
-OPCODE = strategies.sampled_from(sorted(bin_files._OPCODES))
+OPCODE = strategies.sampled_from([bytes([code]) for code in ALLOWED])
 ARGUMENT = strategies.sampled_from(
-    [b"", b"\0", b"\1", b"\1a", b"0\n", b"00\n", b"'a'\n", b"\1\0\0\0a", b"_codecs\nencode\n"]
+    [
+        b"",
+        b"\0",
+        b"\1",
+        b"\1a",
+        b"0\n",
+        b"00\n",
+        b"'a'\n",
+        b"\1\0\0\0a",
+        b"_codecs\nencode\n",
+        b"numpy\ndtype\n",
+        b"numpy.core.multiarray\n_reconstruct\n",
+        b"numpy.core.multiarray\nscalar\n",
+    ]
 )
 PROGRAM = strategies.lists(strategies.tuples(OPCODE, ARGUMENT).map(b"".join), max_size=30).map(b"".join)
+WAYS = [pickle.dumps((IMAGES, SAME), protocol) for protocol in PROTOCOLS]
+WAYS += [python2_pickle(IMAGES, SAME, protocol) for protocol in range(3)]
+WAYS += [pickle.dumps((np.array(IMAGES, object), np.array(SAME)), protocol) for protocol in (2, 5)]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(strategies.binary(max_size=200) | PROGRAM.map(lambda program: program + b"."))
-@example(b".")
-@example(b"(.")
-@example(b"]q\0\x94\x94h\1.")
-def test_whatever_the_bytes(tmp_path_factory, data):
-    agrees(tmp_path_factory.getbasetemp() / "bytes.bin", data)
+def test_random_bytes(tmp_path_factory, data):
+    harmless(tmp_path_factory.getbasetemp() / "bytes.bin", data)
 
 
-WAYS = list(every_way(IMAGES, SAME))
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(strategies.sampled_from(WAYS), strategies.lists(
-    strategies.tuples(strategies.integers(0, 4000), strategies.integers(0, 6), strategies.binary(max_size=3) | PROGRAM),
-    min_size=1, max_size=3))
-def test_whatever_is_changed_in_a_set(tmp_path_factory, data, edits):
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    strategies.sampled_from(WAYS),
+    strategies.lists(
+        strategies.tuples(
+            strategies.integers(0, 4000), strategies.integers(0, 6), strategies.binary(max_size=3) | PROGRAM
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_random_edits_of_a_set(tmp_path_factory, data, edits):
     changed = bytearray(data)
     for place, count, new in edits:
         at = place % len(changed)
-        changed[at:at + count] = new
-    agrees(tmp_path_factory.getbasetemp() / "changed.bin", bytes(changed))
+        changed[at : at + count] = new
+    harmless(tmp_path_factory.getbasetemp() / "changed.bin", bytes(changed))

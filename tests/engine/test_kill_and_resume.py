@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and gone on with ends bit for bit as the one that nobody disturbed."""
+"""A run that is killed at any moment and resumed ends bit for bit like an undisturbed one."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import pytest
 from tests.kills import Kill, attempt, check_sets, draw_kills, kill_and_resume, make_task, whole_run
 
 SEED = 5
-KILLS = 5           # of each run below, in a line of the code; and one from outside
-AT_LEAST = 4        # of these six: a run may come to its end before
+KILLS = 5  # of each run below, in a line of the code; and one from outside
+AT_LEAST = 4  # of these six: a run may come to its end before
 
 # Between them: accumulated gradients, sampled centres, dropout, a process that decodes, verification, and checkpoints
 # that are not also written at the end of every epoch.
@@ -23,11 +23,11 @@ RUNS = [
 
 
 @pytest.mark.parametrize("method, ranks, keys", RUNS, ids=[f"{method}-{ranks}" for method, ranks, _ in RUNS])
-def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(method, ranks, keys, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(method, ranks, keys, tmp_path):
     task = make_task(tmp_path, method, ranks, seed=SEED, **keys)
     random = np.random.default_rng([SEED, ranks, *map(ord, method)])
     kills = draw_kills(random, task, *whole_run(task), KILLS, outside=1)
-    print("kills drawn:", "; ".join(map(str, kills)))       # shown where the test fails
+    print("kills drawn:", "; ".join(map(str, kills)))  # shown where the test fails
     assert kill_and_resume(task, kills) >= AT_LEAST
 
 
@@ -36,32 +36,33 @@ def test_kills_in_the_worst_places(tmp_path):
     task = make_task(tmp_path, "MixBCT", 2)
     whole_run(task)
     kills = [
-        Kill("before update", 1, (0, 1)),               # nothing is there yet
-        Kill("before replace checkpoint", 1, (1,)),     # the first set, half of it
-        Kill("after replace checkpoint", 3, (1,)),      # a set is complete, and two older ones are there
-        Kill("before unlink checkpoint", 1, (1,)),      # rank 0 has deleted its file of an old set, rank 1 has not
-        Kill("after unlink checkpoint", 1, (0,)),
-        Kill("before update", 1, (0,)),                 # has gone on, and done nothing
-        Kill("before replace softmax", 2, (1,)),        # the last model.pt is there, the class centres are older
-        Kill("before replace checkpoint", 1, (0,)),     # the last set, half of it
-        Kill("after replace checkpoint", 1, (0, 1)),    # all is written, what is older not deleted
+        Kill("before update", 1, (0, 1)),  # nothing is there yet
+        Kill("before replace rank", 1, (1,)),  # the first set, half of it
+        Kill("before replace DONE", 3, (0,)),  # the third set without its DONE
+        Kill("after replace DONE", 1, (0,)),  # a set is complete, two older ones still there
+        Kill("after unlink DONE", 1, (0,)),  # an old set has lost only its DONE
+        Kill("after unlink rank", 1, (0,)),  # and DONE and one file
+        Kill("before update", 1, (0,)),  # has resumed, and done nothing
+        Kill("before replace softmax", 1, (1,)),  # the last model.pt is there, the class centres are older
+        Kill("before replace rank", 1, (0,)),  # the last set, half of it
+        Kill("after replace DONE", 1, (0, 1)),  # all is written, older sets are not yet deleted
     ]
     assert kill_and_resume(task, kills) == len(kills)
 
 
-def test_what_a_killed_process_was_writing_goes_at_the_next_start(tmp_path):
+def test_leftovers_of_a_kill_are_deleted_at_the_next_start(tmp_path):
     task = make_task(tmp_path, "MixBCT", 2)
     whole_run(task)
 
     def half_written():
-        return sorted(path.name.partition(".pt")[0] for path in task.output("killed").glob(".*.tmp"))
+        return sorted(path.name.partition(".pt")[0] for path in task.output("killed").rglob(".*.tmp"))
 
     assert not attempt(task, "killed", Kill("half of save", 2, (0,)))
-    assert ".checkpoint_step_6_gpu_0_of_2" in half_written()
+    assert ".rank_0_of_2" in half_written()
     (task.output("killed") / ".prototypes_epoch_1.npy.4711.tmp").write_bytes(b"half")
     assert check_sets(task, "killed") == [3]
     assert not attempt(task, "killed", Kill("before update", 1, (0, 1)), "--resume", "True")
     assert not half_written()
-    assert {path.name for path in task.output("killed").glob("checkpoint_step_*")} == {
-        "checkpoint_step_3_gpu_0_of_2.pt", "checkpoint_step_3_gpu_1_of_2.pt"
-    }
+    assert sorted("/".join(path.parts[-2:]) for path in task.output("killed").glob("checkpoints/*/*")) == [
+        f"{3 * 4:012}/{file}" for file in ("DONE", "rank_0_of_2.pt", "rank_1_of_2.pt")
+    ]

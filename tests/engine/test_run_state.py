@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint and what from its config; where it goes on; what it refuses."""
+"""A resumed run: what comes from the checkpoint and what from the config, where it continues, what it refuses."""
 
 import os
 import pickle
@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from engine import checkpoint, checkpoint_sets
-from engine.checkpoint import CheckpointError
-from engine.config import load_config
+from core.config import load_config
+from engine.checkpoint import CheckpointError, complete_sets, load
 from engine.schedule import learning_rate_factor
+from tests.BCT_methods.whole_runs import sets_of
 from tests.engine.test_trainer import Plain, WithBatchNorm, assert_same, close_log_files, config, rec, run  # noqa: F401
 
 
 class Stopped(Plain):
-    """Gets a SIGTERM while it is at work on step `at`."""
+    """Gets a SIGTERM during step `at`."""
 
     at = 4
 
-    def losses(self, images, labels, index):
+    def losses(self, batch):
         if self.step == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().losses(images, labels, index)
+        return super().losses(batch)
 
 
 def stopped_after_five_steps(path, *overrides):
@@ -36,24 +36,24 @@ def stopped_after_five_steps(path, *overrides):
 
 
 @pytest.mark.parametrize("keys", [{}, {"gradient_acc": 2, "batch_size": 2}, {"optimizer": "adamw", "lr": 1e-3}])
-def test_stopped_within_an_epoch_and_gone_on_ends_bit_for_bit(tmp_path, rec, keys):     # noqa: F811
+def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(tmp_path, rec, keys):  # noqa: F811
     whole = run(config(tmp_path, rec, "whole", num_epoch=3, **keys))
     path = config(tmp_path, rec, "parts", num_epoch=3, **keys)
     stopped_after_five_steps(path)
-    assert checkpoint_sets.complete_sets(tmp_path / "parts") == [(5, 1)]
+    assert sets_of(tmp_path / "parts") == [(5, 1)]
     log = (tmp_path / "parts/training.log").read_text()
-    assert "stopped by SIGTERM at step 5; go on with: python " in log and log.endswith(" --resume True\n")
+    assert "stopped by SIGTERM at step 5; resume with: python " in log and log.endswith(" --resume True\n")
     torch.manual_seed(99)
     parts = run(path, "--resume", "True")
     assert_same(whole[0], parts[0], 0)
     assert torch.equal(whole[1], parts[1])
-    final = [checkpoint.load(checkpoint.checkpoint_path(tmp_path / name, 18, 0, 1)) for name in ("whole", "parts")]
+    final = [load(complete_sets(tmp_path / name)[-1] / "rank_0_of_1.pt") for name in ("whole", "parts")]
     assert_same(final[0]["optimizer"]["state"][0], final[1]["optimizer"]["state"][0], 0)
     assert torch.equal(final[0]["random"]["run"], final[1]["random"]["run"])
 
 
-def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
-    """6 steps an epoch: at 4, 6 (the epoch's end), 8, 12; the last two stay."""
+def test_checkpoints_within_epochs(tmp_path, rec):  # noqa: F811
+    """6 steps of 4 an epoch, of 25 images: at 4, 6 (the epoch's end), 8, 12; the last two stay."""
     written = []
 
     class Watched(Plain):
@@ -63,13 +63,14 @@ def test_checkpoints_within_epochs(tmp_path, rec):      # noqa: F811
 
     Watched(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
     assert written == [(0, 4), (1, 6), (1, 8), (2, 12)]
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(8, 1), (12, 1)]
+    assert sets_of(tmp_path / "run") == [(8, 1), (12, 1)]
+    assert [int(folder.name) for folder in complete_sets(tmp_path / "run")] == [25 + 2 * 4, 2 * 25]  # images seen
     written.clear()
     Watched(load_config(config(tmp_path, rec, "few", checkpoint_steps=4, save_all_states=False))).train()
     assert written == [(0, 4), (1, 8), (2, 12)]
 
 
-def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):      # noqa: F811
+def test_a_resumed_run_takes_lr_from_the_config(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     trainer = Plain(load_config(path, ["--lr", "0.01", "--weight_decay", "0.0", "--num_epoch", "4"]))
@@ -78,22 +79,22 @@ def test_the_config_says_the_learning_rate_also_of_a_resumed_run(tmp_path, rec):
     assert group["lr"] == trainer.schedule.get_last_lr()[0] == 0.01 * learning_rate_factor(5, 6, 4)
     assert group["weight_decay"] == 0.0 and trainer.schedule.last_epoch == 5
     log = (tmp_path / "run/training.log").read_text()
-    assert "changed since the checkpoint: lr was 0.05, is 0.01" in log
-    assert "weight_decay was 0.0005, is 0.0" in log and "resume was" not in log and "margin_list" not in log[-900:]
+    assert "changed since the checkpoint: lr was 0.05, now 0.01" in log
+    assert "weight_decay was 0.0005, now 0.0" in log and "resume was" not in log and "margin_list" not in log[-900:]
 
 
-def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):      # noqa: F811
+def test_an_unfinished_run_is_not_overwritten(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     with pytest.raises(CheckpointError, match=r"of an unfinished run \(step 5 of 18\).*--resume True"):
         run(path)
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(5, 1)]
+    assert sets_of(tmp_path / "run") == [(5, 1)]
     run(path, "--resume", "True")
-    stopped_after_five_steps(path)      # a finished run may be begun again, and its checkpoints go
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(5, 1)]
+    stopped_after_five_steps(path)  # a finished run may be started again, which deletes its checkpoints
+    assert sets_of(tmp_path / "run") == [(5, 1)]
 
 
-def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):      # noqa: F811
+def test_torchrun_restarts_resume_automatically(tmp_path, rec, monkeypatch):  # noqa: F811
     whole = run(config(tmp_path, rec, "whole", num_epoch=3))
     path = config(tmp_path, rec, "parts", num_epoch=3)
     stopped_after_five_steps(path)
@@ -101,14 +102,14 @@ def test_torchrun_restarts_resume_by_themselves(tmp_path, rec, monkeypatch):    
     assert_same(whole[0], run(path)[0], 0)
 
 
-def test_a_changed_global_batch_is_refused_on_the_same_ranks(tmp_path, rec):      # noqa: F811
+def test_a_changed_global_batch_on_the_same_ranks_is_refused(tmp_path, rec):  # noqa: F811
     stopped_after_five_steps(config(tmp_path, rec))
     with pytest.raises(CheckpointError, match="written with batch_size = 4 and gradient_acc = 1, this run has 2 and 1"):
         run(config(tmp_path, rec, batch_size=2, resume=True))
-    run(config(tmp_path, rec, batch_size=2, gradient_acc=2, resume=True))       # the same steps
+    run(config(tmp_path, rec, batch_size=2, gradient_acc=2, resume=True))  # the same steps
 
 
-def test_a_broken_weight_gets_into_no_checkpoint(tmp_path, rec):      # noqa: F811
+def test_non_finite_weights_are_not_checkpointed(tmp_path, rec):  # noqa: F811
     class Broken(Plain):
         def update(self):
             super().update()
@@ -118,11 +119,11 @@ def test_a_broken_weight_gets_into_no_checkpoint(tmp_path, rec):      # noqa: F8
 
     with pytest.raises(CheckpointError, match="step 8: NaN or infinity in backbone.0.weight; nothing saved"):
         Broken(load_config(config(tmp_path, rec, checkpoint_steps=4))).train()
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(4, 1), (6, 1)]
+    assert sets_of(tmp_path / "run") == [(4, 1), (6, 1)]
 
 
 class BreaksWithoutALoss(Plain):
-    """The last gradient is no number, though the loss was one."""
+    """The last gradient is non-finite, though the loss was finite."""
 
     def update(self):
         if self.step == self.total_steps - 1:
@@ -131,35 +132,35 @@ class BreaksWithoutALoss(Plain):
 
 
 @pytest.mark.parametrize("keys", [{"save_all_states": False}, {"val_targets": ["pairs"], "verbose": 12}])
-def test_a_broken_weight_gets_into_no_model_either(tmp_path, rec, keys):      # noqa: F811
+def test_non_finite_weights_are_not_saved_as_a_model(tmp_path, rec, keys):  # noqa: F811
     (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
     path = config(tmp_path, rec, clip_grad_norm=0.0, **keys)
     with pytest.raises(CheckpointError, match="step 12: NaN or infinity in backbone.0.weight; nothing saved"):
         BreaksWithoutALoss(load_config(path)).train()
-    model = torch.load(tmp_path / "run/model.pt", weights_only=True)        # of the first epoch
+    model = torch.load(tmp_path / "run/model.pt", weights_only=True)  # of the first epoch
     assert all(torch.isfinite(value).all() for value in model.values())
     assert not (tmp_path / "run/model_best.pt").exists()
 
 
-def test_a_run_that_has_ended_is_known_as_such_whatever_checkpoint_steps(tmp_path, rec):      # noqa: F811
+def test_a_finished_run_is_recognised_for_any_checkpoint_steps(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, checkpoint_steps=5, save_all_states=False)
     run(path)
-    assert checkpoint_sets.complete_sets(tmp_path / "run") == [(10, 1), (12, 1)]
+    assert sets_of(tmp_path / "run") == [(10, 1), (12, 1)]
     run(path)
 
 
-def test_another_method_is_told_or_refused(tmp_path, rec):      # noqa: F811
+def test_a_checkpoint_of_another_method_warns_or_is_refused(tmp_path, rec):  # noqa: F811
     path = config(tmp_path, rec, num_epoch=3)
     stopped_after_five_steps(path)
     run(path, "--resume", "True")
-    assert "the checkpoint was written by Stopped, this run is of Plain" in (tmp_path / "run/training.log").read_text()
+    assert "the checkpoint was written by Stopped, this run uses Plain" in (tmp_path / "run/training.log").read_text()
     stopped_after_five_steps(path)
-    with pytest.raises(CheckpointError, match=r"gpu_0_of_1.pt: does not fit this run \(.*running_mean"):
+    with pytest.raises(CheckpointError, match=r"rank_0_of_1.pt: does not fit this run \(.*running_mean"):
         WithBatchNorm(load_config(path, ["--resume", "True"])).train()
 
 
-def test_momentum_takes_the_layout_of_its_parameter(tmp_path, rec):      # noqa: F811
-    """As where channels_last was changed: fused optimisers refuse a momentum that lies otherwise than its weight."""
+def test_momentum_gets_its_parameters_memory_layout(tmp_path, rec):  # noqa: F811
+    """As after a change of channels_last: fused optimisers refuse a momentum whose strides differ from the weight's."""
     path = config(tmp_path, rec, num_epoch=3)
     before = stopped_after_five_steps(path)
     trainer = Plain(load_config(path))
@@ -175,7 +176,7 @@ def png(value):
     return cv2.imencode(".png", np.full((112, 112, 3), value, np.uint8))[1].tobytes()
 
 
-def test_the_best_model_is_kept_and_known_after_a_resume(tmp_path, rec, monkeypatch):      # noqa: F811
+def test_the_best_model_survives_a_resume(tmp_path, rec, monkeypatch):  # noqa: F811
     """Verification says 0.5, 0.9, 0.7 | 0.8, 0.9, 0.95 after steps 2, 4, ...; the run is stopped after step 7."""
     (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
     said = iter([0.5, 0.9, 0.7, 0.8, 0.9, 0.95])

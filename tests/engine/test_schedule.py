@@ -2,7 +2,7 @@ import pytest
 import torch
 from easydict import EasyDict
 
-from engine.config import ConfigError, load_config
+from core.config import ConfigError, load_config
 from engine.schedule import learning_rate_factor, make_schedule
 
 
@@ -19,7 +19,7 @@ def test_steps_at_decay_epochs():
 
 
 def test_warm_up_of_minus_one_decays_one_epoch_ahead():
-    """((E − e)/(E + 1))², e the epoch and the share of it that is done."""
+    """((E − e)/(E + 1))² at the fractional epoch e."""
     epochs, a_epoch = 5, 7
     factors = [learning_rate_factor(step, a_epoch, epochs, warmup_epoch=-1) for step in range(epochs * a_epoch + 1)]
     plain = [

@@ -1,4 +1,4 @@
-"""Runs under torchrun: restarted when a rank dies, stopped by its SIGTERM, gone on with by the command in the log."""
+"""Runs under torchrun: restarted when a rank dies, stopped by its SIGTERM, resumed by the command in the log."""
 
 import os
 import pathlib
@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from engine import checkpoint, checkpoint_sets
-from tests.BCT_methods.whole_runs import REPO, write_config, write_old_features
+from engine import checkpoint
+from tests.BCT_methods.whole_runs import REPO, sets_of, write_config, write_old_features
 
 SCRIPT = """
 import os, signal, sys, time
@@ -49,8 +49,14 @@ def start(folder, name, *launcher, **environment):
     """torchrun on two ranks: 10 steps an epoch, 3 epochs, a checkpoint every 3 steps."""
     path = write_config(folder, "MixBCT", name, batch_size=3, num_epoch=3, checkpoint_steps=3, frequent=1)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-        f"--master_port={31500 + os.getpid() % 2000}", *launcher, str(folder / "train.py"), str(path),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={31500 + os.getpid() % 2000}",
+        *launcher,
+        str(folder / "train.py"),
+        str(path),
     ]
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=at_work(**environment)
@@ -64,7 +70,7 @@ def at_work(**environment):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """The directory of a run that nobody disturbs."""
+    """The output of an undisturbed run."""
     process = start(folder, "whole")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
@@ -77,7 +83,7 @@ def assert_same_end(whole, output):
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), name
 
 
-def test_max_restarts_goes_on_from_the_last_checkpoint(folder, whole):
+def test_max_restarts_resumes_from_the_last_checkpoint(folder, whole):
     process = start(folder, "restarted", "--max-restarts=1", DIES="1")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
@@ -86,14 +92,14 @@ def test_max_restarts_goes_on_from_the_last_checkpoint(folder, whole):
     assert_same_end(whole, folder / "restarted")
 
 
-def test_without_restarts_the_run_ends_and_says_so(folder):
+def test_without_restarts_the_run_fails(folder):
     process = start(folder, "dead", DIES="1")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
-    assert [step for step, _ in checkpoint_sets.complete_sets(folder / "dead")] == [3, 6]
+    assert [step for step, _ in sets_of(folder / "dead")] == [3, 6]
 
 
-def test_a_sigterm_to_torchrun_stops_all_ranks_and_the_log_says_how_to_go_on(folder, whole):
+def test_sigterm_to_torchrun_stops_all_ranks_and_logs_how_to_resume(folder, whole):
     process = start(folder, "stopped", WAITS="1")
     deadline = time.monotonic() + 100
     while not all((folder / f"stopped/waits_{rank}").exists() for rank in range(2)):
@@ -101,12 +107,10 @@ def test_a_sigterm_to_torchrun_stops_all_ranks_and_the_log_says_how_to_go_on(fol
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
-    found = re.search(r"stopped by SIGTERM at step 5; go on with: (torchrun .*)", printed)
+    found = re.search(r"stopped by SIGTERM at step 5; resume with: (torchrun .*)", printed)
     assert found, printed
-    assert checkpoint_sets.complete_sets(folder / "stopped") == [(3, 2), (5, 2)]
-    done = subprocess.run(
-        shlex.split(found[1]), cwd=folder, capture_output=True, text=True, timeout=120, env=at_work()
-    )
+    assert sets_of(folder / "stopped") == [(3, 2), (5, 2)]
+    done = subprocess.run(shlex.split(found[1]), cwd=folder, capture_output=True, text=True, timeout=120, env=at_work())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"resumed from {folder}/stopped/checkpoint_step_5_gpu_0_of_2.pt" in done.stdout
+    assert f"resumed from {folder}/stopped/checkpoints/{5 * 6:012}/rank_0_of_2.pt" in done.stdout
     assert_same_end(whole, folder / "stopped")

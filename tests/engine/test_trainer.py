@@ -1,4 +1,4 @@
-"""The loop: ranks take the steps of one, accumulation equals the larger batch, a resumed run ends as the whole one."""
+"""The training loop: many ranks equal one, accumulation equals the larger batch, a resumed run equals the whole one."""
 
 import logging
 import pickle
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.amp import make_scaler, start_momentum
+from core.config import ConfigError, load_config
+from core.distributed import rank, world_size
+from engine.build import make_scaler, start_momentum
 from engine.checkpoint import CheckpointError
-from engine.config import ConfigError, load_config
-from engine.distributed import rank, world_size
 from engine.trainer import Trainer, margin_loss, unwrap
 from losses import ArcFace, CombinedMarginLoss, CosFace
 from tests.ranks import run_ranks
@@ -26,8 +26,8 @@ class Plain(Trainer):
             torch.nn.Conv2d(3, 4, 16, 16), torch.nn.PReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 49, 8)
         )
 
-    def losses(self, images, labels, index):
-        return {"cls": self.classifier(self.backbone(images), labels)}
+    def losses(self, batch):
+        return {"cls": self.classifier(self.backbone(batch.images), batch.labels)}
 
 
 def config(tmp_path, rec, name="run", **keys):
@@ -106,7 +106,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, rec, sample_r
     assert torch.equal(whole[1], parts[1])
 
 
-def test_what_a_run_leaves_behind(tmp_path, rec, capfd):
+def test_files_of_a_finished_run(tmp_path, rec):
     output = tmp_path / "run"
     backbone, centres = run(config(tmp_path, rec, frequent=1))
     assert_same(torch.load(output / "model.pt", weights_only=True), backbone, 0)
@@ -124,10 +124,10 @@ def test_modules_of_a_method_train_and_are_saved(tmp_path, rec):
             self.extra["shift"] = torch.nn.Linear(1, 1)
             self.extra["shift"].register_buffer("seen", torch.zeros(()))
 
-        def losses(self, images, labels, index):
+        def losses(self, batch):
             shift = self.extra["shift"]
             shift.seen += 1
-            return {"cls": self.classifier(self.backbone(images), labels), "shift": (shift.weight**2).sum()}
+            return {"cls": self.classifier(self.backbone(batch.images), batch.labels), "shift": (shift.weight**2).sum()}
 
     path = config(tmp_path, rec, save_all_states=True)
     trainer = WithExtra(load_config(path))
@@ -148,7 +148,7 @@ def test_margins_of_a_config(tmp_path):
     assert isinstance(margin(), ArcFace)
     assert isinstance(margin("--loss", "cosface", "--margin_list", "(1.0, 0.0, 0.4)"), CosFace)
     assert isinstance(margin("--loss", "combined", "--margin_list", "(1.0, 0.3, 0.2)"), CombinedMarginLoss)
-    with pytest.raises(ConfigError, match="does not go with margin_list"):
+    with pytest.raises(ConfigError, match="does not fit margin_list"):
         margin("--margin_list", "(1.0, 0.3, 0.2)")
 
 
@@ -157,12 +157,12 @@ def test_margins_of_a_config(tmp_path):
     [
         ({"optimizer": "adam"}, "optimizer = 'adam'"),
         ({"gradient_acc": 100}, "gradient_acc = 100 is more than"),
-        ({"batch_size": 26}, "batch_size = 26 on each of 1 ranks, more than the 25 images"),
+        ({"batch_size": 26}, "batch_size = 26 on 1 ranks is more than the 25 images"),
         ({"rec": "synthetic"}, "needs num_classes and num_image"),
         ({"sync_bn": True}, "sync_bn = True needs CUDA"),
         ({"channels_last": True}, "channels_last = True needs CUDA"),
-        ({"margin_list": (1.0, 4.0, 0.0)}, "m2 is at least 0 and below pi"),
-        ({"decay_epoch": ["a"]}, "decay_epoch = \\['a'\\]; it must be epochs, numbers"),
+        ({"margin_list": (1.0, 4.0, 0.0)}, "m2 at least 0 and below pi"),
+        ({"decay_epoch": ["a"]}, "decay_epoch = \\['a'\\]; it must be a list of numbers"),
         ({"amp_dtype": "float32"}, 'amp_dtype = \'float32\'; it must be "float16" or "bfloat16"'),
     ],
 )
@@ -174,8 +174,8 @@ def test_wrong_values_stop_before_the_first_step(tmp_path, rec, keys, message):
 
 
 def test_more_ranks_than_classes_stop_before_the_first_step(tmp_path, rec, monkeypatch):
-    monkeypatch.setattr("engine.distributed.init_distributed", lambda: (0, 6, torch.device("cpu")))
-    with pytest.raises(ConfigError, match="the 5 classes of .*set.rec cannot be shared by 6 ranks; start fewer"):
+    monkeypatch.setattr("core.distributed.init_distributed", lambda: (0, 6, torch.device("cpu")))
+    with pytest.raises(ConfigError, match="set.rec has 5 classes, fewer than the 6 ranks; start fewer"):
         Plain(load_config(config(tmp_path, rec)))
 
 
@@ -189,7 +189,7 @@ def close_log_files():
 
 def overflow_on_rank_zero():
     """Two steps of fused SGD, the first of which overflows on rank 0 alone; returns (parameter, skipped steps)."""
-    torch.use_deterministic_algorithms(True)  # fills memory that is used uninitialised with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         parameter = torch.nn.Parameter(torch.ones(4))
         optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
@@ -217,7 +217,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(ranks):
 def test_another_run_is_not_resumed(tmp_path, rec):
     run(config(tmp_path, rec, save_all_states=True))
     for key, value in (("batch_size", 8), ("optimizer", "adamw"), ("sample_rate", 0.5)):
-        with pytest.raises(CheckpointError, match=f"written with {key} = .*set {key} back"):
+        with pytest.raises(CheckpointError, match=f"written with {key} = .*restore {key}"):
             run(config(tmp_path, rec, save_all_states=True, resume=True, **{key: value}))
 
 
@@ -227,7 +227,7 @@ class WithBatchNorm(Plain):
 
 
 def statistics_after_verification(path):
-    """Train to the end, where the last step verifies; this rank's BatchNorm mean then, and that in model.pt."""
+    """Train to the end, where the last step verifies; returns this rank's BatchNorm mean and that in model.pt."""
     torch.set_num_threads(1)
     trainer = WithBatchNorm(load_config(path))
     trainer.train()

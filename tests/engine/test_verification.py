@@ -18,15 +18,19 @@ def write_set(path, images, same):
 
 
 def test_a_missing_set_is_an_error_before_training(tmp_path):
-    with pytest.raises(VerificationError, match=r"none\.bin: .* take it out of val_targets"):
+    with pytest.raises(VerificationError, match=r"none\.bin: .* remove it from val_targets"):
         Verifier(tmp_path, ["none"], 2, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("image, why", [
-    (cv2.imencode(".png", np.zeros((113, 112, 3), np.uint8))[1].tobytes(), "112 x 113, not 112 x 112"),
-    (cv2.imencode(".jpg", np.zeros((250, 251, 3), np.uint8))[1].tobytes(), "251 x 250, not 112 x 112"),
-    (b"", "no JPEG and no PNG"), (b"no image", "no JPEG and no PNG"),
-])
+@pytest.mark.parametrize(
+    "image, why",
+    [
+        (cv2.imencode(".png", np.zeros((113, 112, 3), np.uint8))[1].tobytes(), "112 x 113, not 112 x 112"),
+        (cv2.imencode(".jpg", np.zeros((250, 251, 3), np.uint8))[1].tobytes(), "251 x 250, not 112 x 112"),
+        (b"", "neither JPEG nor PNG"),
+        (b"no image", "neither JPEG nor PNG"),
+    ],
+)
 def test_an_image_with_a_wrong_header_is_named_before_training(tmp_path, image, why):
     write_set(tmp_path / "set.bin", [png(0), png(1), png(2), image], [True, False])
     with pytest.raises(VerificationError, match=rf"set\.bin: image 3 is .*{why}"):
@@ -34,15 +38,15 @@ def test_an_image_with_a_wrong_header_is_named_before_training(tmp_path, image, 
 
 
 @pytest.mark.parametrize("kind", [".png", ".jpg"])
-def test_an_image_that_is_not_whole_is_named(tmp_path, kind):
+def test_a_truncated_image_is_named(tmp_path, kind):
     whole = cv2.imencode(kind, np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8))[1].tobytes()
-    write_set(tmp_path / "set.bin", [png(0), whole[:len(whole) // 2]], [True])
+    write_set(tmp_path / "set.bin", [png(0), whole[: len(whole) // 2]], [True])
     verifier = Verifier(tmp_path, ["set"], 2, torch.device("cpu"))
-    with pytest.raises(VerificationError, match=r"set\.bin: image 1: its \d+ bytes do not decode as an image"):
+    with pytest.raises(VerificationError, match=r"set\.bin: image 1: \d+ bytes that do not decode as an image"):
         verifier.run(torch.nn.Flatten())
 
 
-def test_accuracy_is_that_of_a_plain_loop():
+def test_accuracy_equals_a_plain_loop():
     rng = np.random.default_rng(0)
     first = rng.standard_normal((60, 4))
     same = rng.random(60) < 0.5
@@ -51,8 +55,10 @@ def test_accuracy_is_that_of_a_plain_loop():
     scores = []
     for fold in range(10):
         test = range(fold * 6, fold * 6 + 6)
+
         def accuracy(pairs, threshold):
             return np.mean([(np.sum((first[i] - second[i]) ** 2) < threshold) == same[i] for i in pairs])
+
         train = [i for i in range(60) if i not in test]
         best = max(THRESHOLDS, key=lambda threshold: accuracy(train, threshold))
         scores.append(accuracy(test, best))
@@ -63,7 +69,7 @@ def test_accuracy_is_that_of_a_plain_loop():
 def test_verifier_uses_both_mirror_images(tmp_path):
     class Net(torch.nn.Module):
         def forward(self, x):
-            return x[:, 0, 0, :2] + 2       # depends on the left edge alone
+            return x[:, 0, 0, :2] + 2  # depends on the left edge alone
 
     left = np.zeros((112, 112, 3), np.uint8)
     left[:, 0] = 200
@@ -75,7 +81,7 @@ def test_verifier_uses_both_mirror_images(tmp_path):
     assert np.allclose(np.linalg.norm(embeddings, axis=1), 1)
 
 
-def test_training_mode_comes_back(tmp_path):
+def test_training_mode_is_restored(tmp_path):
     (tmp_path / "set.bin").write_bytes(pickle.dumps(([png(v) for v in range(8)], [True, False, True, False])))
     modes = []
 

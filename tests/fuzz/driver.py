@@ -6,7 +6,7 @@ import sys
 
 import atheris
 
-MOST_MEMORY = 64    # MiB that the process may grow by in one input
+MOST_MEMORY = 64  # MiB that the process may grow by in one input
 
 
 def run(one_input, seeds):

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of image_bytes.py: whatever the bytes, a ValueError or what OpenCV decodes, 112 x 112.
+"""Coverage-guided fuzzing of dataset.py's decoding: a ValueError, or 112 x 112 as OpenCV decodes it.
 
     python -m venv fuzzenv && fuzzenv/bin/pip install atheris numpy opencv-python-headless
     fuzzenv/bin/python tests/fuzz/fuzz_image.py -max_total_time=900 -timeout=5 -close_fd_mask=2 CORPUS
@@ -8,8 +8,8 @@ invariant, takes 5 s or 64 MiB ends the run and leaves a file `crash-...` or `ti
 
     fuzzenv/bin/python tests/fuzz/fuzz_image.py crash-...
 
-runs alone. Mend it, and add it to tests/test_image_bytes.py in words of its own. (-close_fd_mask=2 hides what the
-decoders print. They are not instrumented: the coverage that guides is that of image_bytes.py.)
+runs alone. Mend it, and add it to tests/test_dataset_image.py in words of its own. (-close_fd_mask=2 hides what the
+decoders print. They are not instrumented: the coverage that guides is that of dataset.py.)
 
 Last: 28,834,057 inputs in 15 minutes without a finding, then under a limit of 512 MiB in all; the 121,430 before them
 found that OpenCV looks for chunks behind a PNG's end, and reserves 600 MB for one.
@@ -24,8 +24,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-with atheris.instrument_imports(include=["image_bytes"]):
-    from image_bytes import decode_bgr, image_size, whole_image
+with atheris.instrument_imports(include=["dataset"]):
+    from dataset import decode_bgr, image_size, whole_image
 
 from tests.fuzz import driver
 

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of recordio.py and image_layout.py: whatever the bytes, a RecordError or the plain answer.
+"""Coverage-guided fuzzing of recordio.py and image_layout: whatever the bytes, a RecordError or the plain answer.
 
     python -m venv fuzzenv && fuzzenv/bin/pip install atheris numpy
     fuzzenv/bin/python tests/fuzz/fuzz_recordio.py -max_total_time=900 -timeout=10 CORPUS
@@ -24,8 +24,8 @@ import atheris
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-with atheris.instrument_imports(include=["recordio", "image_layout"]):
-    import image_layout  # noqa: F401  (instrumented before tests.plain_recordio takes it in)
+with atheris.instrument_imports(include=["recordio", "dataset"]):
+    import dataset  # noqa: F401  (instrumented before tests.plain_recordio takes it in)
     import recordio
 
 from tests.fuzz import driver
@@ -45,8 +45,13 @@ def seeds():
     jpeg = recordio.pack((0, 3.0, 1, 0), b"\xff\xd8\xff jpeg")
     for payloads in (
         {0: recordio.pack((0, [3, 2], 0, 0), b""), 1: jpeg, 2: recordio.pack((0, [1.0, 5.0], 2, 0), b"png")},
-        {0: recordio.pack((0, [3, 5], 0, 0), b""), 1: jpeg, 2: jpeg, 3: recordio.pack((0, [1, 2], 0, 0), b""),
-         4: recordio.pack((0, [2, 3], 0, 0), b"")},
+        {
+            0: recordio.pack((0, [3, 5], 0, 0), b""),
+            1: jpeg,
+            2: jpeg,
+            3: recordio.pack((0, [1, 2], 0, 0), b""),
+            4: recordio.pack((0, [2, 3], 0, 0), b""),
+        },
         {7: jpeg[:8] + word + jpeg[8:] + word, 3: word * 3, 10**17: b"", 4: recordio.pack((0, [9.0], 0, 0), word)},
     ):
         with recordio.RecordWriter(FOLDER / "seed.rec") as writer:

@@ -41,7 +41,7 @@ def test_loss_is_the_softmax_over_the_sampled_classes(world_size, classes, sampl
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_all_positives_are_kept_even_where_they_exceed_the_rate(world_size):
+def test_all_positives_are_kept_even_beyond_the_rate(world_size):
     embeddings, weight, _ = problem(24)
     labels = torch.arange(12) * 2
     results = run_ranks(step_on_rank, world_size, embeddings, weight, labels, 0.1)
@@ -61,7 +61,7 @@ def test_with_every_class_present_it_equals_the_full_softmax():
 
 def test_a_shard_without_positives_still_takes_part():
     embeddings, weight, _ = problem(10)
-    labels = torch.zeros(12, dtype=torch.long)              # rank 1 owns none, and int(0.1 * 5) is 0
+    labels = torch.zeros(12, dtype=torch.long)  # rank 1 owns none, and int(0.1 * 5) is 0
     (loss, _, first, _, _), (other, _, second, _, _) = run_ranks(step_on_rank, 2, embeddings, weight, labels, 0.1)
     assert first.tolist() == [0] and len(second) == 1 and second[0] >= 5
     assert loss == other and loss > 0
@@ -73,7 +73,7 @@ def sampled_rows(classifier, labels):
     return classifier.weight.grad.coalesce().indices()[0]
 
 
-def test_negatives_are_drawn_evenly_and_anew():
+def test_negatives_are_drawn_uniformly_in_each_step():
     _, weight, _ = problem(20)
     classifier = make(ArcFace(), weight, sample_rate=0.5)
     counts = torch.zeros(20)
@@ -81,7 +81,7 @@ def test_negatives_are_drawn_evenly_and_anew():
         counts[sampled_rows(classifier, torch.tensor([3]))] += 1
     assert counts[3] == 400
     others = torch.cat([counts[:3], counts[4:]])
-    expected = 400 * 9 / 19                                 # 189 +- 10; five standard deviations
+    expected = 400 * 9 / 19  # 189 +- 10; five standard deviations
     assert (others - expected).abs().max() < 50
 
 
@@ -89,15 +89,15 @@ def test_sampling_is_seeded_and_can_be_restored():
     _, weight, labels = problem(50)
     first, same = (make(ArcFace(), weight, sample_rate=0.4, seed=1) for _ in range(2))
     other = make(ArcFace(), weight, sample_rate=0.4, seed=2)
-    torch.manual_seed(5)                                    # the global generator plays no part
+    torch.manual_seed(5)  # the global generator must not matter
     rows = [sampled_rows(first, labels).tolist() for _ in range(3)]
-    state = first.generator_state()
+    state = first.sampling_state()
     later = [sampled_rows(first, labels).tolist() for _ in range(3)]
     torch.manual_seed(6)
     assert [sampled_rows(same, labels).tolist() for _ in range(3)] == rows
     assert sampled_rows(other, labels).tolist() != rows[0]
     assert len({tuple(drawn) for drawn in rows + later}) == 6
-    other.set_generator_state(state)
+    other.set_sampling_state(state)
     assert [sampled_rows(other, labels).tolist() for _ in range(3)] == later
 
 
@@ -112,8 +112,8 @@ def test_ranks_draw_differently():
 
 def test_without_sampling_there_is_no_state_and_nothing_to_attach():
     classifier = PartialFC(ArcFace(), SIZE, 10)
-    assert classifier.generator_state() is None
-    classifier.set_generator_state(None)
+    assert classifier.sampling_state() is None
+    classifier.set_sampling_state(None)
     assert classifier.attach(torch.optim.SGD(classifier.parameters(), lr=0.1)) is None
 
 
@@ -128,7 +128,7 @@ OPTIMIZERS = {
     "sgd": (torch.optim.SGD, SlowSGD, dict(lr=0.3, momentum=0.9, weight_decay=0.01)),
     "adamw": (torch.optim.AdamW, SlowAdamW, dict(lr=0.05, weight_decay=0.1)),
 }
-TABLES = {"momentum_buffer": "buffer", "exp_avg": "first", "exp_avg_sq": "second"}     # as the slow ones call them
+TABLES = {"momentum_buffer": "buffer", "exp_avg": "first", "exp_avg_sq": "second"}  # names in the slow optimisers
 
 
 def start(name, sample_rate):
@@ -146,20 +146,20 @@ def tables(classifier, optimizer):
 
 
 def saved_and_loaded(name, classifier, optimizer):
-    """Both anew, from a checkpoint of these."""
+    """New ones, loaded from a checkpoint of these."""
     file = io.BytesIO()
-    torch.save([classifier.state_dict(), classifier.generator_state(), optimizer.state_dict()], file)
+    torch.save([classifier.state_dict(), classifier.sampling_state(), optimizer.state_dict()], file)
     file.seek(0)
     weight, generator, state = torch.load(file, weights_only=True)
     classifier, optimizer, _ = start(name, classifier.sample_rate)
     classifier.load_state_dict(weight)
-    classifier.set_generator_state(generator)
+    classifier.set_sampling_state(generator)
     optimizer.load_state_dict(state)
     return classifier, optimizer
 
 
 def train_on_rank(name, accumulate, save_at):
-    """Six steps of sampled training, beside an optimiser that goes row by row; returns what `tables` does."""
+    """Six steps of sampled training against a row-by-row optimiser; returns `tables`."""
     embeddings, _, labels = problem(41)
     classifier, optimizer, expected = start(name, 0.5)
     for step in range(6):
@@ -174,7 +174,7 @@ def train_on_rank(name, accumulate, save_at):
         optimizer.zero_grad()
         expected.step(dict(zip(rows.tolist(), values)))
         untouched = [row for row in range(classifier.num_local) if row not in rows]
-        assert untouched                            # a step that touches every row would prove nothing
+        assert untouched  # a step that touches every row would prove nothing
         after = tables(classifier, optimizer)
         for key, value in before.items():
             assert torch.equal(after[key][untouched], value[untouched]), key
@@ -190,19 +190,19 @@ def train_through_and_in_parts(name, accumulate):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name, accumulate", [("sgd", 1), ("adamw", 1), ("sgd", 2)])
-def test_each_centre_keeps_its_own_state_through_checkpoints_too(world_size, name, accumulate):
+def test_each_centre_keeps_its_state_also_through_a_checkpoint(world_size, name, accumulate):
     for whole, parts in run_ranks(train_through_and_in_parts, world_size, name, accumulate):
         assert whole.keys() == parts.keys() and len(whole) > 1
         assert all(torch.equal(parts[key], value) for key, value in whole.items())
 
 
 def spread_labels(step):
-    """Twelve classes of 41, some in every quarter, others than in the step before."""
+    """Twelve classes of 41, spread evenly, others in every step."""
     return (torch.arange(12) * 41 // 12 + step) % 41
 
 
 def train_on_positives(name):
-    """Five steps that sample nothing but the positives; the losses, and what `tables` does."""
+    """Five steps that sample only the positives; the losses and `tables`."""
     embeddings, _, _ = problem(41)
     classifier, optimizer, _ = start(name, 0.01)
     losses = []
@@ -217,7 +217,7 @@ def train_on_positives(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_number_of_ranks_takes_the_steps_of_a_plain_loop(name):
-    """Where no random negative comes in, shards of 41, 21 or 11 and 10 classes are all the same softmax."""
+    """Without random negatives, shards of 41, 21 or 11 and 10 classes give the same softmax."""
     embeddings, _, _ = problem(41)
     _, _, expected = start(name, 0.01)
     losses = []
@@ -235,7 +235,7 @@ def test_every_number_of_ranks_takes_the_steps_of_a_plain_loop(name):
             torch.testing.assert_close(got, getattr(expected, TABLES.get(key, key)), rtol=1e-8, atol=1e-10)
 
 
-def test_forgetting_to_attach_does_not_pass_silently():
+def test_forgetting_attach_raises():
     embeddings, weight, labels = problem(30)
     for make_optimizer in (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.1)):
         classifier = make(ArcFace(), weight, sample_rate=0.4)

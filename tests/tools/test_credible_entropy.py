@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import by_class
-from engine.feature_files import FeatureError
-from engine.old_features import load_credible
+from old_model import by_class
+from old_model.feature_set import FeatureError, open_array
 from tools.get_feature import credible_entropy
 from tools.get_feature.credible_entropy import assignment_entropy, low_entropy_rows, means_and_variance
 
@@ -53,7 +52,8 @@ def entropy_slowly(features, labels):
 @settings(deadline=None, max_examples=30)
 @given(
     more=st.lists(st.integers(0, 5), min_size=4, max_size=40),
-    noise=st.sampled_from([0.3, 1.0, 3.0]), seed=st.integers(0, 99),
+    noise=st.sampled_from([0.3, 1.0, 3.0]),
+    seed=st.integers(0, 99),
 )
 def test_entropy_against_loops(more, noise, seed):
     labels = np.array([*range(6), *more])
@@ -115,8 +115,8 @@ def test_command_writes_what_nccl_reads(tmp_path):
     done = subprocess.run(save(tmp_path, features, labels), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "OPclass/old_class70_credible_entropy_feature.npy"
-    credible = load_credible(path, labels)
-    np.testing.assert_array_equal(credible.numpy(), low_entropy_rows(features, labels))
+    credible = open_array(path, 1, np.bool_)
+    np.testing.assert_array_equal(credible, low_entropy_rows(features, labels))
     assert f"wrote {path}: {int(credible.sum())} of 168 rows" in done.stdout
 
 
@@ -124,4 +124,4 @@ def test_command_names_what_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         credible_entropy.main(["--SD", "old_class70", "--feature_save", str(tmp_path)])
     error = capsys.readouterr().err
-    assert "old_class70_feature.npy: no such file; write it by: python tools/get_feature/get_feature.py" in error
+    assert "old_class70_feature.npy: no such file; write it: python tools/get_feature/get_feature.py" in error

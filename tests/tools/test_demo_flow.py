@@ -11,9 +11,16 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parents[2]
 ALL = ["draw", "split", "old", "feature", "avg", "credible", "MixBCT", "BCT", "independent", "report"]
 COMMANDS = {  # a pattern of the command line -> its short name
-    "draw_demo_data": "draw", "split_dataset": "split", "train_old_softmax": "old", "get_feature.py": "feature",
-    "get_avg": "avg", "denoise": "credible", "MixBCT/train": "MixBCT", "/BCT/train": "BCT",
-    "train_old_arc": "independent", "compat_report": "report",
+    "draw_demo_data": "draw",
+    "split_dataset": "split",
+    "train_old_softmax": "old",
+    "get_feature.py": "feature",
+    "get_avg": "avg",
+    "denoise": "credible",
+    "MixBCT/train": "MixBCT",
+    "/BCT/train": "BCT",
+    "train_old_arc": "independent",
+    "compat_report": "report",
 }
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >> calls
@@ -88,7 +95,7 @@ def test_a_lost_result_is_made_again_and_what_follows_it_even_after_a_kill(demo,
     (tmp_path / "demo/seed0/work_dirs/f128_tiny_softmax_class30/model.pt").unlink()
     status, calls, _ = demo(fail="get_avg")
     assert status == 1 and names(calls) == ["old", "feature", "avg"]
-    assert names(demo()[1]) == ALL[ALL.index("avg"):]
+    assert names(demo()[1]) == ALL[ALL.index("avg") :]
 
 
 def test_overrides_are_part_of_a_run(demo):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import backbones
 from dataset import RecordDataset
-from engine import by_class
-from engine.feature_files import FeatureError, FeatureSet
+from old_model import by_class
+from old_model.feature_set import FeatureError, FeatureSet
 from tools.get_feature import denoise_credible, get_avg_feature, get_feature
 from tools.get_feature.denoise_credible import credible_rows
 from tools.get_feature.get_avg_feature import class_means
@@ -57,12 +57,12 @@ def credible_rows_slowly(features, labels, keep):
         mine = [row for row in range(len(labels)) if labels[row] == c]
         mean = sum(rows[row] for row in mine) / len(mine)
         mine.sort(key=lambda row: np.float32(sum((rows[row] - mean) ** 2)))
-        credible[mine[:keep(len(mine))]] = True
+        credible[mine[: keep(len(mine))]] = True
     return credible
 
 
 any_labels = st.lists(st.integers(0, 5), min_size=1, max_size=40).map(
-    lambda labels: np.unique(labels, return_inverse=True)[1].reshape(-1)     # no class without images
+    lambda labels: np.unique(labels, return_inverse=True)[1].reshape(-1)  # no class without images
 )
 
 
@@ -104,13 +104,16 @@ def test_many_small_rows_beside_a_large_one_are_not_lost():
     np.testing.assert_allclose(mean[1] / mean[0], 1000 / (2.0**24 + 1000), rtol=1e-6)
 
 
-@pytest.mark.parametrize("labels, num_classes, message", [
-    ([0, 0, 2, 2], None, r"class 1 has no image \(1 of 3"),
-    ([0, 0, 1, 1], 4, r"class 2 has no image \(2 of 4"),
-    ([0, 0, 1, 4], 4, "labels go from 0 to 4, but the record file has 4 classes"),
-    ([0, 0, 1, -1], None, "labels go from -1 to 1"),
-    ([0, 1, 2, 10**15], None, "there are 4 images"),
-])
+@pytest.mark.parametrize(
+    "labels, num_classes, message",
+    [
+        ([0, 0, 2, 2], None, r"class 1 has no image \(1 of 3"),
+        ([0, 0, 1, 1], 4, r"class 2 has no image \(2 of 4"),
+        ([0, 0, 1, 4], 4, "labels go from 0 to 4, but the record file has 4 classes"),
+        ([0, 0, 1, -1], None, "labels go from -1 to 1"),
+        ([0, 1, 2, 10**15], None, "there are 4 images"),
+    ],
+)
 def test_labels_that_do_not_fit(labels, num_classes, message):
     with pytest.raises(FeatureError, match=message):
         class_means(np.ones((4, 2), np.float32), np.array(labels), num_classes)
@@ -160,13 +163,25 @@ def test_a_larger_share_contains_the_smaller(labels, seed):
     for smaller, larger in zip(shares, shares[1:]):
         assert not (smaller & ~larger).any()
     assert shares[-1].all()
-    assert (np.bincount(labels, shares[0]) >= 1).all()      # some of each class, however small
+    assert (np.bincount(labels, shares[0]) >= 1).all()  # some of each class, however small
 
 
-@pytest.mark.parametrize("ratio, count, kept", [
-    (0.9, 10, 9), (0.9, 11, 10), (0.9, 1, 1), (0.7, 10, 7), (0.07, 100, 7), (0.55, 20, 11), (0.3, 10, 3), (0.1, 3, 1),
-    (0.29, 100, 29), (1 / 3, 9, 3), (1.0, 6, 6),
-])
+@pytest.mark.parametrize(
+    "ratio, count, kept",
+    [
+        (0.9, 10, 9),
+        (0.9, 11, 10),
+        (0.9, 1, 1),
+        (0.7, 10, 7),
+        (0.07, 100, 7),
+        (0.55, 20, 11),
+        (0.3, 10, 3),
+        (0.1, 3, 1),
+        (0.29, 100, 29),
+        (1 / 3, 9, 3),
+        (1.0, 6, 6),
+    ],
+)
 def test_the_share_is_rounded_up_as_it_is_written(ratio, count, kept):
     features = clustered(np.zeros(count, int))
     assert credible_rows(features, np.zeros(count, int), ratio).sum() == kept
@@ -250,9 +265,10 @@ def model_features(place, rec):
         return np.concatenate([model(image).numpy() for image in images]), dataset.labels()
 
 
-@pytest.mark.parametrize("part, rec", [
-    ("class30", "train_part_30_class.rec"), ("class70", "train_part_70_class.rec"), ("class100", "train.rec"),
-])
+@pytest.mark.parametrize(
+    "part, rec",
+    [("class30", "train_part_30_class.rec"), ("class70", "train_part_70_class.rec"), ("class100", "train.rec")],
+)
 def test_get_feature_embeds_the_set_of_the_name(place, part, rec):
     name = f"old_tiny_arc_{part}"
     get_feature.main([str(place), "--SD", name])
@@ -264,13 +280,13 @@ def test_get_feature_embeds_the_set_of_the_name(place, part, rec):
 
 def test_the_three_tools_in_a_row(place):
     files = FeatureSet("old_tiny_arc_class70", place.parent / "feature_save")
-    get_avg_feature.main([str(place), "--SD", files.name])      # extracts first
+    get_avg_feature.main([str(place), "--SD", files.name])  # extracts first
     written = files.feature.stat().st_mtime_ns
     features, labels = np.load(files.feature), np.load(files.label)
     np.testing.assert_allclose(np.load(files.avg_feature), class_means_slowly(features, labels), atol=1e-6)
 
     files.avg_feature.unlink()
-    get_avg_feature.main(["--SD", files.name, "--feature_save", str(files.root)])   # from the files alone
+    get_avg_feature.main(["--SD", files.name, "--feature_save", str(files.root)])  # from the files alone
     assert np.load(files.avg_feature).shape == (3, 8)
     denoise_credible.main(["--T", "0.5", "--SD", files.name, "--feature_save", str(files.root)])
     credible = np.load(files.credible(0.5))
@@ -304,9 +320,9 @@ def test_features_are_made_again_when_the_model_is_newer(place, capsys):
 
 def test_command_line_overrides_and_an_old_launchers_argument(place, tmp_path):
     files = FeatureSet("old_tiny_arc_class70", tmp_path / "other")
-    get_feature.main([
-        "--local_rank=0", str(place), "--SD", files.name, "--batch_size", "5", "--feature_save", str(files.root),
-    ])
+    get_feature.main(
+        ["--local_rank=0", str(place), "--SD", files.name, "--batch_size", "5", "--feature_save", str(files.root)]
+    )
     features, _ = model_features(place, "train_part_70_class.rec")
     np.testing.assert_allclose(np.load(files.feature), features, atol=1e-5)
 
@@ -321,7 +337,7 @@ def refused(capsys, function, *arguments):
 def test_what_get_feature_refuses(place, capsys):
     config = place.read_text()
     assert "--SD old_tiny_arc_class70" in refused(capsys, get_feature, place, "--SD", "other_arc_class70")
-    assert "trained on class30" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_data70")
+    assert "--SD old_tiny_arc_class70" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_data70")
     assert "class70" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc")
     assert "batch_size" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class70", "--batchsize", "5")
     assert "give it first" in refused(capsys, denoise_credible, "--SD", "old_tiny_arc_class70", "--batch_size=5")
@@ -337,7 +353,7 @@ def test_what_get_feature_refuses(place, capsys):
     assert f"train_old_arc.py {place} --workspace {place.parent}" in error
     (place.parent / "data" / "train.rec").unlink()
     error = refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class100")
-    assert "train.rec: no such file; it is MS1M-V3 as insightface publishes it" in error and "split" not in error
+    assert "train.rec: no such file; put MS1M-V3's" in error and "split" not in error
     assert not (place.parent / "feature_save").exists()
 
 
@@ -363,18 +379,31 @@ def test_two_ranks_by_the_launcher_from_another_directory(place):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--nnodes=1", f"--master_port={port}",
-        str(REPO / "tools" / "get_feature" / "get_avg_feature.py"), place.name, "--SD", "old_tiny_arc_class70",
+        sys.executable,
+        "-m",
+        "torch.distributed.launch",
+        "--nproc_per_node=2",
+        "--nnodes=1",
+        f"--master_port={port}",
+        str(REPO / "tools" / "get_feature" / "get_avg_feature.py"),
+        place.name,
+        "--SD",
+        "old_tiny_arc_class70",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
-        command, cwd=place.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=place.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     ) as launcher:
         try:
             out, err = launcher.communicate(timeout=120)
         except BaseException:
-            os.killpg(launcher.pid, signal.SIGKILL)     # the ranks too
+            os.killpg(launcher.pid, signal.SIGKILL)  # the ranks too
             raise
     assert launcher.returncode == 0, err
     files = FeatureSet("old_tiny_arc_class70", place.parent / "feature_save")
@@ -382,4 +411,4 @@ def test_two_ranks_by_the_launcher_from_another_directory(place):
     np.testing.assert_allclose(np.load(files.feature), features, atol=1e-5)
     np.testing.assert_array_equal(np.load(files.label), labels)
     np.testing.assert_allclose(np.load(files.avg_feature), class_means_slowly(features, labels), atol=1e-5)
-    assert out.count("wrote") == 2      # one rank speaks
+    assert out.count("wrote") == 2  # one rank speaks

@@ -84,8 +84,13 @@ def test_halves_round_to_the_even_neighbour():
 def test_vector_labels_and_records_in_parts_are_relabelled(tmp_path):
     magic_id = MAGIC << 32 | MAGIC  # the header itself holds the magic word, and is cut there
     word = MAGIC.to_bytes(4, "little")
-    sources = [IRHeader(0, 0.0, 1, 0), IRHeader(0, [1.0, 0.25], 2, 0), IRHeader(0, 2.0, magic_id, 0),
-               IRHeader(0, [3.0, 0.25], magic_id, 9), IRHeader(0, 4.0, 5, 0)]
+    sources = [
+        IRHeader(0, 0.0, 1, 0),
+        IRHeader(0, [1.0, 0.25], 2, 0),
+        IRHeader(0, 2.0, magic_id, 0),
+        IRHeader(0, [3.0, 0.25], magic_id, 9),
+        IRHeader(0, 4.0, 5, 0),
+    ]
     with RecordWriter(tmp_path / "train.rec") as writer:
         writer.write(0, pack(IRHeader(0, [6, 5], 0, 0), b""))
         for key, header in enumerate(sources, start=1):
@@ -143,7 +148,7 @@ def test_ratios_that_name_no_two_parts_are_refused(tmp_path, make_record_set, ra
 
 def test_a_ratio_that_leaves_a_part_without_classes_is_refused(tmp_path, make_record_set):
     make_record_set(tmp_path, [0, 1])
-    with pytest.raises(ValueError, match="ratio 0.1 of 2 classes"):
+    with pytest.raises(ValueError, match="--ratio 0.1 of 2 classes"):
         tool.split(tmp_path, 0.1)
 
 

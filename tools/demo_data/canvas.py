@@ -1,11 +1,11 @@
-"""What the face is painted with: anti-aliased shapes in millimetres, soft shadows, colours (BGR, 0 .. 255)."""
+"""Drawing: anti-aliased shapes in millimetres, soft shadows, colours (BGR, 0 .. 255)."""
 
 import math
 
 import cv2
 import numpy as np
 
-SUBPIXEL = 4    # OpenCV takes coordinates in 1/16 pixel
+SUBPIXEL = 4  # OpenCV takes coordinates in 1/16 pixel
 
 
 def mix(a, b, share):
@@ -20,7 +20,7 @@ def ramp(table, position):
 
 
 def muted(share):
-    """A colour of walls and clothes from three numbers 0 .. 1: mostly grey."""
+    """A mostly grey colour for walls and clothes, from three numbers 0 .. 1."""
     return 30 + 205 * mix(np.full(3, share.mean()), share, 0.45)
 
 
@@ -37,7 +37,7 @@ def ellipse(x, y, a, b, turn=0.0, n=24):
 class Canvas:
     """Pixels under a 2×3 map from mm, with a coarse grey layer for soft shadows (128 = neutral)."""
 
-    SOFT = 4    # pixels of the picture to one of the shadow layer
+    SOFT = 4  # image pixels per pixel of the shadow layer
 
     def __init__(self, matrix, width, height):
         self.matrix, self.scale = matrix, math.hypot(matrix[0, 0], matrix[1, 0])
@@ -45,7 +45,7 @@ class Canvas:
         self.soft = np.full((height // self.SOFT + 1, width // self.SOFT + 1), 128, np.uint8)
 
     def fixed(self, points, divide=1):
-        """Pixels of `points` [n, 2] as OpenCV's drawing calls take them, for a layer `divide` times coarser."""
+        """`points` [n, 2] as fixed-point pixels for OpenCV's drawing calls, for a layer `divide` times coarser."""
         factor = 2**SUBPIXEL / divide
         return np.rint(points @ (self.matrix[:, :2].T * factor) + self.matrix[:, 2] * factor).astype(np.int32)
 
@@ -53,7 +53,7 @@ class Canvas:
         cv2.fillPoly(self.pixels, [self.fixed(points)], bgr(colour), cv2.LINE_AA, SUBPIXEL)
 
     def stroke(self, points, colour, width, closed=False):
-        """A line `width` mm thick; thinner than a pixel it keeps one pixel."""
+        """A line `width` mm thick, at least one pixel."""
         thick = max(1, round(width * self.scale))
         cv2.polylines(self.pixels, [self.fixed(points)], closed, bgr(colour), thick, cv2.LINE_AA, SUBPIXEL)
 
@@ -84,11 +84,13 @@ class Canvas:
         paint = np.empty_like(self.pixels)
         paint[:] = bgr(colour)
         weight = cv2.merge([weight] * 3)
-        self.pixels = cv2.add(cv2.multiply(paint, weight, scale=1 / 255),
-                              cv2.multiply(self.pixels, cv2.bitwise_not(weight), scale=1 / 255))
+        self.pixels = cv2.add(
+            cv2.multiply(paint, weight, scale=1 / 255),
+            cv2.multiply(self.pixels, cv2.bitwise_not(weight), scale=1 / 255),
+        )
 
 
 def bgr(colour):
-    """A colour as OpenCV's drawing calls take it."""
+    """A colour for OpenCV's drawing calls."""
     blue, green, red = colour
     return min(max(float(blue), 0.0), 255.0), min(max(float(green), 0.0), 255.0), min(max(float(red), 0.0), 255.0)

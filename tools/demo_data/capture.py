@@ -8,13 +8,13 @@ import numpy as np
 from tools.demo_data import geometry
 from tools.demo_data.face import Portrait
 
-SIZE = 112          # pixels across an aligned face
-SUPERSAMPLE = 2     # drawn larger by this and averaged down
-MM = 0.56           # pixels a millimetre in an aligned frontal face; the conditions' pixels are of that size
+SIZE = 112  # pixels across an aligned face
+SUPERSAMPLE = 2  # images are drawn larger by this factor and averaged down
+MM = 0.56  # pixels per millimetre in an aligned frontal face; the conditions' pixels are of that size
 
 
 def aligned(traits, conditions):
-    """BGR uint8 [112, 112, 3]: the face warped to the standard five points, as an imprecise detector found its own."""
+    """BGR uint8 [112, 112, 3]: the face warped to the standard five points, by landmarks with the detector's error."""
     portrait = Portrait(traits, conditions)
     fit = geometry.similarity(portrait.landmarks, geometry.STANDARD_POINTS)
     found = geometry.apply(fit, portrait.landmarks) + conditions.jitter
@@ -26,12 +26,12 @@ def aligned(traits, conditions):
 
 
 def loose(rng, traits, conditions):
-    """A crop with some margin round a rotated face -> (BGR uint8 [h, w, 3], landmarks float64 [5, 2] in its pixels).
+    """A crop with some margin around a rotated face -> (BGR uint8 [h, w, 3], landmarks float64 [5, 2] in its pixels).
 
-    The landmarks are those that the detector reports: the exact ones with the conditions' jitter.
+    The landmarks are the exact ones plus the conditions' jitter, as a detector would report them.
     """
     portrait = Portrait(traits, conditions)
-    scale = MM * math.exp(rng.uniform(math.log(0.75), math.log(1.9)))       # pixels a mm
+    scale = MM * math.exp(rng.uniform(math.log(0.75), math.log(1.9)))  # pixels a mm
     margin, dx, dy, stretch = rng.uniform(1.0, 1.35), *rng.uniform(-0.08, 0.08, 2), rng.uniform(0.92, 1.12)
     width, height = round(190 * margin * scale), round(235 * margin * scale * stretch)
     cos, sin = scale * math.cos(conditions.roll), scale * math.sin(conditions.roll)
@@ -44,7 +44,7 @@ def loose(rng, traits, conditions):
 
 
 def expose(image, conditions, scale):
-    """Blur, resolution, colour, noise; `scale` is the image's pixels to one of an aligned face."""
+    """Blur, resolution, colour, noise; `scale`: image pixels per pixel of an aligned face."""
     c = conditions
     height, width = image.shape[:2]
     if c.resolution < 0.97:
@@ -74,7 +74,7 @@ def _motion_kernel(motion):
 
 
 def encode(image, conditions):
-    """The JPEG's bytes, at the conditions' quality."""
+    """JPEG bytes at the conditions' quality."""
     ok, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, conditions.jpeg])
     if not ok:
         raise RuntimeError(f"OpenCV could not encode a {image.shape} image as JPEG")

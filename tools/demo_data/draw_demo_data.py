@@ -4,8 +4,8 @@
     python tools/demo_data/draw_demo_data.py --sheet faces.png
 
 writes ROOT/ms1m-retinaface-t1/train.{rec,idx}, ROOT/ms1m-retinaface-t1/demo.bin and ROOT/IJBC/{meta,loose_crop}.
-The files depend on the options and on the seed, not on the number of processes. What a run with the same options
-has drawn is kept: ROOT/demo_data.json records the options and a digest of the code that draws.
+The files depend on the options and the seed, not on the number of processes. Files of an earlier run with the same
+options are kept: ROOT/demo_data.json records the options and a digest of the drawing code.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 import cv2
 import numpy as np
@@ -42,57 +42,60 @@ def parse_arguments(argv=None):
         parser.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})")
 
     option("--root", pathlib.Path, pathlib.Path("demo/dataset"), "directory to write")
-    option("--seed", _at_least(0), 0, "of everything that is drawn")
+    option("--seed", _at_least(0), 0, "random seed")
     option("--identities", _at_least(2), 1000, "people in the training set")
-    option("--images", _at_least(1), 10, "images of each of them")
-    option("--eval-identities", _at_least(4), 200, "other people, in the IJB-C set")
-    option("--probes", _at_least(1), 5, "probe templates of each of those")
-    option("--pairs", _at_least(1), 200_000, "most lines of the 1:1 pair list (mated pairs all stand in it)")
-    option("--verification-pairs", _at_least(0), 300, "pairs in demo.bin; 0 leaves the file out")
-    option("--variation", _at_least(0.0), 1.0, "factor on how much the images of a person differ")
-    option("--processes", _at_least(1), os.cpu_count() or 1, "that draw at once")
+    option("--images", _at_least(1), 10, "images per person")
+    option("--eval-identities", _at_least(4), 200, "people in the IJB-C set, none of them in the training set")
+    option("--probes", _at_least(1), 5, "probe templates per person of the IJB-C set")
+    option("--pairs", _at_least(1), 200_000, "limit on 1:1 pairs; all mated pairs are kept")
+    option("--verification-pairs", _at_least(0), 300, "pairs in demo.bin; 0: no such file")
+    option("--variation", _at_least(0.0), 1.0, "how much images of one person differ, a factor")
+    option("--processes", _at_least(1), os.cpu_count() or 1, "worker processes")
     parser.add_argument("--sheet", type=pathlib.Path, metavar="FILE.png", help="draw a contact sheet only")
     return parser.parse_args(argv)
 
 
 def _at_least(low):
-    """A type for argparse: numbers of the kind of `low`, not smaller."""
+    """An argparse type: a number of the type of `low`, at least `low`."""
+
     def number(text):
         value = type(low)(text)
         if not low <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
         return value
+
     return number
 
 
 @contextlib.contextmanager
 def _workers(processes):
-    """A map in order, `over(function, tasks)`, with a progress bar on a terminal, in one process or several."""
+    """An ordered map, `over(function, tasks)`, in one process or several, with a progress bar on a terminal."""
+
     def bar(results, tasks):
         return tqdm(results, total=len(tasks), unit=" people", disable=None)
 
     if processes == 1:
         yield lambda function, tasks: bar(map(function, tasks), tasks)
         return
-    # Spawned, not forked: OpenCV's and BLAS's threads do not survive a fork.
+    # Spawn, not fork: OpenCV's and BLAS's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker) as pool:
         yield lambda function, tasks: bar(pool.map(function, tasks, chunksize=4), tasks)
 
 
 def _start_worker():
-    """One thread to draw with, and one that ends the worker with its parent, which may be killed without a word."""
+    """Draw with one thread; a second one ends the worker when its parent is gone, even if that was killed."""
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent():
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)  # sys.exit would end this thread alone
+    os._exit(1)  # sys.exit would only end this thread
 
 
 def _stamp(args):
-    """What decides the files: the options, and the code that draws them."""
+    """What the files depend on: the options and the drawing code."""
     digest = hashlib.sha256()
     for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -114,21 +117,21 @@ def _write_stamp(path, stamp, complete):
 
 
 def outputs(args):
-    """The paths that a run publishes."""
+    """The paths that a run writes."""
     training = args.root / TRAINING_DIR
     paths = [training / "train.rec", training / "train.idx", args.root / "IJBC"]
     return paths + [training / "demo.bin"] * (args.verification_pairs > 0)
 
 
 def draw(args):
-    """Draw what is not there yet. Returns whether anything was drawn; refuses to replace files that it did not draw."""
+    """Draw the data unless it is up to date; returns whether it drew. Refuses to replace files that it did not draw."""
     stamp, path = _stamp(args), args.root / STAMP
     found = _read_stamp(path)
     if found == {**stamp, "complete": True} and all(p.exists() for p in outputs(args)):
         return False
     foreign = [p for p in outputs(args) if p.exists()] if not path.exists() else []
     if foreign:
-        raise SystemExit(f"{foreign[0]} exists, and no {path} says that it is demo data: choose another --root")
+        raise SystemExit(f"{foreign[0]} exists but is not demo data (there is no {path}); choose another --root")
     args.root.mkdir(parents=True, exist_ok=True)
     _write_stamp(path, stamp, complete=False)
     with _workers(args.processes) as over:
@@ -138,7 +141,7 @@ def draw(args):
 
 
 def _draw_all(args, over):
-    """The IJB-C set comes last: where it is, all is."""
+    """Write the IJB-C set last: if it is there, everything is."""
     training = args.root / TRAINING_DIR
     shutil.rmtree(args.root / "IJBC", ignore_errors=True)
     (training / "demo.bin").unlink(missing_ok=True)
@@ -149,7 +152,7 @@ def _draw_all(args, over):
 
 
 def draw_sheet(args):
-    """Write the first people of the training set, a row each, their first images beside each other."""
+    """Write a contact sheet: a row of images for each of the first people of the training set."""
     rows = []
     for number in range(SHEET_ROWS):
         images = records.aligned_images(args.seed, records.TRAINING, number, SHEET_COLUMNS, args.variation)
@@ -157,7 +160,7 @@ def draw_sheet(args):
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
     part = args.sheet.with_name(f"{args.sheet.stem}.{os.getpid()}.tmp.png")
     if not cv2.imwrite(str(part), np.concatenate(rows)):
-        raise SystemExit(f"{args.sheet} cannot be written")
+        raise SystemExit(f"{args.sheet}: cannot be written; choose another --sheet")
     os.replace(part, args.sheet)
     print(f"{args.sheet}: {len(rows)} people, {SHEET_COLUMNS} images each")
 
@@ -170,10 +173,12 @@ def main(argv=None):
         return
     started = time.perf_counter()
     if draw(args):
-        print(f"{args.root}: {args.identities} people × {args.images} images to train on, "
-              f"{args.eval_identities} others to evaluate on, drawn in {time.perf_counter() - started:.0f} s")
+        print(
+            f"{args.root}: {args.identities} people × {args.images} images to train on, "
+            f"{args.eval_identities} others to evaluate on, drawn in {time.perf_counter() - started:.0f} s"
+        )
     else:
-        print(f"{args.root}: drawn already with these options, kept")
+        print(f"{args.root}: already drawn with these options, kept")
 
 
 if __name__ == "__main__":

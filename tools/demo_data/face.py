@@ -1,7 +1,7 @@
 """Draws a person under given conditions: from millimetres on the head to pixels of an image (BGR, uint8).
 
-A `Portrait` knows where the five landmarks lie; its `paint` takes the 2×3 map from the image plane (mm) to the
-pixels. Drawing is flat colour with soft shadows on top; the camera's faults come after (`capture`).
+A `Portrait` has the five landmarks; its `paint` takes the 2×3 map from the image plane (mm) to pixels. It draws flat
+colour with soft shadows on top; camera faults are added later (`capture`).
 """
 
 import math
@@ -13,10 +13,10 @@ from tools.demo_data import geometry
 from tools.demo_data.canvas import SUBPIXEL, Canvas, bgr, ellipse, mix, muted, ramp
 from tools.demo_data.geometry import Head
 
-SKIN = np.array([[215, 226, 250], [150, 186, 232], [92, 134, 188], [60, 88, 136], [38, 52, 84]], float)    # BGR
+SKIN = np.array([[215, 226, 250], [150, 186, 232], [92, 134, 188], [60, 88, 136], [38, 52, 84]], float)  # BGR
 HAIR = np.array([[130, 190, 226], [70, 118, 168], [42, 68, 104], [26, 32, 46], [20, 18, 20]], float)
 IRIS = np.array([[196, 158, 108], [120, 140, 110], [50, 96, 138], [30, 52, 84], [18, 28, 42]], float)
-# Freckles lie where a fixed low-discrepancy sequence puts them; people differ in how many show.
+# Freckles follow a fixed low-discrepancy sequence; people differ in how many show.
 _K = np.arange(1, 41)
 FRECKLES = np.stack([(_K * 0.618034 % 1 - 0.5) * 84, 8 + (_K * 0.754878 % 1) * 40], axis=1)
 
@@ -45,10 +45,13 @@ class Portrait:
         self.colours = Palette(t)
         self.mouth = geometry.mouth(t, conditions.smile, conditions.mouth_open)
         on = self.head.project
-        self.landmarks = np.concatenate([
-            on([(-t.eye_spacing, 0.0), (t.eye_spacing, 0.0)]), on([(0.0, t.nose_y)], t.nose_depth),
-            on(self.mouth["corners"]),
-        ])
+        self.landmarks = np.concatenate(
+            [
+                on([(-t.eye_spacing, 0.0), (t.eye_spacing, 0.0)]),
+                on([(0.0, t.nose_y)], t.nose_depth),
+                on(self.mouth["corners"]),
+            ]
+        )
 
     def paint(self, matrix, width, height):
         """BGR uint8 [height, width, 3]; `matrix` [2, 3] takes mm of the image plane to pixels."""
@@ -62,8 +65,10 @@ class Portrait:
         _mouth(canvas, self)
         for side in (-1, 1):
             _eye(canvas, self, side)
-            canvas.fill(self.head.project(geometry.brow(self.t, side, self.c.brow_raise)),
-                        mix(self.colours.skin, self.colours.hair * 0.8, self.t.brow_density))
+            canvas.fill(
+                self.head.project(geometry.brow(self.t, side, self.c.brow_raise)),
+                mix(self.colours.skin, self.colours.hair * 0.8, self.t.brow_density),
+            )
         _hair(canvas, self)
         canvas.pixels = _lit(canvas, self)
         _occluder(canvas, self)
@@ -87,13 +92,21 @@ def _background(canvas, scenery):
 
 
 def _behind(canvas, p):
-    """Long hair, neck, shoulders and ears, all of which the face covers."""
+    """Long hair, neck, shoulders and ears, behind the face."""
     t, project, skin = p.t, p.head.project, p.colours.skin
     length = t.hair_length + p.c.hair_length
     if length > 12:
         wide, top = t.face_width + 0.6 * t.hair_volume * p.c.hair_volume, t.crown_y
-        mass = [(-0.9 * wide, -40), (-wide, 10), (-1.04 * wide, length), (0, length + 14), (1.04 * wide, length),
-                (wide, 10), (0.9 * wide, -40), (0, top)]
+        mass = [
+            (-0.9 * wide, -40),
+            (-wide, 10),
+            (-1.04 * wide, length),
+            (0, length + 14),
+            (1.04 * wide, length),
+            (wide, 10),
+            (0.9 * wide, -40),
+            (0, top),
+        ]
         canvas.fill(project(geometry.smooth(mass, closed=True, steps=4), -70), p.colours.hair * 0.62)
     neck = 0.8 * t.jaw_width
     shift = 25 * p.head.sin_yaw
@@ -111,15 +124,18 @@ def _behind(canvas, p):
 
 
 def _skin(canvas, p):
-    """What lies on the skin or models it: blush, folds, cheekbones, beard, freckles, moles."""
+    """Details of the skin: blush, folds, cheekbones, beard, freckles, moles."""
     t, project, colours = p.t, p.head.project, p.colours
     if t.blush > 0.05:
         cheeks = [project(ellipse(side * 41, 38, 15, 11)) for side in (-1, 1)]
         canvas.blend(cheeks, mix(colours.skin, (92, 80, 214), 0.5), 0.75 * t.blush * (1 - 0.6 * t.melanin), 6)
     for side in (-1, 1):
         canvas.shade(project(ellipse(side * 50, 62, 9, 22, side * 0.5)), -0.30 * t.cheekbone)
-        fold = [(side * (t.nose_width + 4), t.nose_y - 2), (side * (t.mouth_width + 2), t.mouth_y - 14),
-                (side * (t.mouth_width + 7), t.mouth_y + 3)]
+        fold = [
+            (side * (t.nose_width + 4), t.nose_y - 2),
+            (side * (t.mouth_width + 2), t.mouth_y - 14),
+            (side * (t.mouth_width + 7), t.mouth_y + 3),
+        ]
         depth = -0.06 - 0.35 * t.fold - 0.15 * max(p.c.smile, 0)
         canvas.shade_line(project(geometry.smooth(fold, steps=4)), depth, 3.0)
         if t.fold > 0.35:
@@ -130,7 +146,7 @@ def _skin(canvas, p):
             crease = mix(colours.skin, colours.dark, 0.6 * t.wrinkles)
             canvas.stroke(project(geometry.smooth(line, steps=4)), crease, 0.9)
     _beard(canvas, p)
-    for point in FRECKLES[:int(len(FRECKLES) * t.freckles)]:
+    for point in FRECKLES[: int(len(FRECKLES) * t.freckles)]:
         canvas.dot(project(point[None])[0], mix(colours.skin, (44, 84, 150), 0.4), 0.9)
     for k in range(3):
         x, y, size = (getattr(t, f"mole{k}_{what}") for what in ("x", "y", "size"))
@@ -148,16 +164,28 @@ def _beard(canvas, p):
     hair = p.colours.hair * 0.85
     if density > 0.05:
         right = [(0.99 * t.face_width, 28), (t.jaw_width + 1, t.jaw_y), (t.chin_width + 2, t.chin_y - 3)]
-        inner = [(0.30 * t.mouth_width, t.mouth_y + 15), (t.mouth_width + 5, t.mouth_y + 6),
-                 (t.mouth_width + 12, t.mouth_y - 10), (0.86 * t.face_width, 34)]
-        half = [*inner, *right]                 # from the mouth's middle round the cheek to the chin
+        inner = [
+            (0.30 * t.mouth_width, t.mouth_y + 15),
+            (t.mouth_width + 5, t.mouth_y + 6),
+            (t.mouth_width + 12, t.mouth_y - 10),
+            (0.86 * t.face_width, 34),
+        ]
+        half = [*inner, *right]  # from the middle of the mouth around the cheek to the chin
         loop = [*half, (0, t.chin_y + 2), *[(-x, y) for x, y in reversed(half)]]
         canvas.blend([project(np.array(loop))], hair, density, 2.5)
     if max(t.moustache, t.stubble * 0.6) > 0.05:
         y = 0.5 * (t.nose_y + t.mouth_y) + 5
         end, half = t.mouth_width + 2, 0.5 * t.mouth_width
-        loop = [(-end, t.mouth_y + 2), (-half, y - 2), (0, y), (half, y - 2), (end, t.mouth_y + 2), (half, y + 7),
-                (0, y + 7), (-half, y + 7)]
+        loop = [
+            (-end, t.mouth_y + 2),
+            (-half, y - 2),
+            (0, y),
+            (half, y - 2),
+            (end, t.mouth_y + 2),
+            (half, y + 7),
+            (0, y + 7),
+            (-half, y + 7),
+        ]
         canvas.blend([project(np.array(loop))], hair, max(t.moustache, t.stubble * 0.6), 1.3)
 
 
@@ -166,9 +194,13 @@ def _nose(canvas, p):
     side_of_light = 1 if p.c.light[0] > 0 else -1
     bridge = np.array([0.25, 0.55, 1.0])
     for side in (-1, 1):
-        lit = -side * side_of_light      # 1: the shadow's side
-        line = [(side * (t.nose_bridge + 3), -9), (side * t.nose_bridge, 4),
-                (side * (t.nose_bridge + t.nose_hump), 0.45 * t.nose_y), (side * (t.nose_tip + 1), 0.85 * t.nose_y)]
+        lit = -side * side_of_light  # 1: in shadow
+        line = [
+            (side * (t.nose_bridge + 3), -9),
+            (side * t.nose_bridge, 4),
+            (side * (t.nose_bridge + t.nose_hump), 0.45 * t.nose_y),
+            (side * (t.nose_tip + 1), 0.85 * t.nose_y),
+        ]
         lift = np.array([0.0, *(bridge * 0.7 * t.nose_depth)])
         canvas.shade_line(project(np.array(line), lift), -0.28 - 0.16 * lit, 4.5)
         wing = np.array([(0.72, -8), (1.0, 1), (0.78, 7), (0.5, 6)]) * (side * t.nose_width, 1) + (0, t.nose_y)
@@ -226,7 +258,7 @@ def _eye(canvas, p, side):
 
 
 def _hair(canvas, p):
-    """The hair in front: one flat shape, strands within it, and the soft shadow that it casts on the skin."""
+    """The hair in front: a flat shape, strands within it, and its soft shadow on the skin."""
     t, project, colour = p.t, p.head.project, p.colours.hair
     outline, lower, crown = geometry.hair(t, t.hair_volume * p.c.hair_volume, t.hair_length + p.c.hair_length)
     canvas.shade_line(project(lower), -0.30, 6.0)
@@ -236,10 +268,10 @@ def _hair(canvas, p):
     cv2.fillPoly(inside, [canvas.fixed(shape)], 255, cv2.LINE_8, SUBPIXEL)
     bald = canvas.pixels
     canvas.pixels = canvas.pixels.copy()
-    roots = lower[::2, None]                                            # [strands, 1, 2]
+    roots = lower[::2, None]  # [strands, 1, 2]
     along = np.array([0.08, 0.38, 0.7, 1.02])
-    strands = crown + (roots * (1.1, 1.0) - crown) * along[:, None]     # [strands, 4, 2]
-    strands[..., 0] *= 1 + 0.35 * np.sin(np.pi * along)                 # they fall round the skull
+    strands = crown + (roots * (1.1, 1.0) - crown) * along[:, None]  # [strands, 4, 2]
+    strands[..., 0] *= 1 + 0.35 * np.sin(np.pi * along)  # they follow the skull
     strands[..., 0] += t.hair_wave * 1.8 * np.sin(1.3 * np.arange(len(roots))[:, None] + 2.1 * np.arange(4))
     for k, strand in enumerate(project(geometry.smooth(strands, steps=4), 5)):
         canvas.stroke(strand, colour * (0.84, 1.14)[k % 2] + 5 * (k % 2), 2.2)
@@ -247,7 +279,7 @@ def _hair(canvas, p):
 
 
 def _lit(canvas, p):
-    """The picture under the image's light: the head's curvature and the soft shadows, as one factor per pixel."""
+    """The lit image: the head's curvature and the soft shadows as one factor per pixel."""
     height, width = canvas.pixels.shape[:2]
     rows, columns = canvas.soft.shape
     inverse = cv2.invertAffineTransform(canvas.matrix)
@@ -267,7 +299,7 @@ def _lit(canvas, p):
 
 
 def _occluder(canvas, p):
-    """Glasses, a hand or some object before the face: never part of the identity."""
+    """Glasses, a hand or an object in front of the face; not part of the identity."""
     t, c, project = p.t, p.c, p.head.project
     look = c.scenery[7]
     if c.occluder in ("glasses", "sunglasses"):

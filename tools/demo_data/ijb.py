@@ -1,4 +1,4 @@
-"""An evaluation set in IJB-C's own files: meta/*.txt, meta/*.csv and loose_crop/*.jpg."""
+"""An evaluation set in IJB-C's file layout: meta/*.txt, meta/*.csv and loose_crop/*.jpg."""
 
 import os
 import pathlib
@@ -10,16 +10,16 @@ from tools.demo_data import capture
 from tools.demo_data.conditions import draw_conditions, next_frame
 from tools.demo_data.records import EVALUATION, person
 
-# What a template holds: media, each a number of images. One image is a still, more are frames of one video.
+# Number of images per medium of a template. One image is a still, several are frames of one video.
 GALLERY = ([1, 1], [1, 1, 1], [1, 2], [1, 1, 2])
 PROBE = ([1], [1], [1], [1, 1], [2], [1, 3])
-VIDEO_HARM = 1.5        # a video's frames suffer more from the camera than stills
-GALLERY_HARM = 0.7      # enrolment is kinder
+VIDEO_HARM = 1.5  # video frames have more camera faults than stills
+GALLERY_HARM = 0.7  # enrolment images have fewer
 CSV_HEADER = "TEMPLATE_ID,SUBJECT_ID,FILENAME"
 
 
 def _subject(task):
-    """Everything of one subject: per template, per medium, per image (JPEG, landmarks [5, 2], detection score)."""
+    """One subject's images: per template, per medium, per image (JPEG, landmarks [5, 2], detection score)."""
     seed, number, probes, variation = task
     rng, who = person(seed, EVALUATION, number)
     plans = [GALLERY[rng.integers(len(GALLERY))]] + [PROBE[rng.integers(len(PROBE))] for _ in range(probes)]
@@ -42,11 +42,11 @@ def _medium(rng, who, frames, variation, harm):
 
 
 def write_ijb(root, seed, identities, probes, pairs, variation, over):
-    """Draw `identities` subjects to the directory `root` (say DIR/IJBC), which is replaced as a whole.
+    """Draw `identities` subjects to the directory `root` (e.g. DIR/IJBC), which is replaced as a whole.
 
-    Each subject has one gallery template and `probes` probe templates. Even subjects are in gallery G1, odd ones in
-    G2, so that a probe of the one is non-mated for the other. The pair list holds every (gallery, probe) pair of the
-    same subject and the others up to `pairs` lines, a seeded sample of them when there are more.
+    Each subject has one gallery template and `probes` probe templates. Odd subject numbers are in gallery G1, even ones
+    in G2, so a probe of one gallery is non-mated in the other. The pair list has every mated (gallery, probe) pair,
+    filled up to `pairs` lines with a seeded sample of the others.
     `over(function, tasks)` yields the results in the order of the tasks.
     """
     root = pathlib.Path(root)
@@ -86,9 +86,10 @@ def _write_meta(directory, rows, pairs, rng):
         (directory / name).write_text("\n".join(lines) + "\n", encoding="ascii")
 
     write("ijbc_face_tid_mid.txt", [f"{name} {template} {medium}" for name, template, medium, *_ in rows])
-    write("ijbc_name_5pts_score.txt", [
-        " ".join([row[0], *(f"{v:.3f}" for v in row[5].ravel()), f"{row[6]:.6f}"]) for row in rows
-    ])
+    write(
+        "ijbc_name_5pts_score.txt",
+        [" ".join([row[0], *(f"{v:.3f}" for v in row[5].ravel()), f"{row[6]:.6f}"]) for row in rows],
+    )
     csv = {"G1": "ijbc_1N_gallery_G1.csv", "G2": "ijbc_1N_gallery_G2.csv", "probe": "ijbc_1N_probe_mixed.csv"}
     for role, name in csv.items():
         write(name, [CSV_HEADER, *(f"{row[1]},{row[3]},{row[0]}" for row in rows if row[4] == role)])
@@ -100,7 +101,7 @@ def _write_meta(directory, rows, pairs, rng):
 
 
 def _pairs(rng, galleries, probes, subjects, limit):
-    """(gallery templates, probe templates, 1 where both are of one subject), in the order gallery, probe."""
+    """(gallery templates, probe templates, 1 if both are of one subject), ordered by gallery, then probe."""
     of = np.vectorize(subjects.get)
     same = of(galleries)[:, None] == of(probes)[None]
     other = np.flatnonzero(~same)

@@ -1,4 +1,4 @@
-"""The training set as insightface keeps it, `train.rec` and `train.idx`, and a small verification set `demo.bin`."""
+"""The training set in insightface's format, `train.rec` and `train.idx`, and a small verification set `demo.bin`."""
 
 import os
 import pathlib
@@ -11,18 +11,18 @@ from tools.demo_data import capture
 from tools.demo_data.conditions import draw_conditions
 from tools.demo_data.identity import draw_identity, traits
 
-TRAINING, EVALUATION, VERIFICATION = range(3)   # three sets of people; nobody is in two
-VERIFICATION_IMAGES = 6                         # images of a person in the .bin set
+TRAINING, EVALUATION, VERIFICATION = range(3)  # three disjoint sets of people
+VERIFICATION_IMAGES = 6  # per person in the .bin set
 
 
 def person(seed, group, number):
-    """Person `number` of one of the three groups -> (generator of all that concerns them, traits)."""
+    """Person `number` of one of the three groups -> (their random generator, traits)."""
     rng = np.random.default_rng([seed, group, number])
     return rng, traits(draw_identity(rng))
 
 
 def aligned_images(seed, group, number, count, variation):
-    """`count` aligned images of a person as BGR uint8 [112, 112, 3], each with its conditions."""
+    """Yield `count` aligned images of a person, BGR uint8 [112, 112, 3], each with its conditions."""
     rng, who = person(seed, group, number)
     for _ in range(count):
         conditions = draw_conditions(rng, variation)
@@ -37,7 +37,7 @@ def write_training_set(path, seed, identities, images, variation, over):
     """Draw `identities` people, `images` times each, to the record file `path` (a `.rec`; the `.idx` beside it).
 
     Record 0 is the header: label[0] − 1 images, under the keys 1, 2, ...; label[1] classes. `over(function, tasks)`
-    yields the results in the order of the tasks: a map, in processes or not.
+    yields the results in the order of the tasks.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_training_set(path, seed, identities, images, variation, over):
 
 
 def write_verification_set(path, seed, pairs, variation, over):
-    """Write a `.bin` set of `pairs` pairs, every other one of the same person: a pickle of (JPEGs, booleans)."""
+    """Write a `.bin` set of `pairs` pairs, alternately of the same person and of two: a pickle of (JPEGs, booleans)."""
     people = max(4, -(-pairs // VERIFICATION_IMAGES))
     tasks = [(seed, VERIFICATION, number, VERIFICATION_IMAGES, variation) for number in range(people)]
     jpegs = list(over(_jpegs, tasks))

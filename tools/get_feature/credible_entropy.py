@@ -1,24 +1,23 @@
-"""Which old features say clearly what they are: those whose soft assignment to the classes has a low entropy (NCCL).
+"""Select credible old features by the entropy of their soft assignment to the classes (NCCL).
 
     python tools/get_feature/credible_entropy.py --SD f128_r18_softmax_class70
 
 Reads <SD>_feature.npy and <SD>_label.npy and writes <SD>_credible_entropy_feature.npy beside them: bool [N], for NCCL's
-key `credible_old_feature`. With a config (given first) the features are extracted first where they are missing or older
-than the model. It compares every feature with every class: with 3.6 million and 65,402 of them that is work for a GPU,
-which is used where there is one.
+key `credible_old_feature`. With a config, missing or outdated features are extracted first. Every feature is compared
+with every class, so 3.6 million features and 65,402 classes need a GPU; one is used if available.
 
-The paper (arXiv:2108.03372) keeps features out that lie between the classes, by an entropy. In full, with
-L2-normalised features g_i of class y_i and class means m_c, not normalised again:
+The paper (arXiv:2108.03372) filters out features that lie between classes, by an entropy. In full, with L2-normalised
+features g_i of class y_i and class means m_c, not normalised again:
 
     d_ic = ||g_i - m_c||                        distance of a feature to a class
-    v    = var_i d_i,y_i                        of the features to the means of their own classes: one number
+    v    = var_i d_i,y_i                        variance of the distances to the own class, over all features
     p_ic = exp(-d_ic / v) / sum_k exp(-d_ik / v)
-    H_i  = -sum_c p_ic ln p_ic                  0: one class alone; ln(C): all alike
+    H_i  = -sum_c p_ic ln p_ic                  0: one class only; ln(C): uniform
     feature i is credible if H_i <= ln(C) / 2
 
-The variance is taken over all features together, not class by class: a class of two images has none (both are equally
-far from their mean), and a loose class with a v of its own would draw the features of all others. What is dropped are
-features near no class. Among few classes there are hardly any: the nearest one still stands out.
+The variance is over all features, not per class: a class of two images has none (both are equally far from their
+mean), and a loose class with its own v would attract all other classes' features. What is dropped are features near no
+class. With few classes there are hardly any, since the nearest class still stands out.
 """
 
 import math
@@ -27,44 +26,43 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 import torch
 from tqdm import tqdm
 
-from engine import distributed
-from engine.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
-from engine.errors import report_errors
-from engine.feature_files import FeatureError
-from engine.features import open_feature_set, save_array
-from tools.get_feature.get_feature import extract, make_parser, parse
+from core import distributed
+from core.errors import report_errors
+from old_model.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
+from old_model.feature_set import FeatureError, open_feature_set, save_array
+from tools.get_feature.cli import extract, make_parser, parse
 
-BLOCK = 1 << 24         # distances computed at once: 64 MB in float32, and a few copies
+BLOCK = 1 << 24  # distances computed at once: 64 MB in float32, and a few copies
 
 
 def low_entropy_rows(features, labels, device="cpu"):
-    """bool [N]: the rows whose assignment entropy is at most ln(C) / 2.
+    """bool [N]: rows whose assignment entropy is at most ln(C) / 2.
 
     features: float [N, D], memory-mapped or not, any scale; labels: int [N], 0 ... C - 1 in any order.
-    Raises FeatureError for rows that are not finite, labels out of range or a class without images.
+    Raises FeatureError for non-finite rows, labels out of range or a class without images.
     """
     means, variance = means_and_variance(features, labels)
     return assignment_entropy(features, labels, means, variance, device) <= math.log(len(means)) / 2
 
 
 def means_and_variance(features, labels):
-    """`(m float64 [C, D], v)`: class means of the normalised rows, variance of the rows' distances to their own."""
+    """`(m float64 [C, D], v)`: class means of the normalised rows, variance of the distances to the own mean."""
     counts = count_classes(labels)
     means = unit_class_means(features, labels, len(counts))
     return means, np.sqrt(squared_distances_to_means(features, labels, means)).var()
 
 
 def assignment_entropy(features, labels, means, variance, device="cpu"):
-    """H float32 [N], in [0, ln C], as defined above; without any variance p is the nearest class alone."""
+    """H float32 [N], in [0, ln C], as defined above; with zero variance p is 1 for the nearest class."""
     device = torch.device(device)
     means = torch.from_numpy(means).to(device, torch.float32)
     squares = means.square().sum(1)
-    variance = max(float(variance), 1e-6)   # of distances between 0 and 2, float32's rounding of them included
+    variance = max(float(variance), 1e-6)  # above float32's rounding of distances between 0 and 2
     step = max(1, BLOCK // len(means))
     entropy = np.empty(len(features), dtype=np.float32)
     with tqdm(total=len(features), unit="row", desc="entropy", disable=None) as progress:
@@ -82,10 +80,10 @@ def _entropy(rows, means, squares, variance):
     distance = torch.addmm(squares, rows, means.T, alpha=-2).add_(rows.square().sum(1, keepdim=True))
     distance = distance.clamp_(min=0).sqrt_()
     nearest = distance.amin(1, keepdim=True)
-    scores = distance.sub_(nearest).div_(-variance)                 # ln p up to a constant, at most 0
+    scores = distance.sub_(nearest).div_(-variance)  # ln p up to a constant, at most 0
     odds = scores.exp()
     total = odds.sum(1)
-    return total.log() - odds.mul_(scores).sum(1) / total           # -sum p (score - ln total)
+    return total.log() - odds.mul_(scores).sum(1) / total  # -sum p (score - ln total)
 
 
 def main(argv=None):
@@ -100,8 +98,8 @@ def main(argv=None):
             credible = low_entropy_rows(*open_feature_set(files), device)
             if not credible.any():
                 raise FeatureError(
-                    f"{files.feature}: no row has an entropy of at most ln(classes) / 2, so nothing was written; "
-                    "is the old model trained?"
+                    f"{files.feature}: no row has an entropy of at most ln(classes) / 2, nothing written; "
+                    "check that the old model is trained"
                 )
             save_array(path, credible)
             print(f"wrote {path}: {credible.sum()} of {len(credible)} rows are credible")

@@ -1,10 +1,10 @@
-"""Class means of an old model's features: the old classifier, as BCT synthesises it.
+"""Compute the class means of an old model's features: BCT's synthesised old classifier.
 
     python tools/get_feature/get_avg_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70
 
 Reads <SD>_feature.npy and <SD>_label.npy and writes <SD>_avg_feature.npy beside them: float32 [C, D], row c = the
-mean of the features of class c, L2-normalised. With a config the features are extracted first where they are missing
-or older than the model, and the record file's header says how many classes there must be.
+mean of the features of class c, L2-normalised. With a config, missing or outdated features are extracted first, and
+the number of classes is checked against the record file's header.
 """
 
 import pathlib
@@ -12,15 +12,14 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
+from core import distributed
+from core.errors import report_errors
 from dataset import open_train_set
-from engine import distributed
-from engine.by_class import add_by_class, chunks, count_classes
-from engine.errors import report_errors
-from engine.feature_files import FeatureError
-from engine.features import open_feature_set, save_array
-from tools.get_feature.get_feature import extract, make_parser, parse, record_path
+from old_model.by_class import add_by_class, chunks, count_classes
+from old_model.feature_set import FeatureError, open_feature_set, save_array
+from tools.get_feature.cli import extract, make_parser, parse, record_path
 
 
 def class_means(features, labels, num_classes=None):
@@ -28,15 +27,15 @@ def class_means(features, labels, num_classes=None):
 
     features: float [N, D], memory-mapped or not, as the model gave them; labels: int [N], 0 … C − 1 in any order;
     num_classes: C, None = the largest label + 1. Returns float32 [C, D]; sums are float64.
-    Raises FeatureError for a class without images, labels outside the range, rows that are not finite.
+    Raises FeatureError for a class without images, labels out of range or non-finite rows.
     """
     counts = count_classes(labels, num_classes)
     sums = np.zeros((len(counts), features.shape[1]))
     for _, rows, classes in chunks(features, labels):
         add_by_class(sums, rows, classes)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)     # the count cancels: the direction is all that is kept
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)  # normalised, so no need to divide by the count
     if not norms.all():
-        raise FeatureError(f"class {np.argmin(norms)}: its features sum to zero and have no direction; train the model")
+        raise FeatureError(f"class {np.argmin(norms)}: its features sum to zero; check that the old model is trained")
     sums /= norms
     return sums.astype(np.float32)
 

@@ -1,137 +1,26 @@
-"""Embed a training set with a trained old model; the features go to feature_save/.
+"""Embed a training set with a trained old model and write the features to feature_save/.
 
     python tools/get_feature/get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70
 
-The last part of --SD says what is embedded: class30, class70, class100, data30, data70 or data100, beside the record
-file that the config's `rec` names. The part before it must be the config's name without its own set: it is how the
-files tell which old model made them. Writes
+The last part of --SD says which set to embed: class30, class70, class100, data30, data70 or data100; its record file is
+expected in the directory of the config's `rec`. The part before it must be the config's name without its own set, so
+that file names say which old model made them. Writes
 
     feature_save/{EXclass,EXdata,OPclass,OPdata}/<SD>_feature.npy   float32 [N, D], in record order, never flipped
                                                  <SD>_label.npy     int64 [N]
 
 Under torchrun or torch.distributed.launch each rank embeds its own rows. Files newer than the model and the record
-file are left as they are. Any key of the config can be overridden: --batch_size 256 --num_workers 8.
+file are kept.
 """
 
-import argparse
 import pathlib
-import re
-import shlex
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))   # the repo root
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-import backbones
-from dataset import open_train_set
-from engine import distributed
-from engine.config import REPO, load_config
-from engine.errors import report_errors
-from engine.feature_files import FeatureError, FeatureSet
-from engine.features import extract_features
-
-
-def make_parser(description, config_needed=True):
-    """The arguments that the three tools of this directory share."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("config", nargs=None if config_needed else "?", help="the old model's config; it comes first")
-    parser.add_argument("--SD", required=True, help="<old model>_<set>, such as f128_r18_softmax_class70")
-    parser.add_argument("--feature_save", help="directory of the results; default: feature_save/ beside work_dirs/")
-    parser.add_argument("-f", "--force", action="store_true", help="embed again even if the features are up to date")
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
-
-
-def parse(parser, argv=None):
-    """`(args, cfg, files)`: cfg is None without a config. Raises ConfigError or FeatureError."""
-    args, overrides = parser.parse_known_args(argv)
-    if args.config is None:
-        if overrides:
-            parser.error(f"{' '.join(overrides)}: there is no config to override; give it first")
-        return args, None, FeatureSet(args.SD, args.feature_save)
-    cfg = load_config(args.config, overrides)
-    files = FeatureSet(args.SD, args.feature_save or pathlib.Path(cfg.workspace) / "feature_save")
-    check_name(cfg, files)
-    return args, cfg, files
-
-
-def check_name(cfg, files):
-    """The name must say which model made the features: another's name would put wrong features into a later run."""
-    own = re.fullmatch(r"(.+)_((class|data)\d+)", cfg.name)
-    old_model = own[1] if own else cfg.name
-    if files.old_model != old_model:
-        raise FeatureError(
-            f"--SD {files.name}: that is another model's name; for {cfg.config_file} write --SD {old_model}_{files.set}"
-        )
-    # A model trained on a part of the classes and one trained on a part of each class share the rest of their names.
-    if own and own[2] in ("class30", "data30") and not files.set.startswith(own[3]):
-        raise FeatureError(
-            f"--SD {files.name}: {cfg.name} was trained on {own[2]}; "
-            f"write --SD {old_model}_{own[3]}70 or {old_model}_{own[3]}100"
-        )
-
-
-def record_path(cfg, files):
-    """The record file of the set that --SD names, in the directory of the config's own."""
-    if cfg.rec == "synthetic":
-        raise FeatureError(f"{cfg.config_file}: rec is synthetic; there are no images to embed")
-    rec = pathlib.Path(cfg.rec)
-    path = (rec if rec.is_dir() else rec.parent) / files.record
-    if path.is_file():
-        return path
-    if files.record == "train.rec":
-        raise FeatureError(
-            f"{path}: no such file; it is MS1M-V3 as insightface publishes it (train.rec and train.idx): "
-            f"put both there, or set rec in {cfg.config_file} to where they are"
-        )
-    raise FeatureError(
-        f"{path}: no such file; it is written by: "
-        f"python tools/split_dataset/split_dataset_ms1mv3.py --root {path.parent}"
-    )
-
-
-def up_to_date(outputs, inputs):
-    """Whether all outputs are there and none is older than an input that is there."""
-    if not all(path.is_file() for path in outputs):
-        return False
-    newest = max((path.stat().st_mtime_ns for path in inputs if path.is_file()), default=0)
-    return min(path.stat().st_mtime_ns for path in outputs) >= newest
-
-
-def extract(cfg, files, force=False):
-    """Write the features and labels of `files` with the model of `cfg`, unless up to date; all ranks together."""
-    model_path, rec = pathlib.Path(cfg.output) / "model.pt", record_path(cfg, files)
-    if not force and up_to_date((files.feature, files.label), (model_path, rec)):
-        say(f"{files.feature}: up to date with {model_path}; -f makes it again")
-        return
-    if not model_path.is_file():
-        script = "train_old_softmax.py" if "softmax" in cfg.name else "train_old_arc.py"
-        raise FeatureError(
-            f"{model_path}: no such file; train the model first: python {script} {cfg.config_file}{workspace(cfg)}"
-        )
-    _, _, device = distributed.init_distributed()
-    model = backbones.load_backbone(model_path, cfg.network, device)
-    if model.num_features != cfg.embedding_size:
-        raise FeatureError(
-            f"{model_path}: gives {model.num_features} features, "
-            f"but embedding_size is {cfg.embedding_size} in {cfg.config_file}"
-        )
-    extract_features(
-        model, open_train_set(rec), files.feature, files.label,
-        embedding_size=cfg.embedding_size, batch_size=cfg.batch_size, num_workers=cfg.num_workers,
-    )
-    say(f"wrote {files.feature}")
-
-
-def workspace(cfg):
-    """The option that a command needs to find this run's files, where they are not under the repo root."""
-    return "" if pathlib.Path(cfg.workspace) == REPO else f" --workspace {shlex.quote(cfg.workspace)}"
-
-
-def say(line):
-    if distributed.is_main():
-        print(line, flush=True)
+from core import distributed
+from core.errors import report_errors
+from tools.get_feature.cli import extract, make_parser, parse
 
 
 def main(argv=None):

@@ -1,9 +1,9 @@
-"""Five-point alignment to 112×112: the least-squares similarity for all images at once, then one warp an image."""
+"""Five-point alignment to 112×112: least-squares similarities of all images at once, then one warp per image."""
 
 import cv2
 import numpy as np
 
-# Where the two eyes, the nose and the two corners of the mouth go, as ArcFace-family models were trained (pixels).
+# Target positions of eyes, nose and mouth corners, as ArcFace-family models were trained (pixels).
 REFERENCE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.729904, 92.2041]]
 )
@@ -11,12 +11,11 @@ SIZE = 112
 
 
 def similarity_matrices(landmarks, reference=REFERENCE):
-    """Similarity transforms [N, 2, 3] (float64) that carry `landmarks` [N, 5, 2] (pixels) onto `reference` [5, 2].
+    """Similarity transforms [N, 2, 3] (float64) from `landmarks` [N, 5, 2] (pixels) to `reference` [5, 2].
 
-    This is Umeyama's least-squares solution (PAMI 1991, eq. 40-42). In the plane it needs no singular values: with
-    points as complex numbers a similarity without reflection is z → a·z + b, and least squares for a is a linear
-    problem, a = Σ conj(z − z̄)(w − w̄) / Σ |z − z̄|². Umeyama's sign correction chooses the same, best proper rotation.
-    Rows whose five points coincide have no solution and come out as NaN.
+    Umeyama's least-squares solution (PAMI 1991, eq. 40-42). In the plane it needs no SVD: with points as complex
+    numbers a similarity without reflection is z → a·z + b, and least squares gives a = Σ conj(z − z̄)(w − w̄) /
+    Σ |z − z̄|², the same best proper rotation as Umeyama's sign correction. Rows whose five points coincide give NaN.
     """
     landmarks = np.asarray(landmarks, np.float64)
     source = landmarks[..., 0] + 1j * landmarks[..., 1]  # [N, 5]

@@ -1,4 +1,4 @@
-"""Tables of non-negative integers in text files, parsed by NumPy: tens of millions of lines in seconds."""
+"""Parse text tables of non-negative integers with NumPy: tens of millions of lines in seconds."""
 
 import mmap
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,8 @@ def read_int_table(path, columns, layout, threads=2, chunk_bytes=CHUNK_BYTES):
     """Read lines of `columns` non-negative integers, separated by blanks or tabs.
 
     `layout` describes a line for error messages, e.g. "template template label".
-    Returns int64 [lines, columns]; raises EvalError naming file and line when a line does not have that form.
-    An unterminated last line is accepted; blank lines are not data and are refused, except at the end.
+    Returns int64 [lines, columns]; raises EvalError with file and line for a malformed line.
+    An unterminated last line is accepted, and so are blank lines at the end; other blank lines are errors.
     """
     try:
         file = open(path, "rb")
@@ -28,10 +28,10 @@ def read_int_table(path, columns, layout, threads=2, chunk_bytes=CHUNK_BYTES):
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             bounds = _line_chunks(buffer, chunk_bytes)
             with ThreadPoolExecutor(threads) as pool:
-                parts = list(pool.map(lambda span: _parse_strict(buffer[span[0]:span[1]], columns), bounds))
+                parts = list(pool.map(lambda span: _parse_strict(buffer[span[0] : span[1]], columns), bounds))
             line = 0
             for position, (start, stop) in enumerate(bounds):
-                if parts[position] is None:  # not in the plain form: go through it line by line
+                if parts[position] is None:  # not the plain format: parse line by line
                     is_last = stop == len(buffer)
                     parts[position] = _parse_slowly(buffer[start:stop], columns, layout, path, line, is_last)
                 line += len(parts[position])
@@ -41,8 +41,8 @@ def read_int_table(path, columns, layout, threads=2, chunk_bytes=CHUNK_BYTES):
 
 
 def is_number(text):
-    """Whether `text` (str or bytes) is a non-negative integer in ASCII digits that fits int64. str.isdigit alone takes
-    signs like ² as well, which int() does not."""
+    """Whether `text` (str or bytes) is a non-negative integer in ASCII digits that fits int64. str.isdigit alone also
+    accepts characters like ², which int() rejects."""
     return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
 
 
@@ -59,7 +59,7 @@ def _line_chunks(buffer, chunk_bytes):
 
 
 def _parse_strict(text, columns):
-    """Parse `int blank int … newline` lines without a Python loop over lines; None when any line differs."""
+    """Parse `int blank int … newline` lines without a Python loop over lines; None if any line differs."""
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n")
     if not text.endswith(b"\n"):
@@ -88,7 +88,7 @@ def _numbers(digits, ends, lengths):
     values = digits[ends - 1].astype(np.int32 if longest < 10 else np.int64)
     shortest = int(lengths.min())
     for place in range(1, longest):
-        # Where the run is over, any valid position will do: what is found there is masked out.
+        # Past the end of a shorter run any valid position will do: its digit is masked out.
         digit = digits[np.maximum(ends - 1 - place, 0)].astype(values.dtype)
         if place >= shortest:
             digit *= lengths > place

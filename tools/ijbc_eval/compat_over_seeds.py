@@ -1,9 +1,9 @@
-"""One table of several compatibility reports: the same models, trained with other seeds.
+"""Summarise compatibility reports of the same models, trained with different seeds, in one table.
 
     python tools/ijbc_eval/compat_over_seeds.py demo/seed*/comparison/report.json --out demo/comparison.md
 
-Each figure is the mean over the reports and, in brackets, its lowest and highest value; of one report it is that
-report's. The reports are report.json of compat_report.py. The table goes to the terminal too.
+The reports are the report.json files of compat_report.py. Each figure is the mean over the reports with the lowest and
+highest value in brackets; a single report's figures are shown as they are. The table is printed as well.
 """
 
 import argparse
@@ -13,17 +13,15 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-from engine.errors import report_errors
+from core.errors import report_errors
 from tools.ijbc_eval.files import EvalError, publish
 
-HEADER = [
-    "model", "self 1:1", "self 1:N", "cross 1:1", "cross 1:N", "compatible", "update gain 1:1", "update gain 1:N",
-]
+HEADER = ["model", "self 1:1", "self 1:N", "cross 1:1", "cross 1:N", "compatible", "update gain 1:1", "update gain 1:N"]
 KEYS = ("tpr", "tpir")  # 1:1, 1:N
 
 
 def read(paths):
-    """The reports as dicts. Raises EvalError unless all hold the same models at the same operating points."""
+    """The reports as dicts. Raises EvalError unless all have the same models at the same operating points."""
     reports, first = [], None
     for path in paths:
         try:
@@ -32,25 +30,25 @@ def read(paths):
             point = f"{data['subset']} at FPR {data['fpr']:g} and FPIR {data['fpir']:g}"
             content = f"{point} of {', '.join(name for name, _ in models(report))}"
         except FileNotFoundError:
-            raise EvalError(f"{path}: no such file; compat_report.py --out DIR writes DIR/report.json") from None
+            raise EvalError(f"{path}: no such file; run compat_report.py --out DIR to write DIR/report.json") from None
         except (ValueError, KeyError, TypeError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise EvalError(f"{path}: not a report.json of compat_report.py ({what}); write it again") from None
+            raise EvalError(f"{path}: not a report.json of compat_report.py ({what}); run that again") from None
         first = first or content
         if content != first:
-            raise EvalError(f"{path}: has {content}; {paths[0]} has {first}; give reports of the same models")
+            raise EvalError(f"{path}: {content}, but {paths[0]}: {first}; give reports of the same models")
         reports.append(report)
     return reports
 
 
 def models(report):
-    """`[(name, its part of the report)]`: the old model, the new ones, the independent one."""
+    """`[(name, part of the report)]`: the old model, the new ones, the independent one."""
     parts = [*report["new"], *([report["independent"]] if "independent" in report else [])]
     return [("old model", report["old"]), *((part["name"], part) for part in parts)]
 
 
 def rows(reports):
-    """Rows of text, one a model, in the columns of HEADER."""
+    """Rows of text, one per model, in the columns of HEADER."""
     table = []
     for runs in zip(*map(models, reports)):
         name, parts = runs[0][0], [part for _, part in runs]
@@ -65,7 +63,7 @@ def rows(reports):
 
 
 def spread(values, factor, places):
-    """`mean (lowest to highest)` of factor · values; "–" where one of them is not defined."""
+    """`mean (lowest to highest)` of factor · values; "–" if one of them is undefined."""
     if None in values:
         return "–"
     figures = sum(values) / len(values), min(values), max(values)
@@ -74,24 +72,28 @@ def spread(values, factor, places):
 
 
 def markdown(reports):
-    """What the figures are, and the table, its columns padded for the terminal."""
+    """A legend and the table, its columns padded for the terminal."""
     data, table = reports[0]["data"], [HEADER, *rows(reports)]
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     over = f"; mean (lowest to highest) of {len(reports)} seeds" if len(reports) > 1 else ""
-    return "\n".join([
-        f"{data['subset']}, in %: 1:1 TPR at FPR {data['fpr']:g}, 1:N TPIR at FPIR {data['fpir']:g}{over}. Compatible: "
-        "M(new, old) > M(old, old) in both,",
-        "in so many seeds. Update gain: (M(new, old) − M(old, old)) / (M(independent, independent) − M(old, old)).",
-        "", *lines, "",
-    ])
+    return "\n".join(
+        [
+            f"{data['subset']}, in %: 1:1 TPR at FPR {data['fpr']:g}, 1:N TPIR at FPIR {data['fpir']:g}{over}.",
+            "Compatible: the number of seeds with M(new, old) > M(old, old) in both 1:1 and 1:N.",
+            "Update gain: (M(new, old) − M(old, old)) / (M(independent, independent) − M(old, old)).",
+            "",
+            *lines,
+            "",
+        ]
+    )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="+", metavar="report.json", help="one a seed, of the same models")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.md", help="the table as Markdown")
+    parser.add_argument("reports", nargs="+", metavar="report.json", help="one per seed, of the same models")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.md", help="where to write the table")
     arguments = parser.parse_args(argv)
     text = markdown(read(arguments.reports))
     with publish(arguments.out) as partial:

@@ -1,4 +1,4 @@
-"""The compatibility report in words and tables: for the terminal and as Markdown."""
+"""The compatibility report as text, for the terminal and as Markdown."""
 
 from prettytable import PrettyTable
 
@@ -6,8 +6,8 @@ from tools.ijbc_eval.results import in_no_gallery
 
 _MEANS = {
     "exact": "1:N figures are means over the galleries.",
-    "published": "TPIR is the mean over the galleries; top-1 is the hits in both over all probes, mixed top-1 those in "
-    "both stacked to one.",
+    "published": "TPIR is the mean over the galleries; top-1 is the hits in both galleries over all probes, mixed "
+    "top-1 the hits in both galleries merged into one.",
 }
 
 
@@ -24,9 +24,15 @@ def summary_rows(report):
     """`(header, rows of text)`: the old model, each new one in cross- and self-test, the independent one."""
     data = report["data"]
     header = [
-        "model", "test", f"1:1 TPR % at FPR {data['fpr']:g}", "AUC", "1:N top-1 %",
-        *(["mixed top-1 %"] if data["protocol"] == "published" else []), f"TPIR % at FPIR {data['fpir']:g}",
-        "M(new,old) > M(old,old)", "update gain 1:1 / 1:N",
+        "model",
+        "test",
+        f"1:1 TPR % at FPR {data['fpr']:g}",
+        "AUC",
+        "1:N top-1 %",
+        *(["mixed top-1 %"] if data["protocol"] == "published" else []),
+        f"TPIR % at FPIR {data['fpir']:g}",
+        "M(new,old) > M(old,old)",
+        "update gain 1:1 / 1:N",
     ]
     rows = [_row(report["old"]["name"], "old self-test", report["old"]["self"])]
     for model in report["new"]:
@@ -48,68 +54,79 @@ def _row(name, test, figures, holds="", gain=""):
 
 
 def verdicts(report):
-    """A sentence for each new model: compatible or not, and in which test it falls short."""
+    """A sentence for each new model: compatible or not, and in which test it fails."""
     data, base, lines = report["data"], report["old"]["self"], []
     places = {"tpr": f"1:1 TPR at FPR {data['fpr']:g}", "tpir": f"1:N TPIR at FPIR {data['fpir']:g}"}
     for model in report["new"]:
         if model["compatible"]:
-            lines.append(f"{model['name']}: compatible: it queries the old gallery better than the old model does.")
+            lines.append(f"{model['name']}: compatible: it searches the old gallery better than the old model does.")
         else:
             short = [
                 f"{place} is {_percent(model['cross'][key])} % against {_percent(base[key])} %"
-                for key, place in places.items() if not model["criterion"][key]
+                for key, place in places.items()
+                if not model["criterion"][key]
             ]
-            lines.append(f"{model['name']}: NOT compatible: in the cross-test {' and '.join(short)} of the old model.")
+            lines.append(f"{model['name']}: NOT compatible: cross-test {' and '.join(short)} of the old model.")
         worse = [place for key, place in places.items() if not _above(model["self"][key], base[key])]
         if worse:
-            lines.append(f"{model['name']}: in its self-test no better than the old model in {' and '.join(worse)}.")
+            lines.append(f"{model['name']}: its self-test is no better than the old model's in {' and '.join(worse)}.")
     return lines
 
 
 def caveats(report):
-    """What the reader must know to trust the figures."""
+    """Warnings about how far the figures can be trusted."""
     data, lines = report["data"], []
     if data["protocol"] == "published":
-        lines.append("Figures are read as the scripts in circulation do (--protocol published), not exactly.")
+        lines.append("Figures follow the published scripts (--protocol published), not the exact definitions.")
         if data["probes_in_no_gallery"]:
             lines.append(in_no_gallery(data["probes_in_no_gallery"]) + ".")
     for count, name in (("impostor_pairs", "fpr"), ("non_mated_probes", "fpir")):
         if data[count] * data[name] < 1:
             what = f"{data[count]} {count.replace('_', ' ')}"
-            none = ": no error at all is allowed there" if data["protocol"] == "exact" else ""
-            lines.append(f"{what} do not resolve {name.upper()} {data[name]:g}{none}.")
+            none = ": not a single error is allowed there" if data["protocol"] == "exact" else ""
+            lines.append(f"{what} are too few to resolve {name.upper()} {data[name]:g}{none}.")
     if report["bad_images"]:
         lines.append(f"{len(report['bad_images'])} unreadable images were left out; report.json names them.")
     return lines
 
 
 def markdown(report):
-    """report.md; the plots lie beside it."""
+    """The text of report.md, with the plots beside it."""
     header, rows = summary_rows(report)
     data = report["data"]
     galleries = ", ".join(f"{count} ({name})" for name, count in data["gallery_templates"].items())
     lines = [
-        f"# Compatibility with {report['old']['name']}, {data['subset']}", "",
-        *(f"- {line}" for line in [*verdicts(report), *caveats(report)]), "",
-        _table(header, rows), "",
-        "A cross-test searches the old model's gallery with the new model's queries; a self-test has one for both. "
-        "The criterion must hold in 1:1 and in 1:N (in brackets, each). Update gain: (M(new,old) − M(old,old)) / "
+        f"# Compatibility with {report['old']['name']}, {data['subset']}",
+        "",
+        *(f"- {line}" for line in [*verdicts(report), *caveats(report)]),
+        "",
+        _table(header, rows),
+        "",
+        "A cross-test searches the old model's gallery with the new model's queries; a self-test uses one model for "
+        "both. The criterion must hold in 1:1 and in 1:N (each in brackets). Update gain: (M(new,old) − M(old,old)) / "
         "(M(independent,independent) − M(old,old)); it needs an independently trained model that beats the old one. "
-        + _MEANS[data["protocol"]], "",
-        "![Self- and cross-test of each model](models.png)", "",
-        "## Backfill", "",
-        f"TPIR in % at FPIR {data['fpir']:g}, queries by the new model, while a growing share of the gallery is "
-        f"re-embedded by it (order: {data['backfill_order']}). 0 % is the cross-test, 100 % the new self-test.", "",
+        + _MEANS[data["protocol"]],
+        "",
+        "![Self- and cross-test of each model](models.png)",
+        "",
+        "## Backfill",
+        "",
+        f"TPIR in % at FPIR {data['fpir']:g}, queries by the new model, with a growing share of the gallery "
+        f"re-embedded by it (order: {data['backfill_order']}). 0 % is the cross-test, 100 % the new self-test.",
+        "",
         _table(
             ["re-embedded %", *map(str, report["new"][0]["backfill"]["percent"])],
             [[model["name"], *map(_percent, model["backfill"]["tpir"])] for model in report["new"]],
-        ), "",
-        "![TPIR over the share of the gallery that is re-embedded](backfill.png)", "",
-        "## Data", "",
+        ),
+        "",
+        "![TPIR over the re-embedded share of the gallery](backfill.png)",
+        "",
+        "## Data",
+        "",
         f"{data['subset']}: {data['images']} images, {data['templates']} templates, {data['genuine_pairs']} genuine "
-        f"and {data['impostor_pairs']} impostor pairs, {data['probe_templates']} probe templates (for each "
-        f"gallery at least {data['non_mated_probes']} of them are of people not in it), galleries of {galleries} "
-        "templates.", "",
+        f"and {data['impostor_pairs']} impostor pairs, {data['probe_templates']} probe templates (at least "
+        f"{data['non_mated_probes']} of them non-mated in each gallery), galleries of {galleries} templates.",
+        "",
     ]
     return "\n".join(lines)
 

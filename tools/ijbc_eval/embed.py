@@ -1,4 +1,4 @@
-"""Embeddings of all images of a subset: read and aligned in worker processes, computed once for a model and kept."""
+"""Embeddings of all images of a subset: read and aligned in worker processes, computed once per model and cached."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ from tools.ijbc_eval.align import SIZE, align, similarity_matrices
 from tools.ijbc_eval.files import EvalError, publish, sha256_of
 from tools.ijbc_eval.models import INPUT_SCALE, load_model
 
-# Enters the cache key: change it with anything between an image file and the model's input.
+# Part of the cache key: change it with any change between an image file and the model's input.
 _PIPELINE = "similarity-112-bilinear-rgb-{:.17g}/1"  # the input scale, every digit of it
-_NAMED = 5  # bad images named in a message; the result file names them all
+_NAMED = 5  # bad images listed in a message; the result file lists them all
 
 
 @dataclasses.dataclass
 class Embeddings:
-    """embs, embs_f float32 [N, D] (images and mirror images, rows as in Faces.names), bad bool [N]: unreadable."""
+    """embs, embs_f float32 [N, D] (images and mirrored images, rows as in Faces.names), bad bool [N]: unreadable."""
 
     embs: np.ndarray
     embs_f: np.ndarray
@@ -37,7 +37,7 @@ class UnreadableImage(Exception):
 
 
 def read_image(path):
-    """An RGB image, uint8 [H, W, 3]. UnreadableImage also for a truncated file, of which decoders show a part."""
+    """An RGB image, uint8 [H, W, 3]. UnreadableImage also for truncated files, which decoders would decode in part."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -54,7 +54,7 @@ def read_image(path):
 
 
 class AlignedBatches(torch.utils.data.Dataset):
-    """Item i: the i-th batch of aligned images, uint8 [b, 112, 112, 3], and for each why it is unreadable, or ""."""
+    """Item i: the i-th batch of aligned images, uint8 [b, 112, 112, 3], and why each is unreadable, or ""."""
 
     def __init__(self, image_dir, names, landmarks, batch_size):
         self.image_dir, self.names, self.batch_size = pathlib.Path(image_dir), names, batch_size
@@ -76,23 +76,36 @@ class AlignedBatches(torch.utils.data.Dataset):
 
 
 def _start_worker(_):
-    cv2.setNumThreads(0)  # a worker is one of many: threads inside it would only compete
+    cv2.setNumThreads(0)  # threads in each of many workers would only compete
 
 
 def aligned_batches(image_dir, faces, batch_size, workers):
     """Iterate over AlignedBatches in order, prepared ahead by `workers` processes (0: in this one)."""
     dataset = AlignedBatches(image_dir, faces.names, faces.landmarks, batch_size)
     return torch.utils.data.DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=_start_worker,
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
     )
 
 
 class EmbeddingStore:
-    """Embeddings of models on one subset, kept in `cache_dir/embeddings` by the contents of model file and images."""
+    """Embeddings of models on one subset, cached in `cache_dir/embeddings` by the contents of model file and images."""
 
-    def __init__(self, protocol, faces, cache_dir, batch_size=128, workers=2, skip_bad=False, fresh=False, device=None,
-                 input_scale=INPUT_SCALE):
+    def __init__(
+        self,
+        protocol,
+        faces,
+        cache_dir,
+        batch_size=128,
+        workers=2,
+        skip_bad=False,
+        fresh=False,
+        device=None,
+        input_scale=INPUT_SCALE,
+    ):
         self.protocol, self.faces, self.cache_dir = protocol, faces, pathlib.Path(cache_dir)
         self.batch_size, self.workers = batch_size, workers
         self.skip_bad, self.fresh, self.device = skip_bad, fresh, device
@@ -100,12 +113,12 @@ class EmbeddingStore:
         self._loaded, self._done, self._paths = {}, {}, {}
 
     def width(self, model_file):
-        """Embedding size of a model; from the cache where it is there, else by loading the model."""
+        """Embedding size of a model, from the cache or by loading the model."""
         cached = self._cached(model_file)
         return cached.shape[2] if cached is not None else self._load(model_file).num_features
 
     def get(self, model_file):
-        """Embeddings of the model, computed if they are not there. EvalError on unreadable images, unless skip_bad."""
+        """Embeddings of the model, cached or computed. EvalError on unreadable images, unless skip_bad."""
         if model_file not in self._done:
             array = self._cached(model_file)
             if array is None:
@@ -125,7 +138,7 @@ class EmbeddingStore:
     def _path(self, model_file):
         if model_file not in self._paths:
             pipeline = _PIPELINE.format(self.input_scale)
-            key = f"{pipeline} {model_file.told_network} {sha256_of(model_file.paths)} {self.data_key}"
+            key = f"{pipeline} {model_file.found_network} {sha256_of(model_file.paths)} {self.data_key}"
             name = hashlib.sha256(key.encode()).hexdigest()[:32]
             self._paths[model_file] = self.cache_dir / "embeddings" / f"{name}.npy"
         return self._paths[model_file]
@@ -138,7 +151,7 @@ class EmbeddingStore:
         try:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError) as error:
-            print(f"cache {path} is damaged ({error}); computing it again", file=sys.stderr)
+            print(f"{path}: damaged cache ({error}); computing it again", file=sys.stderr)
             return None
         return array if array.ndim == 3 and array.shape[:2] == (2, len(self.faces.names)) else None
 
@@ -154,7 +167,7 @@ class EmbeddingStore:
                     array[0, rows], array[1, rows] = model(images), model(images.flip(2))
                     self._check_finite(array[:, rows], row, model_file)
                     bad = {row + place: reason for place, reason in enumerate(why) if reason}
-                    if bad and not self.skip_bad:  # at once, not after hours
+                    if bad and not self.skip_bad:  # fail now, not after hours
                         self._refuse(bad)
                     array[:, list(bad)] = np.nan
                     row += len(images)
@@ -167,10 +180,10 @@ class EmbeddingStore:
         finite = np.isfinite(values).all(axis=(0, 2))
         if not finite.all():
             name = self.faces.names[first + int(np.argmin(finite))].decode()
-            raise EvalError(f"{model_file.file}: the embedding of {name} is not finite; the model is broken")
+            raise EvalError(f"{model_file.file}: the embedding of {name} is not finite; use another checkpoint")
 
     def _refuse(self, reasons):
-        """EvalError that names the first unreadable images and where the lists mention them."""
+        """EvalError with the first unreadable images and their lines in the landmark file."""
         shown = [
             f"{self.protocol.image_dir / self.faces.names[row].decode()} ({why + ', ' if why else ''}"
             f"{self.protocol.landmark_file.name} line {row + 1})"
@@ -178,7 +191,7 @@ class EmbeddingStore:
         ]
         more = f" and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
         raise EvalError(
-            f"unreadable image(s): {'; '.join(shown)}{more}; restore them, or leave out all unreadable images with "
+            f"unreadable image(s): {'; '.join(shown)}{more}; restore them, or skip all unreadable images with "
             "--skip-bad-images"
         )
 
@@ -186,8 +199,8 @@ class EmbeddingStore:
     def data_key(self):
         """Digest of names, landmarks and image contents.
 
-        Reading every image to hash it takes minutes at full size, so the digest is kept with the sizes and times of
-        the files, and computed again only when one of those has changed.
+        Hashing every image takes minutes at full size, so the digest is cached with the sizes and times of the files
+        and recomputed only if one of those changes.
         """
         signature = self._image_signature()
         where = hashlib.sha256(str(self.protocol.root).encode()).hexdigest()[:16]
@@ -198,17 +211,17 @@ class EmbeddingStore:
                 if saved["signature"] == signature:
                     return saved["content"]
             except (ValueError, KeyError, TypeError, OSError) as error:
-                print(f"cache {path} is damaged ({error}); reading the images again", file=sys.stderr)
+                print(f"{path}: damaged cache ({error}); reading the images again", file=sys.stderr)
         content = self._image_digest()
         with publish(path) as partial:
             partial.write_text(json.dumps({"signature": signature, "content": content}))
         return content
 
     def _image_signature(self):
-        """Digest of the names, landmarks, sizes and times of the images; EvalError if one is missing."""
+        """Digest of the names, landmarks, sizes and times of the images; EvalError if an image is missing."""
         folder, digest = self.protocol.image_dir, hashlib.sha256()
         if not folder.is_dir():
-            raise EvalError(f"{folder}: no such directory; the cropped images belong there")
+            raise EvalError(f"{folder}: no such directory; put the cropped images there")
         there = {}
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -219,7 +232,7 @@ class EmbeddingStore:
             if line is None:
                 raise EvalError(
                     f"{self.protocol.landmark_file} line {row + 1}: image {folder / name.decode()} does not exist; "
-                    "unpack the images again, or take the line out of both lists"
+                    "unpack the images again, or remove the line from both lists"
                 )
             digest.update(line.encode())
         digest.update(self.faces.landmarks.tobytes())
@@ -231,7 +244,7 @@ class EmbeddingStore:
         bar = tqdm(total=len(paths), desc="fingerprint of the images", unit="img", disable=None, file=sys.stderr)
         with bar, ThreadPoolExecutor(4) as pool:
             for start in range(0, len(paths), 1024):
-                part = paths[start:start + 1024]
+                part = paths[start : start + 1024]
                 for path, content in zip(part, pool.map(_hash_file, part)):
                     digest.update(f"{path.name} {content}\n".encode())
                 bar.update(len(part))
@@ -241,5 +254,5 @@ class EmbeddingStore:
 def _hash_file(path):
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:  # reported, with its line, when the image is to be embedded
+    except OSError as error:  # reported with its line when the image is embedded
         return f"unreadable: {error.strerror}"

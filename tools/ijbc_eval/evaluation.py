@@ -1,4 +1,4 @@
-"""A subset, its caches and the two tests, for any two models: what ijbc_eval.py and compat_report.py both stand on."""
+"""A subset, its caches and the two tests, for any two models; shared by ijbc_eval.py and compat_report.py."""
 
 import functools
 import pathlib
@@ -8,24 +8,33 @@ import numpy as np
 
 from tools.ijbc_eval.embed import EmbeddingStore
 from tools.ijbc_eval.files import EvalError
-from tools.ijbc_eval.identification import search
-from tools.ijbc_eval.meta import Protocol
+from tools.ijbc_eval.metrics import pair_scores, search
 from tools.ijbc_eval.models import INPUT_SCALE
+from tools.ijbc_eval.protocol import Protocol
 from tools.ijbc_eval.templates import Setting, template_features
-from tools.ijbc_eval.verification import pair_scores
 
 DEFAULT_CACHE = pathlib.Path("IJB_result") / "cache"
 
 
 class Evaluation:
-    """Protocol and embeddings of one subset. Every part is read or computed when first needed, and only once.
+    """Protocol and embeddings of one subset. Each part is read or computed on first use, and only once.
 
-    In both tests the two sides may have different models (cross-test): the *gallery* side holds what was enrolled, the
-    1:N gallery or the first template of a pair; the *probe* side asks. The same model on both sides is a self-test.
+    In both tests each side has its model: the *gallery* side is what was enrolled, the 1:N gallery or the first
+    template of a pair; the *probe* side is the query. Two models make a cross-test, the same one twice a self-test.
     """
 
-    def __init__(self, data_dir, subset="IJBC", cache_dir=DEFAULT_CACHE, batch_size=128, workers=2, skip_bad=False,
-                 fresh=False, device=None, input_scale=INPUT_SCALE):
+    def __init__(
+        self,
+        data_dir,
+        subset="IJBC",
+        cache_dir=DEFAULT_CACHE,
+        batch_size=128,
+        workers=2,
+        skip_bad=False,
+        fresh=False,
+        device=None,
+        input_scale=INPUT_SCALE,
+    ):
         self.protocol = Protocol(data_dir, subset, cache_dir, fresh)
         self._store_options = cache_dir, batch_size, workers, skip_bad, fresh, device, input_scale
         self._templates = {}
@@ -44,7 +53,7 @@ class Evaluation:
 
     @functools.cached_property
     def galleries(self):
-        """Gallery name -> meta.Subjects."""
+        """Gallery name -> protocol.Subjects."""
         return {name: self.protocol.gallery(name, self.faces) for name in self.protocol.gallery_files}
 
     @functools.cached_property
@@ -61,55 +70,55 @@ class Evaluation:
         return probes
 
     def read_lists(self):
-        """Read the 1:1 and 1:N lists, so that a mistake in any of them is an EvalError now and not after hours."""
+        """Read the 1:1 and 1:N lists, so that a mistake in any of them is an EvalError now, not after hours."""
         return self.pairs, self.galleries, self.probes
 
     def _note_unlisted(self, probes):
-        """The official lists name every template; a list cut off at a line's end shows in nothing but this."""
+        """The official lists contain every template; only this reveals a list that was cut off at the end of a line."""
         listed = np.concatenate([probes.template, *(gallery.template for gallery in self.galleries.values())])
         absent = len(self.faces.template_ids) - len(np.unique(listed))
         if absent:
             meta = self.protocol.root / "meta"
-            print(f"note: {absent} templates are in no 1:N list of {meta}; are the csv files whole?", file=sys.stderr)
+            print(f"note: {meta}: {absent} templates are in no 1:N list; are the csv files complete?", file=sys.stderr)
 
     def check_widths(self, gallery_model, probe_model):
-        """EvalError unless both models' embeddings have the same size; called before hours go into embedding."""
+        """EvalError unless both models' embeddings have the same size; called before hours of embedding."""
         widths = self.store.width(gallery_model), self.store.width(probe_model)
         if widths[0] != widths[1]:
             raise EvalError(
                 f"{probe_model.file} has {widths[1]}-dimensional embeddings, {gallery_model.file} "
-                f"{widths[0]}-dimensional ones: they cannot be compared; a cross-test needs models of one size"
+                f"{widths[0]}-dimensional ones; use models of one embedding size"
             )
 
     def templates(self, model, setting=Setting()):
-        """Template features of a model, float32 [T, D], L2-normalised; the last few are kept."""
+        """Template features of a model, float32 [T, D], L2-normalised; the last eight are cached."""
         key = model, setting
         if key not in self._templates:
             found = self.store.get(model)
             self._check_templates_have_images(found.bad)
-            while len(self._templates) >= 8:  # several models in one report, or the eight settings of a bunch
+            while len(self._templates) >= 8:  # enough for a report's models or the eight settings of -B
                 self._templates.pop(next(iter(self._templates)))
             self._templates[key] = template_features(found.embs, found.embs_f, self.faces, setting, found.bad)
         return self._templates[key]
 
     def bad_images(self, *models):
-        """Names of the images that were unreadable for any of the models, sorted; for the result file."""
+        """Sorted names of the images that were unreadable for any of the models, for the result file."""
         bad = np.logical_or.reduce([self.store.get(model).bad for model in models])
         return np.sort(self.faces.names[bad]).astype(str)
 
     def verify(self, gallery_model, probe_model, setting=Setting()):
-        """1:1: cosine of each pair, float32 [P]; the first of a pair by the gallery model, the second by the other."""
-        pairs = self.pairs  # first of all: a mistake in the list is to show before hours go into embedding
+        """1:1: cosine of each pair, float32 [P]: the first template by the gallery model, the second by the other."""
+        pairs = self.pairs  # first, so that a mistake in the list shows before hours of embedding
         first, second = self.templates(gallery_model, setting), self.templates(probe_model, setting)
         return pair_scores(first[pairs.first_templates], second[pairs.second_templates], pairs.first, pairs.second)
 
     def identify(self, gallery_model, probe_model, setting=Setting()):
-        """1:N: an identification.Search for each gallery, in the order of `galleries`."""
-        _ = self.probes  # as in `verify`: the lists come first, and reading the probes reads the galleries too
+        """1:N: an metrics.Search for each gallery, in the order of `galleries`."""
+        _ = self.probes  # lists first, as in `verify`; reading the probes reads the galleries too
         return self.identify_in(self.templates(gallery_model, setting), self.templates(probe_model, setting))
 
     def identify_mixed(self, gallery_model, probe_model, setting=Setting()):
-        """1:N in the galleries stacked to one: ranks int32 [Q] as in identification.Search, for the row "mixed"."""
+        """1:N in all galleries merged into one: ranks int32 [Q] as in metrics.Search, for the "mixed" row."""
         probes, galleries = self.probes, self.galleries.values()
         template, subject = (
             np.concatenate([getattr(gallery, what) for gallery in galleries]) for what in ("template", "subject")
@@ -118,7 +127,7 @@ class Evaluation:
         return search(self.templates(gallery_model, setting)[template], subject, asked, probes.subject).rank
 
     def identify_in(self, gallery_features, probe_features):
-        """As `identify`, with template features [T, D] given, so that a gallery may hold a mixture of two models'."""
+        """As `identify`, with given template features [T, D], so that a gallery can mix those of two models."""
         probes = probe_features[self.probes.template]
         return [
             search(gallery_features[gallery.template], gallery.subject, probes, self.probes.subject)
@@ -133,5 +142,5 @@ class Evaluation:
                 line = int(np.argmax(self.faces.template == row)) + 1
                 raise EvalError(
                     f"{self.protocol.face_file} line {line}: all images of template {self.faces.template_ids[row]} are "
-                    "unreadable, so it has no feature; restore at least one of them"
+                    "unreadable; restore at least one of them"
                 )

@@ -1,20 +1,20 @@
-"""What all modules of the evaluation need of the file system: an error type, whole-or-nothing writing, content keys."""
+"""File helpers of the evaluation: its error type, atomic writing, content hashes."""
 
 import contextlib
 import hashlib
 import os
 import pathlib
 
-from engine.errors import UserError
+from core.errors import UserError
 
 
 class EvalError(UserError, ValueError):
-    """Something the user can put right: the message names the file, the line where there is one, and what to do."""
+    """An error that the user can fix; the message names the file, the line if any, and the next step."""
 
 
 @contextlib.contextmanager
 def publish(path):
-    """Give a temporary path beside `path`; move it onto `path` when the block ends well, remove it when it does not."""
+    """Yield a temporary path beside `path`; on success rename it to `path`, on an error remove it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last, because np.save and matplotlib choose the format by it.
@@ -27,7 +27,7 @@ def publish(path):
 
 
 def sha256_of(paths):
-    """Hex digest over the contents of the files, each preceded by its size so that no two lists collide."""
+    """Hex digest of the files' contents, each preceded by its size so that different lists cannot collide."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -41,9 +41,9 @@ def sha256_of(paths):
 
 
 def stamp(path):
-    """What changes when a file does: size, modification time and inode change time, in nanoseconds.
+    """A file's size, modification time and inode change time (ns), to detect changes.
 
-    The change time is there because copying tools can restore the modification time, but not that one.
+    Copying tools can restore the modification time, but not the change time.
     """
     try:
         status = os.stat(path)

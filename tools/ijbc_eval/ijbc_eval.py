@@ -5,13 +5,12 @@
                                                                                                    (cross-test, 1:N)
     python tools/ijbc_eval/ijbc_eval.py -P IJB_result/a_IJBC_11.npz IJB_result/b_IJBC_11.npz       (saved results)
 
-In a cross-test the gallery, and the first template of each 1:1 pair, come from the old model; the probe and the second
-from the new. TPR at a given FPR is the largest TPR whose FPR does not exceed it, ties handled exactly, TPIR at a given
-FPIR likewise; --protocol published reads both as the scripts in circulation do.
+In a cross-test the old model embeds the gallery and the first template of each 1:1 pair, the new model the probes and
+the second template. TPR at a given FPR is the largest TPR whose FPR does not exceed it, with exact ties; TPIR at a
+given FPIR likewise; --protocol published computes both as the published scripts do.
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
@@ -19,98 +18,40 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-from engine.config import REPO
-from engine.errors import report_errors
+from core.errors import report_errors
 from tools.ijbc_eval import plots, results
-from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
-from tools.ijbc_eval.meta import GALLERIES
-from tools.ijbc_eval.models import INPUT_SCALE, ModelFile
+from tools.ijbc_eval.models import ModelFile
+from tools.ijbc_eval.options import add_data_arguments, open_evaluation
 from tools.ijbc_eval.templates import Setting
-from tools.ijbc_eval.verification import PROTOCOLS
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-m", "--model_file", help="new model: x.pt / x.pth / x.safetensors, x.onnx, or MXNet's prefix,epoch")
-    add("-net", "--network", help="backbone of the new model, e.g. r50 (default: told from the keys of a state dict)")
-    add("-m_old", "--old_model_file", "--model_file_old", help="old model; given, the test is a cross-test")
-    add("-old_net", "--old_network", "--network_old", help="backbone of the old model, e.g. r18 (default likewise)")
+    add("-net", "--network", help="backbone of the new model, e.g. r50 (default: found by the state dict's keys)")
+    add("-m_old", "--old_model_file", "--model_file_old", help="old model, for a cross-test")
+    add("-old_net", "--old_network", "--network_old", help="backbone of the old model, e.g. r18 (default: as for -net)")
     add_data_arguments(parser)
     add("-N", "--is_one_2_N", action="store_true", help="1:N identification instead of 1:1 verification")
-    add("-B", "--is_bunch", action="store_true",
-        help="all eight settings N{0,1}D{0,1}F{0,1}: normalise embeddings, times detection score, plus flipped image")
-    add("-R", "--save_result", type=pathlib.Path,
-        help="result file (default IJB_result/{model_name}_{subset}_{11|1N}.npz); plots go beside it")
-    add("-E", "--save_embeddings", action="store_true",
-        help="add embs and embs_f to the result (cross-test: also embs_old, embs_f_old)")
-    add("-L", "--save_label", action="store_true",
-        help="add the template (1:N: and subject) ids that each score belongs to; label itself is always there")
-    add("-P", "--plot_only", nargs="+", type=pathlib.Path, metavar="NPZ",
-        help="plot and tabulate saved results; no model")
+    help_bunch = "all eight settings N{0,1}D{0,1}F{0,1}: normalised embeddings, × detection score, + mirrored image"
+    add("-B", "--is_bunch", action="store_true", help=help_bunch)
+    help_result = "result file (default: IJB_result/{model_name}_{subset}_{11|1N}.npz), with the plots beside it"
+    add("-R", "--save_result", type=pathlib.Path, help=help_result)
+    help_embeddings = "add embs and embs_f to the result (cross-test: also embs_old, embs_f_old)"
+    add("-E", "--save_embeddings", action="store_true", help=help_embeddings)
+    help_label = "add the template ids (1:N: subject ids too) of each score; label is always saved"
+    add("-L", "--save_label", action="store_true", help=help_label)
+    help_plot = "tabulate and plot saved results, without a model"
+    add("-P", "--plot_only", nargs="+", type=pathlib.Path, metavar="NPZ", help=help_plot)
     arguments = parser.parse_args(argv)
     if not arguments.plot_only and not arguments.model_file:
-        parser.error("give -m MODEL, or -P with saved results")
+        parser.error("give -m MODEL, or -P NPZ for saved results")
     return arguments
 
 
-def whole_number(low):
-    """An argparse type: an integer of at least `low`."""
-    def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text}")
-        return value
-
-    return parse
-
-
-def positive(text):
-    """An argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
-def add_data_arguments(parser):
-    """The options that say where the data is and how data and figures are read; compat_report.py has them too."""
-    add = parser.add_argument
-    add("-d", "--data_path", type=pathlib.Path, default=REPO / "dataset",
-        help="directory that holds IJBC/ and/or IJBB/ (default: dataset under the repo root)")
-    add("-s", "--subset", choices=list(GALLERIES), default="IJBC")
-    add("-b", "--batch_size", type=whole_number(1), default=128, help="images at once (default 128)")
-    add("-F", "--force_reload", action="store_true", help="recompute everything, ignoring what is cached")
-    add("--skip-bad-images", action="store_true", help="leave unreadable images out, and name them in the result")
-    add("--workers", type=whole_number(0), default=min(os.cpu_count() or 1, 16),
-        help="processes that read and align images (default: the number of cores, at most 16); 0: in this one")
-    add("--cache-dir", type=pathlib.Path, default=DEFAULT_CACHE,
-        help=f"kept embeddings and parsed lists (default {DEFAULT_CACHE} in the current directory)")
-    add("--input-scale", type=positive, default=INPUT_SCALE, metavar="S",
-        help=f"models see (pixel - 127.5) / S (default {INPUT_SCALE:g}, as published for IJB; training and feature "
-        "extraction have 127.5); no effect on MXNet models that scale their input themselves")
-    add("--protocol", choices=PROTOCOLS, default="exact",
-        help="exact: no more false positives than the FPR or FPIR allows, 1:N as the mean of the galleries; published: "
-        "as the scripts in circulation read it, to compare with published numbers: 1:1 at the ROC point with the "
-        "nearest FPR; TPIR above the non-mated score number max(int(n*FPIR), 1) from the top; top-k from the hits in "
-        "both galleries together, and in both stacked to one (mixed)")
-
-
-def open_evaluation(arguments):
-    return Evaluation(
-        arguments.data_path, arguments.subset, arguments.cache_dir, arguments.batch_size, arguments.workers,
-        arguments.skip_bad_images, arguments.force_reload, input_scale=arguments.input_scale,
-    )
-
-
 def evaluate(arguments):
-    """Run what the command line asks for; returns (name for the result file, result arrays)."""
+    """Run the requested test; returns (name for the result file, result arrays)."""
     new = ModelFile(arguments.model_file, arguments.network)
     old = ModelFile(arguments.old_model_file, arguments.old_network) if arguments.old_model_file else new
     evaluation = open_evaluation(arguments)
@@ -121,10 +62,12 @@ def evaluate(arguments):
     subset, protocol = arguments.subset, arguments.protocol
     if arguments.is_one_2_N:
         galleries = list(evaluation.galleries)
-        runs, mixed = zip(*(
-            (evaluation.identify(old, new, setting), evaluation.identify_mixed(old, new, setting))
-            for setting in settings
-        ))
+        runs, mixed = zip(
+            *(
+                (evaluation.identify(old, new, setting), evaluation.identify_mixed(old, new, setting))
+                for setting in settings
+            )
+        )
         result = results.identification_result(names, runs, mixed, subset, galleries, protocol)
     else:
         label = evaluation.pairs.label
@@ -140,7 +83,7 @@ def evaluate(arguments):
 
 
 def embeddings(evaluation, old, new):
-    """-E: the embeddings of all images and of their mirror images, rows in the order of `image_names`."""
+    """-E: embeddings of all images and mirrored images, rows in the order of `image_names`."""
     found = evaluation.store.get(new)
     arrays = {"embs": found.embs, "embs_f": found.embs_f, "image_names": evaluation.faces.names.astype(str)}
     if old != new:
@@ -150,7 +93,7 @@ def embeddings(evaluation, old, new):
 
 
 def origins(evaluation, one_to_n):
-    """-L: what each score belongs to."""
+    """-L: the templates and subjects of each score."""
     ids = evaluation.faces.template_ids
     if not one_to_n:
         pairs = evaluation.pairs
@@ -165,7 +108,7 @@ def origins(evaluation, one_to_n):
 
 
 def show(tables_of, prefix):
-    """Print the tables of results and write their plots: 1:1 and 1:N apart."""
+    """Print tables and write plots of results, 1:1 and 1:N separately."""
     for task, plot in (("11", plots.plot_verification), ("1N", plots.plot_identification)):
         chosen = [result for result in tables_of if result["task"] == task]
         for result in chosen:
@@ -186,7 +129,7 @@ def main(argv=None):
     path = arguments.save_result or pathlib.Path("IJB_result") / f"{name}_{arguments.subset}_{test}.npz"
     results.save(path, result)
     if len(result["bad_images"]):
-        print(f"{len(result['bad_images'])} unreadable images were left out; bad_images in the result names them")
+        print(f"{len(result['bad_images'])} unreadable images were left out; bad_images in the result lists them")
     show([result], path.with_suffix(""))
     print(f"result: {path}")
 

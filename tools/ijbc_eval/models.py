@@ -1,4 +1,4 @@
-"""Models of three kinds behind one call: uint8 images in, float32 embeddings out."""
+"""Torch, ONNX and MXNet models behind one call: uint8 images in, float32 embeddings out."""
 
 import contextlib
 import dataclasses
@@ -12,18 +12,18 @@ from backbones import find_network, load_backbone
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError
 
-# The published IJB scripts feed (x − 127.5) / 128, while training and feature extraction, published too, feed
-# (x − 127.5) / 127.5. Figures compare with published ones only so: 128 is the default, --input-scale changes it.
+# The published IJB scripts feed (x − 127.5) / 128, while published training and feature extraction feed
+# (x − 127.5) / 127.5. 128 is the default, so that figures compare with published ones; --input-scale changes it.
 INPUT_SCALE = 128.0
 
-# File names that say nothing about the model; its directory does (work_dirs/<config name>/model.pt).
+# File names that do not identify the model; its directory does (work_dirs/<config name>/model.pt).
 _PLAIN_NAMES = {"model", "backbone", "checkpoint", "best", "last"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFile:
-    """What -m and -net name: `x.pt`, `x.pth` or `x.safetensors` (a state dict of the backbone `network`, None: the one
-    that fits), `x.onnx`, or `prefix,epoch`."""
+    """The model of -m and -net: `x.pt`, `x.pth` or `x.safetensors` (a state dict of the backbone `network`; None: found
+    by its keys), `x.onnx`, or `prefix,epoch`."""
 
     file: str
     network: str | None = None
@@ -37,31 +37,31 @@ class ModelFile:
         if "," in self.file and is_number(self.file.rsplit(",", 1)[1]):
             return "mxnet"
         raise EvalError(
-            f"{self.file}: unknown kind of model; give x.pt, x.pth or x.safetensors, x.onnx, or MXNet's prefix,epoch"
+            f"{self.file}: unknown kind of model; use x.pt, x.pth, x.safetensors, x.onnx, or MXNet's prefix,epoch"
         )
 
     @property
     def paths(self):
-        """The files that make up the model; EvalError for a name of no known kind."""
+        """The model's files; EvalError for an unknown kind."""
         if self.kind != "mxnet":
             return [pathlib.Path(self.file)]
         prefix, epoch = self.file.rsplit(",", 1)
         return [pathlib.Path(f"{prefix}-symbol.json"), pathlib.Path(f"{prefix}-{int(epoch):04d}.params")]
 
     def check_files(self):
-        """EvalError unless the files are there."""
+        """EvalError if a file is missing."""
         for path in self.paths:
             if not path.is_file():
                 raise EvalError(f"{path}: no such file; check -m / -m_old")
 
     @functools.cached_property
-    def told_network(self):
-        """`network`, or what the keys of a state dict tell; BackboneError where they fit none."""
+    def found_network(self):
+        """`network`, or the backbone that fits the state dict's keys; BackboneError if none fits."""
         if self.network or self.kind != "torch":
             return self.network
         self.check_files()
         network = find_network(self.file)
-        print(f"{self.file}: network {network}, told from its keys")
+        print(f"{self.file}: network {network}, found by its keys")
         return network
 
     @property
@@ -74,8 +74,8 @@ class ModelFile:
 def load_model(model_file, device=None, input_scale=INPUT_SCALE):
     """A callable with `.num_features`: uint8 RGB [B, 112, 112, 3] -> float32 embeddings [B, num_features] (numpy).
 
-    Raises EvalError when a file or the package that reads it is missing, and backbones.BackboneError (a UserError too)
-    when the file does not fit the network.
+    Raises EvalError if a file or the package to read it is missing, and backbones.BackboneError (also a UserError) if
+    the file does not fit the network.
     """
     model_file.check_files()
     return {"torch": TorchModel, "onnx": OnnxModel, "mxnet": MxnetModel}[model_file.kind](
@@ -92,7 +92,7 @@ class TorchModel:
     def __init__(self, model_file, device, input_scale):
         self.input_scale = input_scale
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_backbone(model_file.file, model_file.told_network, self.device)
+        self.model = load_backbone(model_file.file, model_file.found_network, self.device)
         self.num_features = self.model.num_features
 
     @torch.inference_mode()
@@ -103,34 +103,34 @@ class TorchModel:
 
 @contextlib.contextmanager
 def _feeding(model_file, expected):
-    """Turn what a runtime raises on its first input, in types of its own, into an EvalError."""
+    """Turn the runtime's own exceptions at its first input into an EvalError."""
     try:
         yield
     except EvalError:
         raise
     except Exception as error:
         raise EvalError(
-            f"{model_file.file}: expects input {expected}; this tool feeds float32 [B,3,112,112]: {_last_line(error)}"
+            f"{model_file.file}: expects input {expected}; export it for float32 [B,3,112,112]: {_last_line(error)}"
         ) from error
 
 
 def _last_line(error):
-    """What went wrong, without the stack that MXNet puts before it."""
+    """The last line of an error message, without the stack that MXNet puts before it."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _embedding_size(model_file, model):
-    """Columns of the output for one black image."""
+    """Width of the output for one black image."""
     shape = model(np.zeros((1, 112, 112, 3), np.uint8)).shape
     if len(shape) != 2 or shape[0] != 1:
         raise EvalError(
-            f"{model_file.file}: gives {list(shape)} for one image; its output must be an embedding, [1, size]"
+            f"{model_file.file}: output {list(shape)} for one image; export it with an embedding [1, size] as output"
         )
     return shape[1]
 
 
 class OnnxModel:
-    """An ONNX graph with one image input and the embedding as its first output, fed like a state dict's backbone."""
+    """An ONNX graph with one image input and the embedding as first output, fed like a state dict's backbone."""
 
     def __init__(self, model_file, device, input_scale):
         self.input_scale = input_scale
@@ -142,7 +142,7 @@ class OnnxModel:
             self.session = onnxruntime.InferenceSession(
                 model_file.file, providers=onnxruntime.get_available_providers()
             )
-        except Exception as error:  # onnxruntime raises its own types, which share no public base class
+        except Exception as error:  # onnxruntime's exceptions have no public base class
             raise EvalError(f"{model_file.file}: onnxruntime cannot load it: {error}") from error
         self.input = self.session.get_inputs()[0]
         expected = f"{self.input.name!r} {self.input.type} {self.input.shape}"
@@ -157,17 +157,17 @@ class OnnxModel:
         step = self.batch or len(images)
         parts = []
         for start in range(0, len(images), step):
-            part = images[start:start + step]
+            part = images[start : start + step]
             filled = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
-            parts.append(self.session.run([self.output], {self.input.name: filled})[0][:len(part)])
+            parts.append(self.session.run([self.output], {self.input.name: filled})[0][: len(part)])
         return np.concatenate(parts).astype(np.float32)
 
 
 class MxnetModel:
     """An MXNet checkpoint `prefix,epoch`; the embedding is `fc1_output`, as in insightface's, or the last output.
 
-    Those checkpoints scale their input themselves (the graph begins with minus and times a scalar) and get raw pixels,
-    whatever the input scale; a graph that does not is fed like a state dict's backbone.
+    Insightface's checkpoints scale their input themselves (the graph begins by subtracting and multiplying a scalar)
+    and get raw pixels, whatever the input scale; other graphs are fed like a state dict's backbone.
     """
 
     def __init__(self, model_file, device, input_scale):
@@ -176,7 +176,7 @@ class MxnetModel:
         prefix, epoch = model_file.file.rsplit(",", 1)
         try:
             symbol, arguments, auxiliary = self.mx.model.load_checkpoint(prefix, int(epoch))
-        except Exception as error:  # MXNet raises bare Exceptions of its own
+        except Exception as error:  # MXNet raises bare Exceptions
             raise EvalError(f"{model_file.file}: MXNet cannot load it: {error}") from error
         inner = symbol.get_internals()
         symbol = inner["fc1_output"] if "fc1_output" in inner.list_outputs() else symbol
@@ -185,9 +185,9 @@ class MxnetModel:
         inputs = [name for name in symbol.list_arguments() if name not in arguments]
         if inputs != ["data"]:
             raise EvalError(
-                f"{model_file.file}: expects input {inputs}; this tool feeds float32 [B,3,112,112] as 'data' alone"
+                f"{model_file.file}: expects input {inputs}; export it for float32 [B,3,112,112] as 'data' alone"
             )
-        with _feeding(model_file, "of another size"):  # the graph names none; parameters that do not fit show it
+        with _feeding(model_file, "of another size"):  # the graph has none; mismatched parameters reveal it
             self.module = self.mx.mod.Module(symbol, data_names=["data"], label_names=None, context=context)
             self.module.bind(data_shapes=[("data", (1, 3, 112, 112))], for_training=False)
             self.module.set_params(arguments, auxiliary, allow_extra=True)
@@ -202,12 +202,12 @@ class MxnetModel:
 
 def _import_mxnet(model_file):
     if "bool" not in vars(np):
-        np.bool = bool  # MXNet 1.9.1, the last release, asks for this name on import; NumPy 1.24 dropped it
+        np.bool = bool  # MXNet 1.9.1, the last release, uses this name on import; NumPy 1.24 dropped it
     try:
         import mxnet
-    except Exception as error:  # beside a missing package: numpy and shared-library errors of every type
+    except Exception as error:  # not only ImportError: NumPy and shared-library errors of any type
         raise EvalError(
-            f"{model_file.file}: MXNet checkpoints need mxnet 1.9.1 (Linux x86-64, Python < 3.12, numpy < 2), which "
-            f"does not import here: {error}"
+            f"{model_file.file}: install mxnet 1.9.1 (Linux x86-64, Python < 3.12, numpy < 2) to read MXNet "
+            f"checkpoints; importing it failed: {error}"
         ) from None
     return mxnet

@@ -1,4 +1,4 @@
-"""ROC, DET and identification-rate plots of result files, as PNG, without a display."""
+"""ROC, DET and identification-rate plots of result files, as PNG; needs no display."""
 
 import matplotlib
 
@@ -7,26 +7,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from tools.ijbc_eval.files import publish
-from tools.ijbc_eval.identification import Search, mean_tpir
-from tools.ijbc_eval.verification import Roc
+from tools.ijbc_eval.metrics import Roc, Search, mean_tpir
 
-_POINTS = 241  # a curve: forty points a decade over six decades
+_POINTS = 241  # per curve: forty per decade over six decades
 _BARS = ((-0.2, "cross", "cross-test", "#1f5fa8"), (0.2, "self", "new self-test", "#8fbfe8"))
 
 
 def plot_verification(results, prefix):
     """Write `{prefix}_roc.png` and `{prefix}_det.png` of 1:1 results; returns the paths."""
-    curves, finest, protocol = [], 1.0, results[0]["protocol"]  # the same in all: they were read for one command
+    curves, finest, protocol = [], 1.0, results[0]["protocol"]  # the same in all results
     for result in results:
         finest = min(finest, 1 / np.count_nonzero(~result["label"]))
         for name, scores in zip(result["names"], result["scores"]):
             curves.append((str(name), Roc(scores, result["label"])))
     fprs = np.logspace(max(-6, np.floor(np.log10(finest))), 0, _POINTS)
-    lines = [(f"{name}  (AUC {roc.auc:.4f})", np.array([roc.tpr_at(fpr, protocol) for fpr in fprs]))
-             for name, roc in curves]
+    lines = [
+        (f"{name}  (AUC {roc.auc:.4f})", np.array([roc.tpr_at(fpr, protocol) for fpr in fprs])) for name, roc in curves
+    ]
     title = f"{_subsets(results)} 1:1 verification{_reading(protocol)}"
     roc = _draw(f"{prefix}_roc.png", fprs, lines, title, "false positive rate", "true positive rate")
-    misses = [(name, np.where(tprs < 1, 1 - tprs, np.nan)) for name, tprs in lines]  # no place for 0 on a log axis
+    misses = [(name, np.where(tprs < 1, 1 - tprs, np.nan)) for name, tprs in lines]  # a log axis has no 0
     det = _draw(f"{prefix}_det.png", fprs, misses, title + ", DET", "false positive rate", "false negative rate", True)
     return [roc, det]
 
@@ -42,8 +42,16 @@ def plot_identification(results, prefix):
             searches = [Search(*parts) for parts in zip(result["label"], ranks, scores)]
             lines.append((str(name), np.array([mean_tpir(searches, fpir, protocol) for fpir in fpirs])))
     title = f"{_subsets(results)} 1:N identification, mean of the galleries{_reading(protocol)}"
-    return [_draw(f"{prefix}_tpir.png", fpirs, lines, title, "false positive identification rate (FPIR)",
-                  "true positive identification rate (TPIR)")]
+    return [
+        _draw(
+            f"{prefix}_tpir.png",
+            fpirs,
+            lines,
+            title,
+            "false positive identification rate (FPIR)",
+            "true positive identification rate (TPIR)",
+        )
+    ]
 
 
 def _subsets(results):
@@ -51,7 +59,7 @@ def _subsets(results):
 
 
 def _reading(protocol):
-    return "" if protocol == "exact" else f", {protocol} reading"
+    return "" if protocol == "exact" else f", {protocol} protocol"
 
 
 def _draw(path, rates, lines, title, x_label, y_label, log_y=False):
@@ -81,7 +89,7 @@ def plot_models(report, path):
         for shift, test, label, colour in _BARS:
             values = [100 * (model[test][key] or 0) for model in report["new"]]
             bars = axes.bar(place + shift, values, 0.38, label=label, color=colour)
-            # A pale box, so that a reference line does not strike the figure through.
+            # A white box, so that reference lines do not cross the figure out.
             box = {"fc": "white", "ec": "none", "pad": 0.8}
             axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=3, bbox=box, zorder=5)
         _reference_lines(axes, report, key)
@@ -97,7 +105,7 @@ def plot_models(report, path):
 
 
 def _wrapped(name, width=16):
-    """A long name on several lines, broken after underscores, so that neighbours on an axis do not overlap."""
+    """A long name broken into lines after underscores, so that axis labels do not overlap."""
     lines = [""]
     for part in name.replace("_", "_ ").split():
         if lines[-1] and len(lines[-1]) + len(part) > width:
@@ -113,15 +121,17 @@ def _bars_first(axes):
 
 
 def plot_backfill(report, path):
-    """TPIR over the share of the gallery that a new model has re-embedded, old and independent self-test as lines."""
+    """TPIR over the share of the gallery re-embedded by a new model, with old and independent self-test as lines."""
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for model in report["new"]:
         values = [np.nan if value is None else 100 * value for value in model["backfill"]["tpir"]]
         axes.plot(model["backfill"]["percent"], values, marker="o", markersize=4, label=model["name"])
     _reference_lines(axes, report, "tpir")
     axes.set(
-        title=f"{report['data']['subset']} 1:N while the gallery is re-embedded", xlim=(0, 100),
-        xlabel="gallery re-embedded by the new model, %", ylabel=f"TPIR at FPIR {report['data']['fpir']:g}, %",
+        title=f"{report['data']['subset']} 1:N while the gallery is re-embedded",
+        xlim=(0, 100),
+        xlabel="gallery re-embedded by the new model, %",
+        ylabel=f"TPIR at FPIR {report['data']['fpir']:g}, %",
     )
     axes.set_xticks(range(0, 101, 10))
     axes.grid(True, alpha=0.35)

@@ -1,12 +1,12 @@
 """Result files and tables.
 
-A result file is an npz, one test of one subset for K named runs:
+A result file is an npz of one test on one subset for K named runs:
     names str [K], task "11" or "1N", subset, protocol "exact" or "published", input_scale, bad_images str [·]
     1:1   scores float32 [K, P], label bool [P] (same person); fprs [F], tprs [K, F], auc [K]
-    1:N   scores float32 [K, G, Q], label bool [G, Q] (mated), rank int32 [K, G, Q], as in identification.Search;
-          galleries str [G]; mixed_rank int32 [K, Q], in the galleries stacked to one;
-          fpirs [F], tpirs [K, R, F], tops [T], top_rates [K, R, T]: R = the galleries, mean, as published also mixed
-Figures are those of `protocol`; scores, label and the ranks are the same for both, and hold what either needs.
+    1:N   scores float32 [K, G, Q], label bool [G, Q] (mated), rank int32 [K, G, Q], as in metrics.Search;
+          galleries str [G]; mixed_rank int32 [K, Q], in the galleries merged into one;
+          fpirs [F], tpirs [K, R, F], tops [T], top_rates [K, R, T]: R = the galleries, mean, if published also mixed
+Figures follow `protocol`; scores, label and ranks are the same for both protocols and suffice for either.
 """
 
 import zipfile
@@ -15,44 +15,56 @@ import zlib
 import numpy as np
 from prettytable import PrettyTable
 
-from tools.ijbc_eval import identification, verification
+from tools.ijbc_eval import metrics
 from tools.ijbc_eval.files import EvalError, publish
 
 
 def verification_result(names, scores, label, subset, protocol="exact"):
     """The arrays of a 1:1 result: names [K], scores float32 [K, P], label bool [P]."""
-    tprs, aucs = zip(*(verification.summary(one, label, protocol=protocol) for one in scores))
+    tprs, aucs = zip(*(metrics.verification_summary(one, label, protocol=protocol) for one in scores))
     return {
-        "task": "11", "subset": subset, "protocol": protocol,
-        "names": np.array(names), "scores": scores, "label": label,
-        "fprs": np.array(verification.FPRS), "tprs": np.array(tprs), "auc": np.array(aucs),
+        "task": "11",
+        "subset": subset,
+        "protocol": protocol,
+        "names": np.array(names),
+        "scores": scores,
+        "label": label,
+        "fprs": np.array(metrics.FPRS),
+        "tprs": np.array(tprs),
+        "auc": np.array(aucs),
     }
 
 
 def identification_result(names, runs, mixed_rank, subset, galleries, protocol="exact"):
     """The arrays of a 1:N result: names [K], runs K lists with a Search for each gallery, mixed_rank int [K, Q]."""
-    tops, tpirs = zip(*(identification.summary(*run, protocol) for run in zip(runs, mixed_rank)))
+    tops, tpirs = zip(*(metrics.identification_summary(*run, protocol) for run in zip(runs, mixed_rank)))
     return {
-        "task": "1N", "subset": subset, "protocol": protocol,
-        "names": np.array(names), "galleries": np.array(galleries), "mixed_rank": np.array(mixed_rank),
+        "task": "1N",
+        "subset": subset,
+        "protocol": protocol,
+        "names": np.array(names),
+        "galleries": np.array(galleries),
+        "mixed_rank": np.array(mixed_rank),
         "scores": np.array([[one.score for one in run] for run in runs]),
         "rank": np.array([[one.rank for one in run] for run in runs]),
         "label": np.array([one.mated for one in runs[0]]),
-        "fpirs": np.array(identification.FPIRS), "tpirs": np.array(tpirs),
-        "tops": np.array(identification.TOP), "top_rates": np.array(tops),
+        "fpirs": np.array(metrics.FPIRS),
+        "tpirs": np.array(tpirs),
+        "tops": np.array(metrics.TOP),
+        "top_rates": np.array(tops),
     }
 
 
 def save(path, result):
-    """Write a result file, whole or not at all."""
+    """Write a result file atomically."""
     with publish(path) as partial, open(partial, "wb") as file:
         np.savez(file, **result)
 
 
 def load(path, protocol="exact"):
-    """Read a result file and work out its figures anew; another tool's too, if it holds scores [K, P], names, label.
+    """Read a result file and recompute its figures; other tools' files too, if they have scores [K, P], names, label.
 
-    EvalError, which names the file, when it cannot be read or its arrays are not as at the top of this module.
+    EvalError if it cannot be read or its arrays are not as described at the top of this module.
     """
     found = _read(path)
     names, scores, label = [str(name) for name in np.atleast_1d(found["names"])], found["scores"], found["label"]
@@ -60,33 +72,35 @@ def load(path, protocol="exact"):
     one_to_n = scores.ndim == 3
     scores = scores if one_to_n else np.atleast_2d(scores)
     if not 2 <= scores.ndim <= 3 or label.shape != scores.shape[1:] or len(names) != len(scores) or not scores.size:
-        raise EvalError(f"{path}: {len(names)} names, scores {scores.shape}, label {label.shape} do not fit together")
+        shapes = f"{len(names)} names, scores {scores.shape}, label {label.shape}"
+        raise EvalError(f"{path}: {shapes} do not fit together; write it with ijbc_eval.py -R")
     _check_values(path, scores, label)
     label = label.astype(bool)
     if one_to_n:
         galleries = _check_search(path, found, scores, protocol)
         runs = [
-            [identification.Search(*parts) for parts in zip(label, ranks, run)]
-            for ranks, run in zip(found["rank"], scores)
+            [metrics.Search(*parts) for parts in zip(label, ranks, run)] for ranks, run in zip(found["rank"], scores)
         ]
-        mixed_rank = found.get("mixed_rank", [None] * len(runs))  # exact figures do without
+        mixed_rank = found.get("mixed_rank", [None] * len(runs))  # exact figures do not need it
         return identification_result(names, runs, mixed_rank, subset, galleries, protocol)
     if label.all() or not label.any():
-        raise EvalError(f"{path}: label has pairs of one kind only, so there is no ROC; save genuine and impostor ones")
+        raise EvalError(
+            f"{path}: label has pairs of one kind only, so there is no ROC; save genuine and impostor pairs"
+        )
     return verification_result(names, scores, label, subset, protocol)
 
 
 def _read(path):
-    """The arrays of a result file that its figures follow from."""
+    """The arrays of a result file that its figures are computed from."""
     try:
         saved = np.load(path)
         if not isinstance(saved, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array, no npz")
+            raise ValueError("a single array, not an npz")
         with saved:
             wanted = ("scores", "label", "names", "subset", "rank", "galleries", "mixed_rank")
             found = {key: saved[key] for key in wanted if key in saved.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise EvalError(f"{path}: cannot be read as a result file ({error})") from None
+        raise EvalError(f"{path}: cannot be read as a result file ({error}); write it with ijbc_eval.py -R") from None
     missing = [key for key in ("scores", "names", "label") if key not in found]
     if missing:
         raise EvalError(f"{path}: has no array {missing[0]!r}; write it with ijbc_eval.py -R")
@@ -98,35 +112,34 @@ def _check_values(path, scores, label):
         raise EvalError(f"{path}: scores are of type {scores.dtype}; save them as float32")
     if np.isnan(scores).any():
         row = int(np.argwhere(np.isnan(scores))[0, 0])
-        raise EvalError(f"{path}: scores of run {row} hold NaN; evaluate that model again")
+        raise EvalError(f"{path}: scores of run {row} contain NaN; evaluate that model again")
     if label.dtype.kind not in "biuf" or not np.isin(label, (0, 1)).all():
-        raise EvalError(f"{path}: label must hold 1 or true (same person, mated) and 0 or false; save it so")
+        raise EvalError(f"{path}: label must be 1 or true (same person, mated), 0 or false; save it again")
 
 
 def _check_search(path, found, scores, protocol):
-    """The names of the galleries of a 1:N result, once ranks and `galleries` fit its scores [K, G, Q]."""
+    """The gallery names of a 1:N result; EvalError unless ranks and `galleries` fit its scores [K, G, Q]."""
     for key in ("rank", "galleries"):
         if key not in found:
             raise EvalError(
-                f"{path}: scores {scores.shape} are 1:N, but there is no array {key!r}; write it with "
-                "ijbc_eval.py -N -R"
+                f"{path}: no array {key!r}, but scores {scores.shape} are 1:N; write it with ijbc_eval.py -N -R"
             )
     rank, galleries = found["rank"], np.atleast_1d(found["galleries"])
     if rank.shape != scores.shape or rank.dtype.kind not in "iu" or len(galleries) != scores.shape[1]:
         raise EvalError(
             f"{path}: scores {scores.shape}, rank {rank.shape} ({rank.dtype}) and {len(galleries)} galleries do not "
-            "fit together; rank holds an integer for each score"
+            "fit together; save an integer rank for each score"
         )
     mixed_rank = found.get("mixed_rank")
     if mixed_rank is None and protocol == "published":
         raise EvalError(
-            f"{path}: has no array 'mixed_rank', from which the published row \"mixed\" comes; write it anew with "
+            f"{path}: has no array 'mixed_rank', needed for the published \"mixed\" row; write it again with "
             "ijbc_eval.py -N -R"
         )
     if mixed_rank is not None and (mixed_rank.shape != scores[:, 0].shape or mixed_rank.dtype.kind not in "iu"):
         raise EvalError(
             f"{path}: scores {scores.shape} and mixed_rank {mixed_rank.shape} ({mixed_rank.dtype}) do not fit "
-            "together; mixed_rank holds an integer for each run and probe"
+            "together; save an integer mixed_rank for each run and probe"
         )
     return [str(name) for name in galleries]
 
@@ -136,7 +149,7 @@ def percent(value):
 
 
 def tables(result):
-    """The tables of a result, as text: figures in %, but for the AUC."""
+    """The tables of a result, as text; figures in %, except the AUC."""
     exact = result["protocol"] == "exact"
     read = "" if exact else ", published"
     if result["task"] == "11":
@@ -144,7 +157,7 @@ def tables(result):
         for name, tprs, auc in zip(result["names"], result["tprs"], result["auc"]):
             table.add_row([name, *map(percent, tprs), f"{auc:.6f}"])
         if not exact:
-            return table.get_string()  # the nearest point may lie above the FPR, whatever the list resolves
+            return table.get_string()  # the nearest point may lie above the FPR, so the list's resolution is no limit
         impostors = np.count_nonzero(~result["label"])
         return table.get_string() + _resolution("FPR", result["fprs"], impostors, "impostor pairs")
     columns = [*(f"top-{k}" for k in result["tops"]), *(f"TPIR at {fpir:g}" for fpir in result["fpirs"])]
@@ -159,13 +172,13 @@ def tables(result):
 
 
 def in_no_gallery(count):
-    return f"{count} probes are of people in no gallery: a miss each in the top-k that is over all probes"
+    return f"{count} probes are of people in no gallery; each counts as a miss in a top-k over all probes"
 
 
 def _resolution(rate, points, count, what, first=1):
-    """A line under the table where the list is too short for the finest points: they then allow no error at all.
+    """A note under the table if the list is too short for the finest points, at which no error is allowed then.
 
-    first: the number of errors at which `rate` allows one; the published TPIR allows one fewer than the rate says.
+    first: `rate` · count from which one error is allowed; the published TPIR allows one fewer than the rate says.
     """
     if count and min(points) * count < first:
         return f"\n{count} {what}: below {rate} {first / count:.1g} no error is allowed, so those columns are equal"

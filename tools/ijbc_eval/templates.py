@@ -9,8 +9,8 @@ from scipy import sparse
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How image embeddings enter a template: N normalise each to length 1, D times its detection score, F plus the
-    embedding of the mirrored image. The default, N0D1F1, is the one that published numbers use."""
+    """How image embeddings enter a template: N: normalised to length 1, D: times the detection score, F: plus the
+    mirrored image's embedding. The default, N0D1F1, is that of published numbers."""
 
     normalise: bool = False
     detector_score: bool = True
@@ -28,12 +28,12 @@ class Setting:
 def template_features(embs, embs_f, faces, setting=Setting(), bad=None):
     """L2-normalised template features, float32 [templates, D], in the order of `faces.template_ids`.
 
-    embs, embs_f: float32 [images, D], embeddings of the images and of their mirror images.
-    faces: meta.Faces. bad: bool [images] or None; such images are left out as if the lists did not name them.
+    embs, embs_f: float32 [images, D], embeddings of the images and of the mirrored images.
+    faces: protocol.Faces. bad: bool [images] or None; such images are ignored.
 
-    A template is the sum over its media of the mean over a medium's images (IJB-A, Klare et al., CVPR 2015, takes the
-    media apart so that a long video does not outweigh a portrait), so every image enters with the weight
-    score / (images of its medium): T = W·E with W sparse [templates, images], and the flip is one more product.
+    A template is the sum over its media of the mean over a medium's images (IJB-A, Klare et al., CVPR 2015: a long
+    video must not outweigh a portrait), so each image has the weight score / (images of its medium): T = W·E with W
+    sparse [templates, images], and one more product for the mirrored images.
     """
     image, template, medium = faces.image, faces.template, faces.medium
     if bad is not None and bad.any():
@@ -60,13 +60,13 @@ def l2_normalise(features):
 
 
 def _lengths(embs, embs_f, bad, chunk=16384):
-    """Lengths of the embeddings (plus their mirrored ones), by chunks so that no sum is held whole."""
+    """Lengths of the embeddings (plus the mirrored ones), in chunks to save memory."""
     lengths = np.empty(len(embs), np.float32)
     for start in range(0, len(embs), chunk):
-        rows = embs[start:start + chunk]
+        rows = embs[start : start + chunk]
         if embs_f is not None:
-            rows = rows + embs_f[start:start + chunk]
-        lengths[start:start + chunk] = np.linalg.norm(rows, axis=1)
+            rows = rows + embs_f[start : start + chunk]
+        lengths[start : start + chunk] = np.linalg.norm(rows, axis=1)
     lengths[lengths == 0] = 1  # a zero embedding has no direction; it stays zero
     if bad is not None:
         lengths[bad] = 1

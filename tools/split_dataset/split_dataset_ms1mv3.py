@@ -3,14 +3,13 @@
     python tools/split_dataset/split_dataset_ms1mv3.py --root dataset/ms1m-retinaface-t1 [--ratio 0.3]
 
 Writes beside it, each with its `.idx` (30 and 70 stand for 100 * ratio and the rest):
-- train_part_30_class: all images of the first round(ratio * classes) classes, with their labels;
-- train_part_70_class: all images of the other classes, whose labels are shifted to begin at 0;
-- train_part_30_data: of a class of n images the first max(1, round(ratio * n)), in record order;
-- train_part_70_data: the others; an image that is the only one of its class is in both parts.
+- train_part_30_class: all images of the first round(ratio * classes) classes, labels unchanged;
+- train_part_70_class: all images of the other classes, labels shifted to start at 0;
+- train_part_30_data: the first max(1, round(ratio * n)) of each class's n images, in record order;
+- train_part_70_data: the other images; a class's only image is in both parts.
 
-`round` is Python's: halves go to the even neighbour. Records are copied as they lie in the file, with nothing but the
-class label changed where it is shifted; images keep their order and have the keys 1, 2, ...; record 0 is a header
-with label = (images + 1, classes).
+`round` is Python's (half to even). Records are copied unchanged except for shifted labels; images keep their order and
+get the keys 1, 2, ...; record 0 is a header with label = (images + 1, classes).
 """
 
 import argparse
@@ -29,21 +28,21 @@ from recordio import IRHeader, RecordWriter, pack
 
 _WORD = struct.Struct("<I")
 _LABEL = struct.Struct("<f")
-_CHUNK = 1 << 14  # records between two signs of progress
+_CHUNK = 1 << 14  # records per update of the progress bar
 
 
 def first_classes(num_classes, ratio):
-    """How many classes go to the first part of the class split."""
+    """Number of classes in the first part of the class split."""
     count = round(ratio * num_classes)
     if not 0 < count < num_classes:
-        raise ValueError(f"ratio {ratio} of {num_classes} classes leaves one part without a class: choose another")
+        raise ValueError(f"--ratio {ratio} of {num_classes} classes leaves one part empty; choose another")
     return count
 
 
 def data_split(labels, ratio):
-    """Which images, bool [N] each, go to the first and which to the second part; `labels` int64 [N] in any order."""
+    """Masks bool [N] of the images of the first and of the second part; `labels` int64 [N] in any order."""
     size = np.bincount(labels)
-    order = np.argsort(labels, kind="stable")  # images of a class together, in record order
+    order = np.argsort(labels, kind="stable")  # by class, then in record order
     begin = np.cumsum(size) - size
     rank = np.empty_like(order)
     rank[order] = np.arange(len(labels)) - begin[labels[order]]
@@ -52,9 +51,9 @@ def data_split(labels, ratio):
 
 
 def relabelled(record, label):
-    """A whole record (`RecordReader.read_raw`) with another class; None where its header is cut into parts."""
-    flag, = _WORD.unpack_from(record, 8)
-    place = 12 if flag == 0 else 32  # the header's own label, or the first of the labels that follow it
+    """A raw record (`RecordReader.read_raw`) with another label; None if its header is split over several parts."""
+    (flag,) = _WORD.unpack_from(record, 8)
+    place = 12 if flag == 0 else 32  # the header's own label, or the first of the label vector after it
     if (_WORD.unpack_from(record, 4)[0] & (1 << 29) - 1) + 8 < place + 4:
         return None
     record = bytearray(record)
@@ -63,7 +62,7 @@ def relabelled(record, label):
 
 
 class Part:
-    """One of the files to write."""
+    """One of the output files."""
 
     def __init__(self, path, num_image, num_classes):
         self.writer = RecordWriter(path)
@@ -91,15 +90,15 @@ def part_paths(root, ratio):
     """The `.rec` files of the class split and of the data split, two each."""
     percent = round(100 * ratio) if 0 < ratio < 1 else 0
     if percent in (0, 50, 100):
-        raise ValueError(f"ratio is {ratio}; it must lie between 0 and 1, and 0.5 would give both parts one name")
+        raise ValueError(f"--ratio {ratio} must be between 0 and 1 and not 0.5, where both parts would have one name")
     return [root / f"train_part_{share}_{kind}.rec" for kind in ("class", "data") for share in (percent, 100 - percent)]
 
 
 def split(root, ratio=0.3):
     """Split `root`/train.rec; returns `(path, images, classes)` of each file written.
 
-    Raises `FileNotFoundError` and `RecordError` for a set that is missing or broken and `ValueError` for a ratio that
-    does not split it; nothing is left under the final names then.
+    Raises `FileNotFoundError` or `RecordError` for a missing or broken set and `ValueError` for a ratio that does not
+    split it; no output file is changed then.
     """
     paths = part_paths(root, ratio)
     source = RecordDataset(root / "train.rec")
@@ -140,8 +139,8 @@ def _copy(reader, keys, parts, labels, cut, in_data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=pathlib.Path, required=True, help="directory that holds train.rec and train.idx")
-    parser.add_argument("--ratio", type=float, default=0.3, help="share of the old model's part (default: 0.3)")
+    parser.add_argument("--root", type=pathlib.Path, required=True, help="directory of train.rec and train.idx")
+    parser.add_argument("--ratio", type=float, default=0.3, help="the old model's share (default: 0.3)")
     args = parser.parse_args()
     try:
         for path, images, classes in split(args.root, args.ratio):

@@ -1,4 +1,4 @@
-"""BCT's own keys. They are over configs/base.py, which explains the others."""
+"""BCT's own keys; configs/base.py explains the others."""
 
 from easydict import EasyDict as edict
 
@@ -7,7 +7,6 @@ config = edict()
 config.network = "r50"
 config.scale = 1.0                  # factor on the cosines of new features and prototypes; 16 pulls harder than 1
 
-# What tools/get_feature/get_avg_feature.py left behind of the old model on this run's training set.
+# Written by tools/get_feature/get_avg_feature.py for this run's training set.
 config.old_prototype = ""           # .npy float32 [num_classes, embedding_size], row c = mean old feature of class c
-config.old_model_path = ""          # the old model's model.pt; not needed, old features come from old_prototype.
-                                    # Stated, the run refuses files of old features that are older than it
+config.old_model_path = ""          # the old model's model.pt, optional: the run refuses an old_prototype older than it

@@ -80,8 +80,10 @@ def write_meta(made):
             points.write(f"{name} {' '.join(f'{value:.3f}' for value in landmarks.ravel())} {score}\n")
             media.write(f"{name} {template} {medium}\n")
     made.meta("template_pair_label.txt").write_text("".join(f"{a} {b} {label}\n" for a, b, label in made.pairs))
-    for end, entries in [*((f"gallery_{name}", rows) for name, rows in made.galleries.items()),
-                         ("probe_mixed", made.probes)]:
+    for end, entries in [
+        *((f"gallery_{name}", rows) for name, rows in made.galleries.items()),
+        ("probe_mixed", made.probes),
+    ]:
         images = {}
         for name, template, *_ in made.faces:
             images.setdefault(template, []).append(name)
@@ -213,6 +215,7 @@ class Plain:
 
         `galleries` and `probes` as in `search`. Top-k of a gallery is over its mated probes, else over all probes.
         """
+
         def hits(gallery, k):
             found = 0
             for template, subject in probes:

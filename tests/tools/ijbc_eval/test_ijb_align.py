@@ -7,7 +7,9 @@ from tools.ijbc_eval.align import REFERENCE, align, similarity_matrices
 
 @settings(deadline=None)
 @given(
-    seed=st.integers(0, 10**6), count=st.integers(1, 9), spread=st.sampled_from([0.1, 5.0, 60.0]),
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 9),
+    spread=st.sampled_from([0.1, 5.0, 60.0]),
     mirrored=st.booleans(),
 )
 def test_equals_umeyama_by_singular_values(plain_class, seed, count, spread, mirrored):

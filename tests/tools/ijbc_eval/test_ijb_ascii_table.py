@@ -10,8 +10,11 @@ numbers = st.one_of(st.integers(0, 12), st.integers(0, 10**6), st.integers(0, 10
 
 
 @given(
-    rows=st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=40), chunk=st.integers(1, 60),
-    separator=st.sampled_from([" ", "\t", "  ", " \t"]), newline=st.sampled_from(["\n", "\r\n"]), ended=st.booleans(),
+    rows=st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=40),
+    chunk=st.integers(1, 60),
+    separator=st.sampled_from([" ", "\t", "  ", " \t"]),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    ended=st.booleans(),
 )
 def test_reads_what_was_written(tmp_path_factory, rows, chunk, separator, newline, ended):
     path = tmp_path_factory.mktemp("table") / "pairs.txt"

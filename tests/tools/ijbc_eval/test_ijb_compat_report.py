@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from tools.ijbc_eval import compat_report, compat_text, plots
-from tools.ijbc_eval.identification import TOP
+from tools.ijbc_eval.metrics import TOP
 
 FPR, FPIR = 0.1, 0.3
 
@@ -19,12 +19,33 @@ def make_report(tmp_path_factory, shared_set, shared_models, shared_cache):
 
     def make(*options):
         out = tmp_path_factory.mktemp("report")
-        compat_report.main([
-            "--old", str(old), "--new", f"First={new}", "--new", f"Same={old}:tiny",     # networks told, and given
-            "--independent", f"Free={independent}", "--new_net", "tiny", "-d", str(shared_set.data_dir),
-            "--workers", "0", "--cache-dir", str(shared_cache), "--fpr", str(FPR), "--fpir", str(FPIR),
-            "--out", str(out), *options,
-        ])
+        compat_report.main(
+            [
+                "--old",
+                str(old),
+                "--new",
+                f"First={new}",
+                "--new",
+                f"Same={old}:tiny",  # networks told, and given
+                "--independent",
+                f"Free={independent}",
+                "--new_net",
+                "tiny",
+                "-d",
+                str(shared_set.data_dir),
+                "--workers",
+                "0",
+                "--cache-dir",
+                str(shared_cache),
+                "--fpr",
+                str(FPR),
+                "--fpir",
+                str(FPIR),
+                "--out",
+                str(out),
+                *options,
+            ]
+        )
         return out
 
     return make
@@ -48,8 +69,10 @@ def plain_figures(plain_class, made, gallery_features, probe_features):
         for gallery in made.galleries.values()
     ]
     return {
-        "tpr": plain_class.tpr_at(scores, label, FPR), "tpir": np.mean([tpirs[0] for _, tpirs in found]),
-        "top1": np.mean([tops[0] for tops, _ in found]), "top5": np.mean([tops[1] for tops, _ in found]),
+        "tpr": plain_class.tpr_at(scores, label, FPR),
+        "tpir": np.mean([tpirs[0] for _, tpirs in found]),
+        "top1": np.mean([tops[0] for tops, _ in found]),
+        "top5": np.mean([tops[1] for tops, _ in found]),
     }
 
 
@@ -125,23 +148,18 @@ def test_backfill_equals_a_gallery_mixed_by_hand(report, plain_class, shared_set
     curve = report["new"][0]["backfill"]
     assert curve["percent"] == list(range(0, 101, 10))
     for percent, tpir, top1 in zip(curve["percent"], curve["tpir"], curve["top1"]):
-        done = set(order[:round(len(order) * percent / 100)].tolist())
+        done = set(order[: round(len(order) * percent / 100)].tolist())
         mixed = {template: (new if template in done else old)[template] for template in old}
         expected = plain_figures(plain_class, shared_set, mixed, new)
         assert (tpir, top1) == pytest.approx((expected["tpir"], expected["top1"]))
 
 
-def test_backfill_runs_from_cross_test_to_self_test(report):
-    for model in report["new"]:
-        for key in ("tpir", "top1"):
-            assert model["backfill"][key][0] == model["cross"][key]
-            assert model["backfill"][key][-1] == model["self"][key]
-
-
 def test_backfill_order(tmp_path, shared_set, shared_cache):
-    evaluation = compat_report.open_evaluation(compat_report.parse_arguments([
-        "--old", "x.pt", "--new", "y.pt", "-d", str(shared_set.data_dir), "--cache-dir", str(shared_cache),
-    ]))
+    evaluation = compat_report.open_evaluation(
+        compat_report.parse_arguments(
+            ["--old", "x.pt", "--new", "y.pt", "-d", str(shared_set.data_dir), "--cache-dir", str(shared_cache)]
+        )
+    )
     ids = evaluation.faces.template_ids
     enrolled = sorted(template for gallery in shared_set.galleries.values() for template, _ in gallery)
     one, again, other = (compat_report.backfill_order(evaluation, seed) for seed in (0, 0, 1))
@@ -152,13 +170,19 @@ def test_backfill_order(tmp_path, shared_set, shared_cache):
     assert ids[compat_report.backfill_order(evaluation, 0, path)].tolist() == enrolled[::-1]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("MixBCT=work/a/model.pt:r50", ("MixBCT", "work/a/model.pt", "r50")),
-    ("work/a/model.pt", ("a", "work/a/model.pt", "r18")),
-    ("N=a.pt", ("N", "a.pt", "r18")), ("N=prefix,3", ("N", "prefix,3", "r18")), ("C:/a.pt", ("a", "C:/a.pt", "r18")),
-    ("N=runs/lr=0.1/a.pt:r50", ("N", "runs/lr=0.1/a.pt", "r50")),
-    ("runs/lr=0.1/a.pt", ("a", "runs/lr=0.1/a.pt", "r18")), ("=a.pt", ("a", "a.pt", "r18")),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MixBCT=work/a/model.pt:r50", ("MixBCT", "work/a/model.pt", "r50")),
+        ("work/a/model.pt", ("a", "work/a/model.pt", "r18")),
+        ("N=a.pt", ("N", "a.pt", "r18")),
+        ("N=prefix,3", ("N", "prefix,3", "r18")),
+        ("C:/a.pt", ("a", "C:/a.pt", "r18")),
+        ("N=runs/lr=0.1/a.pt:r50", ("N", "runs/lr=0.1/a.pt", "r50")),
+        ("runs/lr=0.1/a.pt", ("a", "runs/lr=0.1/a.pt", "r18")),
+        ("=a.pt", ("a", "a.pt", "r18")),
+    ],
+)
 def test_model_arguments(text, expected):
     name, model = compat_report.parse_model(text, "r18")
     assert (name, model.file, model.network) == expected
@@ -177,7 +201,7 @@ def test_what_the_reader_sees(report, report_dir, shared_set):
             assert figure in text and figure in shown
     enrolled = [{subject for _, subject in rows} for rows in shared_set.galleries.values()]
     others = min(sum(subject not in gallery for _, subject in shared_set.probes) for gallery in enrolled)
-    assert f"(for each gallery at least {others} of them are of people not in it)" in text
+    assert f"(at least {others} of them non-mated" in text
     assert "Same: NOT compatible" in text and "Same: NOT compatible" in shown
     assert "(models.png)" in text and "(backfill.png)" in text
     for name in ("models.png", "backfill.png"):
@@ -190,14 +214,13 @@ def test_verdicts(report):
     better = {**base, "tpr": 0.99, "tpir": 0.99}
     criterion = {"tpr": True, "tpir": True}
     model = {"name": "Good", "self": better, "cross": better, "compatible": True, "criterion": criterion}
-    assert compat_text.verdicts({**report, "new": [model]}) == [
-        "Good: compatible: it queries the old gallery better than the old model does."
-    ]
+    [verdict] = compat_text.verdicts({**report, "new": [model]})
+    assert verdict.startswith("Good: compatible")
     criterion = {"tpr": True, "tpir": False}
     half = {"name": "Half", "self": base, "cross": base, "compatible": False, "criterion": criterion}
     [short, worse] = compat_text.verdicts({**report, "new": [half]})
     assert short.startswith("Half: NOT compatible") and "TPIR" in short and "TPR" not in short
-    assert "no better than the old model in 1:1 TPR" in worse
+    assert "no better" in worse and "1:1 TPR" in worse
 
 
 def test_caveats(report):
@@ -206,8 +229,8 @@ def test_caveats(report):
     assert len(lines) == 3
     assert compat_text.caveats(report) == []
     [read, nowhere, fpr, *_] = compat_text.caveats({**report, "data": {**data, "protocol": "published"}})
-    assert "not exactly" in read and nowhere.startswith("9 probes are of people in no gallery")
-    assert "no error" in lines[0] and "no error" not in fpr
+    assert "--protocol published" in read and nowhere.startswith("9 probes are of people in no gallery")
+    assert "not a single error" in lines[0] and "not a single error" not in fpr
 
 
 def test_undefined_figures_become_null_and_can_be_drawn(report, tmp_path):

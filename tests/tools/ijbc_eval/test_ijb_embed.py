@@ -10,8 +10,8 @@ import pytest
 from tools.ijbc_eval import embed
 from tools.ijbc_eval.embed import EmbeddingStore, UnreadableImage, aligned_batches, read_image
 from tools.ijbc_eval.files import EvalError
-from tools.ijbc_eval.meta import Protocol
 from tools.ijbc_eval.models import ModelFile
+from tools.ijbc_eval.protocol import Protocol
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.ijbc_eval.identification import FPIRS, TOP, Search, mean_top, pooled_top, search, summary
+from tools.ijbc_eval.metrics import FPIRS, TOP, Search, identification_summary, mean_top, pooled_top, search
 from tools.ijbc_eval.templates import l2_normalise
 
 
@@ -20,8 +20,12 @@ def test_equals_sorting_every_row(plain_class, seed, subjects, probes, chunk):
     gallery, probe = random_features(rng, subjects), random_features(rng, probes)
     found = search(gallery, subject, probe, asked, chunk)
     tops, tpirs = plain_class.search(
-        list(enumerate(subject.tolist())), list(enumerate(asked.tolist())), gallery.astype(np.float64),
-        probe.astype(np.float64), TOP, FPIRS,
+        list(enumerate(subject.tolist())),
+        list(enumerate(asked.tolist())),
+        gallery.astype(np.float64),
+        probe.astype(np.float64),
+        TOP,
+        FPIRS,
     )
     assert [found.top(k) for k in TOP] == pytest.approx(tops)
     assert [found.tpir_at(fpir) for fpir in FPIRS] == pytest.approx(tpirs)
@@ -44,13 +48,6 @@ def test_a_score_equal_to_the_threshold_is_not_above_it():
     assert found.tpir_at(1.0) == found.top(1) == 1.0
 
 
-def test_fpir_one_gives_the_top_1_rate():
-    rng = np.random.default_rng(5)
-    found = search(random_features(rng, 9), np.arange(9), random_features(rng, 60), rng.integers(0, 18, 60))
-    assert 0 < found.top(1) < 1
-    assert found.tpir_at(1.0) == found.top(1)
-
-
 def test_the_best_of_a_subjects_templates_counts():
     rng = np.random.default_rng(6)
     gallery, probe = random_features(rng, 6), random_features(rng, 40)
@@ -65,22 +62,11 @@ def test_the_best_of_a_subjects_templates_counts():
             assert found.rank[row] == sorted(best, key=best.get, reverse=True).index(one) + 1
 
 
-def test_the_order_of_gallery_and_probes_does_not_matter():
-    rng = np.random.default_rng(7)
-    gallery, probe = random_features(rng, 12), random_features(rng, 50)
-    subject, asked = np.arange(12), rng.integers(0, 24, 50)
-    expected = search(gallery, subject, probe, asked)
-    g, p = rng.permutation(12), rng.permutation(50)
-    found = search(gallery[g], subject[g], probe[p], asked[p])
-    np.testing.assert_array_equal(found.rank, expected.rank[p])
-    np.testing.assert_allclose(found.score, expected.score[p], atol=1e-6)
-
-
 def test_the_last_row_is_the_mean_of_the_galleries():
     rng = np.random.default_rng(8)
     asked = rng.integers(0, 18, (2, 60))
     runs = [search(random_features(rng, 9), np.arange(9), random_features(rng, 60), one) for one in asked]
-    tops, tpirs = summary(runs)
+    tops, tpirs = identification_summary(runs)
     assert tops.shape == (3, 3) and tpirs.shape == (3, 5)
     np.testing.assert_allclose(tops[2], (tops[0] + tops[1]) / 2)
     np.testing.assert_allclose(tpirs[2], (tpirs[0] + tpirs[1]) / 2)
@@ -102,10 +88,11 @@ def test_published_reads_like_the_scripts_in_circulation(plain_class, seed, firs
     halves = slice(0, first), slice(first, None)
     found = [search(gallery[half], subject[half], probe, asked) for half in halves]
     mixed = search(gallery, subject, probe, asked).rank
-    tops, tpirs = summary(found, mixed, "published")
+    tops, tpirs = identification_summary(found, mixed, "published")
     listed = [list(zip(subject[half].tolist(), subject[half].tolist())) for half in halves]
-    expected = plain_class.published(listed, list(enumerate(asked.tolist())), gallery.astype(np.float64),
-                                     probe.astype(np.float64), TOP, FPIRS)
+    expected = plain_class.published(
+        listed, list(enumerate(asked.tolist())), gallery.astype(np.float64), probe.astype(np.float64), TOP, FPIRS
+    )
     np.testing.assert_allclose(tops, [top for top, _ in expected])
     np.testing.assert_allclose(tpirs, [tpir for _, tpir in expected])
 
@@ -133,6 +120,6 @@ def test_published_top_k_weighs_every_probe_alike():
     assert mean_top(runs, 1) == pytest.approx((1 + 1 / 3) / 2)
     assert mean_top(runs, 1, "published") == 2 / 5
     assert pooled_top([2, 2, 1, 4, 0], 1) == 1 / 5 and pooled_top([2, 2, 1, 4, 0], 5) == 4 / 5
-    tops, tpirs = summary(runs, np.array([2, 2, 1, 4, 0]), "published")
+    tops, tpirs = identification_summary(runs, np.array([2, 2, 1, 4, 0]), "published")
     assert tops.shape == (4, 3) and tpirs.shape == (4, 5)
     assert tops[2:, 0].tolist() == [2 / 5, 1 / 5] and np.isnan(tpirs[3]).all()

@@ -15,12 +15,17 @@ from tools.ijbc_eval.models import ModelFile, load_model
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize(("file", "name", "kind"), [
-    ("work_dirs/f512_r18/model.pt", "f512_r18", "torch"), ("nets/r50.pth", "r50", "torch"),
-    ("nets/r50.safetensors", "r50", "torch"),
-    ("nets/w600k_r50.onnx", "w600k_r50", "onnx"),
-    ("models/r100-arcface/model,12", "r100-arcface", "mxnet"), ("nets/resnet.v2,0", "resnet.v2", "mxnet"),
-])
+@pytest.mark.parametrize(
+    ("file", "name", "kind"),
+    [
+        ("work_dirs/f512_r18/model.pt", "f512_r18", "torch"),
+        ("nets/r50.pth", "r50", "torch"),
+        ("nets/r50.safetensors", "r50", "torch"),
+        ("nets/w600k_r50.onnx", "w600k_r50", "onnx"),
+        ("models/r100-arcface/model,12", "r100-arcface", "mxnet"),
+        ("nets/resnet.v2,0", "resnet.v2", "mxnet"),
+    ],
+)
 def test_names_and_kinds(file, name, kind):
     assert (ModelFile(file).name, ModelFile(file).kind) == (name, kind)
 
@@ -43,16 +48,16 @@ def test_state_dict_input_and_output(shared_models, shared_plain):
     np.testing.assert_allclose(found, [shared_plain["new_model"].embed(image) for image in images], atol=1e-5)
 
 
-def test_the_network_of_a_state_dict_is_told_from_its_keys(shared_models, tmp_path, capsys):
+def test_the_network_of_a_state_dict_is_found_by_its_keys(shared_models, tmp_path, capsys):
     file = str(shared_models["new_model"])
     told, named = ModelFile(file), ModelFile(file, "tiny")
-    assert told.told_network == told.told_network == "tiny"
-    assert capsys.readouterr().out == f"{file}: network tiny, told from its keys\n"
+    assert told.found_network == told.found_network == "tiny"
+    assert capsys.readouterr().out.count("network tiny") == 1
     images = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
     np.testing.assert_array_equal(load_model(told)(images), load_model(named)(images))
-    assert ModelFile("a.onnx").told_network is None
+    assert ModelFile("a.onnx").found_network is None
     with pytest.raises(EvalError, match=r"absent\.pt: no such file; check -m / -m_old"):
-        ModelFile(str(tmp_path / "absent.pt")).told_network
+        _ = ModelFile(str(tmp_path / "absent.pt")).found_network
 
 
 @pytest.mark.parametrize("scale", [127.5, 255.0])
@@ -122,11 +127,12 @@ def test_onnx_of_another_input_or_output(fake_onnx, monkeypatch):
     monkeypatch.setattr(FakeSession, "size", (224, 224))
     with pytest.raises(EvalError) as caught:
         load_model(ModelFile(fake_onnx))
-    expected = "expects input 'input.1' tensor(float) ['N', 3, 224, 224]; this tool feeds float32 [B,3,112,112]"
-    assert f"{fake_onnx}: {expected}" in str(caught.value) and "invalid dimensions" in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(f"{fake_onnx}: expects input 'input.1' tensor(float) ['N', 3, 224, 224]; export")
+    assert "float32 [B,3,112,112]" in message and "invalid dimensions" in message
     monkeypatch.setattr(FakeSession, "size", (112, 112))
     monkeypatch.setattr(FakeSession, "output", 3)
-    with pytest.raises(EvalError, match=r"a\.onnx: gives \[1, 3, 112\] for one image"):
+    with pytest.raises(EvalError, match=r"a\.onnx: output \[1, 3, 112\]"):
         load_model(ModelFile(fake_onnx))
 
 
@@ -144,7 +150,8 @@ def test_onnx_for_real(tmp_path):
     onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     helper = onnx.helper
     graph = helper.make_graph(
-        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)], "mean",
+        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)],
+        "mean",
         [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3, 112, 112])],
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3])],
     )
@@ -191,7 +198,7 @@ for expected, net in (("of another size", flat), ("['image']", other)):
     try:
         models.load_model(models.ModelFile(prefix + ",4"))
     except EvalError as error:
-        assert f"expects input {expected}; this tool feeds float32 [B,3,112,112]" in str(error), error
+        assert f"expects input {expected}; export it for float32 [B,3,112,112]" in str(error), error
         assert len(str(error).splitlines()) == 1
     else:
         raise AssertionError("fed with images of the wrong size")

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from tools.ijbc_eval import verification
+from tools.ijbc_eval import metrics
+from tools.ijbc_eval.metrics import Roc, most_allowed, pair_scores
 from tools.ijbc_eval.templates import l2_normalise
-from tools.ijbc_eval.verification import Roc, most_allowed, pair_scores
 
 # Few different scores, so that ties are everywhere.
 tied = st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=2, max_size=60).filter(
@@ -46,8 +46,8 @@ def test_published_reads_like_the_scripts_in_circulation(rows, fpr):
 def test_published_may_exceed_the_fpr_asked_for():
     scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], np.float32)
     label = np.array([1, 0, 1, 0, 0, 0], bool)
-    exact, _ = verification.summary(scores, label, (0.2,))
-    published, _ = verification.summary(scores, label, (0.2,), "published")
+    exact, _ = metrics.verification_summary(scores, label, (0.2,))
+    published, _ = metrics.verification_summary(scores, label, (0.2,), "published")
     assert exact[0] == 0.5  # one of four impostors is already 0.25
     assert published[0] == 1.0  # the point at 0.25 is nearer than the one at 0
 
@@ -56,7 +56,7 @@ def test_large_score_matrices_are_not_looked_up_in_32_bits():
     """Row 50,000 of 50,000 columns begins beyond 2^31; the block stands for the two scores there."""
     row, columns = np.full(2, 50_000, np.int32), np.array([1, 0], np.int32)
     scores = np.zeros(2, np.float32)
-    verification._look_up(np.array([7, 8], np.float32), 50_000 * 50_000, 50_000, row, columns, scores)
+    metrics._look_up(np.array([7, 8], np.float32), 50_000 * 50_000, 50_000, row, columns, scores)
     assert scores.tolist() == [8, 7]
 
 
@@ -83,8 +83,8 @@ def test_nan_is_an_error():
 @pytest.mark.parametrize(("block", "dense_cost"), [(1 << 28, 32), (40, 32), (1 << 28, 0)])
 @pytest.mark.parametrize("pairs", [1, 700])
 def test_pair_scores_equal_single_products(monkeypatch, block, dense_cost, pairs):
-    monkeypatch.setattr(verification, "_BLOCK", block)
-    monkeypatch.setattr(verification, "_DENSE_COST", dense_cost)
+    monkeypatch.setattr(metrics, "_BLOCK", block)
+    monkeypatch.setattr(metrics, "_DENSE_COST", dense_cost)
     rng = np.random.default_rng(3)
     old, new = (l2_normalise(rng.normal(size=(30, 8)).astype(np.float32)) for _ in range(2))
     first, second = rng.integers(0, 12, pairs).astype(np.int32), rng.integers(5, 30, pairs).astype(np.int32)

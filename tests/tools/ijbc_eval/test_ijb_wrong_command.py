@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from engine.errors import UserError
+from core.errors import UserError
 from tools.ijbc_eval import compat_report, ijbc_eval
 from tools.ijbc_eval.embed import EmbeddingStore
 
@@ -23,8 +23,18 @@ def made(tmp_path, make_ijb):
 @pytest.fixture
 def report_options(made, shared_models):
     old, new = shared_models["old_model"], shared_models["new_model"]
-    return ["--old", str(old), "--old_net", "tiny", "--new", f"n={new}:tiny", "-d", str(made.data_dir),
-            "--workers", "0"]
+    return [
+        "--old",
+        str(old),
+        "--old_net",
+        "tiny",
+        "--new",
+        f"n={new}:tiny",
+        "-d",
+        str(made.data_dir),
+        "--workers",
+        "0",
+    ]
 
 
 @pytest.fixture
@@ -44,8 +54,7 @@ def test_numbers_out_of_range(capsys, options):
         with pytest.raises(SystemExit):
             module.parse_arguments([*needed, "-d", "data", *options])
         error = capsys.readouterr().err
-        assert options[0] in error and "must be a whole number of at least" in error and options[1] in error
-    assert compat_report.parse_arguments(["--old", "o", "--new", "n", "-d", "d", "-b", "1", "--workers", "0"])
+        assert options[0] in error and "at least" in error and options[1] in error
 
 
 @pytest.mark.parametrize("scale", ["0", "-128", "nan", "inf", "x"])
@@ -55,11 +64,12 @@ def test_an_input_scale_that_is_none(capsys, scale):
     assert f"--input-scale: must be a number above 0, not {scale}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("end", "options"), [
-    ("template_pair_label.txt", []), ("1N_probe_mixed.csv", ["-N"]), ("1N_gallery_G2.csv", ["-N"]),
-])
-def test_the_lists_are_read_before_anything_is_embedded(made, shared_models, report_options, nothing_is_embedded, end,
-                                                        options):
+@pytest.mark.parametrize(
+    ("end", "options"), [("template_pair_label.txt", []), ("1N_probe_mixed.csv", ["-N"]), ("1N_gallery_G2.csv", ["-N"])]
+)
+def test_the_lists_are_read_before_anything_is_embedded(
+    made, shared_models, report_options, nothing_is_embedded, end, options
+):
     made.meta(end).write_text("nothing of the kind\n")
     new = shared_models["new_model"]
     with pytest.raises(UserError, match=end):
@@ -82,10 +92,16 @@ def test_the_independent_model_is_opened_before_anything_is_embedded(report_opti
         compat_report.main([*report_options, "--independent", "absent.pt:tiny"])
 
 
-@pytest.mark.parametrize(("lines", "pattern"), [
-    (["5"], "no gallery template"), (["{0}", "{0}"], "line 2: .* listed twice"), (["{0}"], "lists 1 of"),
-    (["{0}", "²"], "line 2: .* no gallery template"), (["9" * 5000], "no gallery template"),
-])
+@pytest.mark.parametrize(
+    ("lines", "pattern"),
+    [
+        (["5"], "line 1: .* not a gallery template"),
+        (["{0}", "{0}"], "line 2: .* listed twice"),
+        (["{0}"], "lists 1 of"),
+        (["{0}", "²"], "line 2: .* not a gallery template"),
+        (["9" * 5000], "line 1: .* not a gallery template"),
+    ],
+)
 def test_a_wrong_backfill_order(made, report_options, lines, pattern):
     pathlib.Path("order.txt").write_text("\n".join(lines).format(made.galleries["G1"][0][0]), encoding="utf-8")
     with pytest.raises(UserError, match=pattern):
@@ -112,20 +128,31 @@ CUBE = np.stack([SCORES, SCORES], axis=1)  # one run, two galleries, four probes
 SEARCH = {"scores": CUBE, "label": np.stack([LABEL, LABEL]), "rank": CUBE.astype(int), "galleries": ["G1", "G2"]}
 
 
-@pytest.mark.parametrize(("changed", "pattern"), [
-    ({"label": np.ones(4)}, "label has pairs of one kind only"), ({"label": np.zeros(4, bool)}, "one kind only"),
-    ({"label": 2 * LABEL - 1}, "label must hold 1"), ({"label": LABEL.astype(str)}, "label must hold 1"),
-    ({"label": LABEL[:3]}, "do not fit together"), ({"names": ["x", "y"]}, "do not fit together"),
-    ({"scores": np.zeros((0, 4)), "names": []}, "do not fit together"),
-    ({"scores": np.zeros((1, 0)), "label": []}, "do not fit together"),
-    ({"scores": np.where(SCORES > 0.8, np.nan, SCORES)}, "scores of run 0 hold NaN"),
-    ({"scores": SCORES.astype(str)}, "scores are of type <U"), ({"scores": SCORES.astype(complex)}, "of type complex"),
-    ({**SEARCH, "galleries": None}, "no array 'galleries'"), ({**SEARCH, "rank": None}, "no array 'rank'"),
-    ({**SEARCH, "galleries": ["G1"]}, "1 galleries do not fit"), ({**SEARCH, "rank": LABEL}, r"rank \(4,\)"),
-    ({**SEARCH, "rank": CUBE}, r"\(float32\)"), ({**SEARCH, "scores": CUBE * np.nan}, "hold NaN"),
-    ({**SEARCH, "label": LABEL}, "do not fit together"),
-    ({**SEARCH, "mixed_rank": LABEL}, r"mixed_rank \(4,\)"), ({**SEARCH, "mixed_rank": SCORES}, r"\(float32\)"),
-])
+@pytest.mark.parametrize(
+    ("changed", "pattern"),
+    [
+        ({"label": np.ones(4)}, "label has pairs of one kind only"),
+        ({"label": np.zeros(4, bool)}, "label has pairs of one kind only"),
+        ({"label": 2 * LABEL - 1}, "label must be 1"),
+        ({"label": LABEL.astype(str)}, "label must be 1"),
+        ({"label": LABEL[:3]}, "do not fit together"),
+        ({"names": ["x", "y"]}, "do not fit together"),
+        ({"scores": np.zeros((0, 4)), "names": []}, "do not fit together"),
+        ({"scores": np.zeros((1, 0)), "label": []}, "do not fit together"),
+        ({"scores": np.where(SCORES > 0.8, np.nan, SCORES)}, "scores of run 0 contain NaN"),
+        ({"scores": SCORES.astype(str)}, "scores are of type <U"),
+        ({"scores": SCORES.astype(complex)}, "of type complex"),
+        ({**SEARCH, "galleries": None}, "no array 'galleries'"),
+        ({**SEARCH, "rank": None}, "no array 'rank'"),
+        ({**SEARCH, "galleries": ["G1"]}, "1 galleries do not fit"),
+        ({**SEARCH, "rank": LABEL}, r"rank \(4,\)"),
+        ({**SEARCH, "rank": CUBE}, r"\(float32\)"),
+        ({**SEARCH, "scores": CUBE * np.nan}, "contain NaN"),
+        ({**SEARCH, "label": LABEL}, "do not fit together"),
+        ({**SEARCH, "mixed_rank": LABEL}, r"mixed_rank \(4,\)"),
+        ({**SEARCH, "mixed_rank": SCORES}, r"\(float32\)"),
+    ],
+)
 def test_arrays_that_are_no_result(changed, pattern):
     arrays = {"scores": SCORES, "label": LABEL, "names": ["x"], **changed}
     np.savez("theirs.npz", **{key: value for key, value in arrays.items() if value is not None})
@@ -139,7 +166,7 @@ def test_arrays_that_are_a_result(capsys):
     np.savez("b.npz", **SEARCH, names=["x"])
     ijbc_eval.main(["-P", "a.npz", "b.npz"])
     assert "0.750000" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"b\.npz: has no array 'mixed_rank', .* write it anew with"):
+    with pytest.raises(UserError, match=r"b\.npz: has no array 'mixed_rank', .*ijbc_eval\.py -N -R"):
         ijbc_eval.main(["-P", "b.npz", "--protocol", "published"])
     np.savez("c.npz", **SEARCH, names=["x"], mixed_rank=LABEL[None])
     ijbc_eval.main(["-P", "c.npz", "--protocol", "published"])

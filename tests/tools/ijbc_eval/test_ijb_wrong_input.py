@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from engine.errors import UserError
+from core.errors import UserError
 from tools.ijbc_eval import ijbc_eval
 
 
@@ -36,7 +36,7 @@ def edit(path, number, change):
     """Replace line `number` (from 1) of a file by change(line); None takes it out."""
     lines = path.read_text().splitlines()
     changed = change(lines[number - 1])
-    lines[number - 1:number] = [] if changed is None else [changed]
+    lines[number - 1 : number] = [] if changed is None else [changed]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -61,10 +61,16 @@ def test_an_image_listed_twice(made, fails):
     fails(made, r"ijbc_name_5pts_score\.txt line 3", r"3\.jpg is listed again")
 
 
-@pytest.mark.parametrize("change", [
-    lambda line: " ".join(line.split()[:-1]), lambda line: f"{line} 7", lambda line: line.replace(".", "x", 3),
-    lambda line: "", lambda line: "n" * 70 + line,
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: " ".join(line.split()[:-1]),
+        lambda line: f"{line} 7",
+        lambda line: line.replace(".", "x", 3),
+        lambda line: "",
+        lambda line: "n" * 70 + line,
+    ],
+)
 def test_a_damaged_landmark_line(made, fails, change):
     edit(made.meta("name_5pts_score.txt"), 7, change)
     fails(made, r"ijbc_name_5pts_score\.txt line 7: expected `name x1 y1")
@@ -79,7 +85,7 @@ def test_landmarks_that_are_no_numbers(made, fails, value):
 @pytest.mark.parametrize("end", ["name_5pts_score.txt", "face_tid_mid.txt"])
 def test_an_image_name_outside_ascii(made, fails, end):
     edit(made.meta(end), 2, lambda line: f"é{line}")
-    fails(made, rf"ijbc_{re.escape(end)} line 2: the image name 'é2\.jpg' has letters outside ASCII")
+    fails(made, rf"ijbc_{re.escape(end)} line 2: .*'é2\.jpg' is not ASCII; rename")
 
 
 def test_landmarks_in_one_point(made, fails):
@@ -93,10 +99,16 @@ def test_a_damaged_face_line(made, fails, line):
     fails(made, r"ijbc_face_tid_mid\.txt line 4")
 
 
-@pytest.mark.parametrize(("line", "pattern"), [
-    ("99999 {1} {2}", "template 99999 has no face in ijbc_face_tid_mid"), ("{0} 3 {2}", "template 3 has no face"),
-    ("{0} {1}", "expected `template template label`"), ("{0} {1} 2", "label 2"), ("{0} {1} x", "expected"),
-])
+@pytest.mark.parametrize(
+    ("line", "pattern"),
+    [
+        ("99999 {1} {2}", "template 99999 has no face in ijbc_face_tid_mid"),
+        ("{0} 3 {2}", "template 3 has no face"),
+        ("{0} {1}", "expected `template template label`"),
+        ("{0} {1} 2", "label 2"),
+        ("{0} {1} x", "expected"),
+    ],
+)
 def test_a_wrong_pair(made, fails, line, pattern):
     edit(made.meta("template_pair_label.txt"), 3, lambda old: line.format(*old.split()))
     fails(made, r"ijbc_template_pair_label\.txt line 3", pattern)
@@ -119,7 +131,7 @@ def test_a_template_without_faces(made, fails, end):
 def test_a_truncated_csv(made, fails, end):
     path = made.meta(f"1N_{end}.csv")
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:4])[:-len(lines[3]) // 2])
+    path.write_text("\n".join(lines[:4])[: -len(lines[3]) // 2])
     fails(made, rf"1N_{end}\.csv line 4", "truncated", options=["-N"])
 
 
@@ -205,7 +217,7 @@ def test_a_model_that_cannot_be_loaded(made, fails, tmp_path):
 
 
 def test_a_missing_directory_or_file(made, fails, tmp_path):
-    fails(made, "IJBB/meta", "-d takes", options=["-s", "IJBB"])
+    fails(made, "IJBB/meta", "set -d", options=["-s", "IJBB"])
     made.meta("template_pair_label.txt").unlink()
     fails(made, r"ijbc_template_pair_label\.txt: cannot be read")
 

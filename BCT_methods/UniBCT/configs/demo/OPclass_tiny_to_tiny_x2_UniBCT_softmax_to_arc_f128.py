@@ -7,7 +7,7 @@ config = edict()
 config.scenario = "demo_OPclass_softmax_f128"
 config.network = "tiny_x2"
 
-# The method's epochs, for 24 of them in place of 35.
+# The method's epochs, scaled from 35 to 24.
 config.compat_start_epoch = 7
 config.refine_epochs = [7, 14]
 config.decay_epoch = [14, 18, 22]

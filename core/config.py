@@ -1,0 +1,225 @@
+"""Config files: plain Python that defines `config`, an EasyDict, in layers.
+
+The layers of a run's config, each overriding the ones before:
+
+1. `configs/base.py` at the repo root, which declares every shared key;
+2. `base.py` in the nearest directory named `configs` above the file (a method's own keys and defaults);
+3. for a file in a sub-directory, such as `configs/demo/`: that sub-directory's `base.py` at the root, then the
+   method's;
+4. the scenario that the file names, one of `configs/scenarios/`: the data, and the old model's files;
+5. the file itself;
+6. the environment variable BCT_OVERRIDES, such as `--network tiny --num_epoch 1`, to try a whole flow quickly;
+7. `--key value` from the command line.
+
+Only `base.py` files may declare keys. An undeclared key is an error that names the nearest declared one.
+"""
+
+import ast
+import difflib
+import math
+import os
+import pathlib
+import runpy
+import shlex
+
+from easydict import EasyDict
+
+from core.errors import UserError
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+# Keys that are paths, relative to `workspace`.
+PATH_KEYS = (
+    "rec",
+    "rec_val",
+    "output",
+    "old_embedding",
+    "old_embedding_label",
+    "credible_old_feature",
+    "old_prototype",
+    "old_model_path",
+    "center_radius",
+)
+
+
+# Allowed values of the shared keys; a method checks its own with `require`.
+RANGES = {
+    "embedding_size": (lambda v: v > 0, "above 0"),
+    "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "margin_list": (
+        lambda v: len(v) == 3 and all(isinstance(m, (int, float)) for m in v) and 0 <= v[1] < math.pi,
+        "three numbers, (m1, m2, m3), with m2 at least 0 and below pi",
+    ),
+    "decay_epoch": (lambda v: all(isinstance(epoch, (int, float)) for epoch in v), "a list of numbers"),
+    "margin_scale": (lambda v: v > 0, "above 0"),
+    "sample_rate": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "lr": (lambda v: v > 0, "above 0"),
+    "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "weight_decay": (lambda v: v >= 0, "at least 0"),
+    "batch_size": (lambda v: v > 0, "above 0"),
+    "gradient_acc": (lambda v: v > 0, "above 0"),
+    "num_epoch": (lambda v: v > 0, "above 0"),
+    "warmup_epoch": (lambda v: v >= 0 or v == -1, "at least 0, or -1: decay from one epoch ahead"),
+    "clip_grad_norm": (lambda v: v >= 0, "at least 0"),
+    "num_classes": (lambda v: v >= 0, "at least 0"),
+    "num_image": (lambda v: v >= 0, "at least 0"),
+    "num_workers": (lambda v: v >= 0, "at least 0"),
+    "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
+    "amp_dtype": (lambda v: v in ("float16", "bfloat16"), '"float16" or "bfloat16"'),
+    "optimizer": (lambda v: v in ("sgd", "adamw"), '"sgd" or "adamw"'),
+    "checkpoint_steps": (lambda v: v >= 0, "at least 0"),
+    "verbose": (lambda v: v > 0, "above 0"),
+    "frequent": (lambda v: v > 0, "above 0"),
+}
+
+
+# Other repos' names of some keys, for the hint on an unknown one.
+_USUAL_NAMES = {
+    "learning_rate": "lr",
+    "epochs": "num_epoch",
+    "epoch": "num_epoch",
+    "bs": "batch_size",
+    "workers": "num_workers",
+    "backbone": "network",
+    "model": "network",
+    "amp": "fp16",
+    "bf16": "amp_dtype",
+    "optim": "optimizer",
+    "wd": "weight_decay",
+}
+
+
+class ConfigError(UserError):
+    """An unusable config file, key or value. The message names the file and the key."""
+
+
+def load_config(path, overrides=()):
+    """Read the config file `path` over its bases and apply `overrides`.
+
+    path: relative to the working directory or, if not found there, to the repo root.
+    overrides: command-line arguments, `["--lr", "0.02"]` or `["--lr=0.02"]`.
+    Returns an EasyDict of all keys; paths are absolute strings, `name` is the file's stem and `config_file` its path.
+    Raises ConfigError.
+    """
+    path = _find(path)
+    config = EasyDict()
+    bases = _bases(path)
+    for base in bases:
+        config.update(_run(base))
+    layers = [] if path in bases else [(path, list(_run(path).items()))]
+    for where, words in (
+        ("BCT_OVERRIDES", shlex.split(os.environ.get("BCT_OVERRIDES", ""))),
+        ("the command line", overrides),
+    ):
+        layers.append((where, list(_parse_overrides(words, where))))
+    for where, layer in [_scenario_layer(config, layers, path), *layers]:
+        for key, value in layer:
+            _assign(config, key, value, where)
+    config.name = path.stem
+    config.config_file = str(path)
+    for key, (allowed, text) in RANGES.items():
+        require(config, key, allowed(config[key]), text)
+    return _resolve_paths(config)
+
+
+def require(config, key, condition, text):
+    """Unless `condition`, raise a ConfigError that says what `key` must be: `text`, such as "at least 0"."""
+    if not condition:
+        raise ConfigError(f"{config.config_file}: {key} = {config[key]!r}; it must be {text}")
+
+
+def _find(path):
+    for candidate in (pathlib.Path(path), REPO / path):
+        if candidate.is_file():
+            return candidate.resolve()
+    raise ConfigError(f"{path}: no such config file, here or under {REPO}")
+
+
+def _bases(path):
+    """The base.py files that apply to `path`, outermost first; outside a `configs` directory only the root's."""
+    roots = [REPO / "configs"]
+    below = pathlib.Path()
+    for parent in path.parents:
+        if parent.name == "configs":
+            below = path.parent.relative_to(parent)
+            if parent != roots[0]:
+                roots.append(parent)
+            break
+    levels = [pathlib.Path(*below.parts[:depth]) for depth in range(len(below.parts) + 1)]
+    candidates = [root / level / "base.py" for level in levels for root in roots]
+    return [base for base in candidates if base.is_file()]
+
+
+def _scenario_layer(config, layers, config_file):
+    """`(where, keys)` of the scenario named by the last of `layers`, without paths that the method does not declare."""
+    name = [config.scenario, *(value for _, layer in layers for key, value in layer if key == "scenario")][-1]
+    if not name:
+        return "", []
+    path = REPO / "configs" / "scenarios" / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.py")))
+        raise ConfigError(f"{config_file}: scenario = {name!r} is not in configs/scenarios/; choose one of {known}")
+    return path, [(key, value) for key, value in _run(path).items() if key in config or key not in PATH_KEYS]
+
+
+def _run(path):
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: defines no `config`; start it with `config = edict()`")
+    return config
+
+
+def _parse_overrides(words, where):
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{where}: unexpected {word!r}; write --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"{where}: --{key} has no value")
+            value = words.pop(0)
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a bare word is a string
+        yield key, value
+
+
+def _assign(config, key, value, where):
+    if key not in config:
+        near = _USUAL_NAMES.get(key) or next(iter(difflib.get_close_matches(key, config, n=1, cutoff=0)))
+        raise ConfigError(f"{where}: unknown key {key!r}; did you mean {near!r}? configs/base.py lists all keys")
+    config[key] = _checked(key, value, config[key], where)
+
+
+def _checked(key, value, default, where):
+    """`value`, if it has the default's type; int is accepted for float, list and tuple for each other."""
+    kinds = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), list: (tuple, list)}
+    allowed = kinds.get(type(default))
+    if allowed is None or (isinstance(value, allowed) and (type(value) is not bool or bool in allowed)):
+        return value
+    if type(default) is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise ConfigError(
+        f"{where}: {key} = {value!r} is a {type(value).__name__}; "
+        f"it must be a {type(default).__name__}, like {default!r}"
+    )
+
+
+def _resolve_paths(config):
+    workspace = REPO / config.workspace
+    config.workspace = str(workspace)
+    config.output = config.output or f"work_dirs/{config.name}"
+    for key in PATH_KEYS:
+        value = config.get(key)
+        if value and value != "synthetic":
+            config[key] = str(workspace / value)
+    if not config.rec_val and config.rec != "synthetic":
+        rec = pathlib.Path(config.rec)
+        config.rec_val = str(rec if rec.is_dir() else rec.parent)
+    return config

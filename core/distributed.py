@@ -1,0 +1,193 @@
+"""Ranks, devices and the collectives that losses need.
+
+Convention of the whole repo: a loss term is a scalar of the *global* batch. It has the same value on every rank,
+and its gradient on a rank is the exact derivative with respect to that rank's tensors. Gradients of replicated
+parameters are therefore *summed* over the ranks (see `engine.trainer`), never averaged, so that one rank and
+many ranks with the same global batch take the same step.
+
+Everything here also works in a single process, without a process group.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def init_distributed(backend=None, timeout_minutes=30):
+    """Join the launcher's process group, if there is one. Returns `(rank, world_size, device)`.
+
+    Ranks come from RANK/WORLD_SIZE/LOCAL_RANK, set by torchrun and torch.distributed.launch; without them this is a
+    single process. The device is `cuda:LOCAL_RANK` if CUDA is available, else `cpu`; the backend is nccl or gloo
+    accordingly.
+    """
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
+        raise SystemExit(
+            f"Slurm started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without RANK: each would train on its own. "
+            "Have srun start torchrun, one task per machine (--ntasks-per-node=1)"
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise SystemExit(
+                f"no GPU for LOCAL_RANK={device.index}: this machine has {torch.cuda.device_count()}; "
+                f"start with --nproc_per_node={torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        dist.init_process_group(
+            backend or ("nccl" if device.type == "cuda" else "gloo"),
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+            **_store_after_restart(timeout),
+        )
+    return rank(), world_size(), device
+
+
+def _store_after_restart(timeout):
+    """Extra arguments of `init_process_group` after a restart by `torchrun --max-restarts`.
+
+    With --master_port torchrun's store outlives the attempt and still has its ranks' addresses; with torch 2.15 the
+    next attempt would use them. On several machines --rdzv_backend=c10d creates a new store for each attempt.
+    """
+    attempt, ranks = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ["WORLD_SIZE"]
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not agent or os.environ.get("LOCAL_WORLD_SIZE") != ranks:
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, int(ranks), is_master=False, timeout=timeout)
+    return {
+        "store": dist.PrefixStore(f"attempt_{attempt}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(ranks),
+    }
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shutdown():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def to_device(tensor, device):
+    """`tensor` on `device`. From the CPU to CUDA through pinned memory: a plain `.to(device)` would make the host wait
+    for all work queued on the device.
+    """
+    if tensor.is_cuda or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def rows_of_rank(total, rank, world_size):
+    """`(start, stop)` of the contiguous share of `total` rows that `rank` owns; shares differ by at most one row."""
+    size, rest = divmod(total, world_size)
+    start = rank * size + min(rank, rest)
+    return start, start + size + (rank < rest)
+
+
+def all_reduce_(tensor, op=dist.ReduceOp.SUM):
+    """In-place reduction over the ranks; outside autograd."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def broadcast_(tensor, source=0):
+    """Overwrite `tensor` on every rank with rank `source`'s; outside autograd."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def broadcast_buffers(module, source=0):
+    """Copy rank `source`'s buffers of `module` to all ranks: in training each has its own BatchNorm statistics."""
+    for buffer in module.buffers():
+        broadcast_(buffer, source)
+
+
+def gather(tensor):
+    """Concatenate equally shaped tensors of all ranks in rank order, without gradient: [B, ...] -> [world·B, ...]."""
+    tensor = tensor.detach().contiguous()
+    if world_size() == 1:
+        return tensor
+    whole = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
+    dist.all_gather(list(whole.chunk(world_size())), tensor)  # into views of `whole`, no concatenation
+    return whole
+
+
+def gather_objects(value):
+    """`[rank 0's value, rank 1's, ...]` on every rank; `value` must be picklable."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.rows = len(tensor)
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Each rank has the derivative of its share of the loss with respect to *all* rows; the derivative with
+        # respect to my rows is their sum. (A reduce-scatter would do, but gloo has none in older torch versions.)
+        grad = all_reduce_(grad.contiguous().clone())
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_with_grad(tensor):
+    """As `gather`, with gradient: the backward sums all ranks' gradients of my rows.
+
+    For losses in which each rank does a *different share* of the work on the gathered rows (class shards).
+    A loss that every rank computes in full from the gathered rows would be counted `world_size` times.
+    """
+    return _GatherWithGrad.apply(tensor) if world_size() > 1 else tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return all_reduce_(tensor.detach().clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def sum_over_ranks(tensor):
+    """Sum of a tensor over the ranks, the same on all of them.
+
+    The gradient passes through unchanged: every rank computes the same function of the sum, so the incoming gradient
+    is already the whole derivative (all-reducing it again would count it `world_size` times).
+    """
+    return _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
+
+
+def global_mean(value):
+    """Mean over the ranks of a scalar that each computed on its own, equally large, part of the batch.
+
+    The same on every rank; its gradient with respect to this rank's value is 1/world_size, as for a mean over the
+    global batch.
+    """
+    return sum_over_ranks(value / world_size())

@@ -1,0 +1,149 @@
+"""Feature files written by all ranks, each its share of the rows. old_model/feature_set.py names the files."""
+
+import errno
+import os
+import pathlib
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from core.distributed import barrier, is_main, rank, rows_of_rank, world_size
+from engine.loader import ExtractLoader
+from old_model.feature_set import FeatureError
+
+
+class SharedArray:
+    """One .npy file that all ranks fill, each its own rows; it gets its final name once it is complete.
+
+    All ranks construct it, write and `finish`; then one calls `publish`. Rank 0 reserves the whole size first, so that
+    a full disk fails before the work. Rows are written to the file, not to a memory map, which dies of SIGBUS on a full
+    disk and, on a network disk, lets two machines overwrite each other's rows within a page. With several machines the
+    directory must be shared. Raises FeatureError if it cannot be written.
+    """
+
+    def __init__(self, path, shape, dtype):
+        self.path, self.dtype = pathlib.Path(path), np.dtype(dtype)
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self.row_bytes = self.dtype.itemsize * int(np.prod(shape[1:]))
+        if is_main():
+            try:
+                self._reserve(shape)
+            except OSError as error:
+                self._fail(error)
+        barrier()
+        self.file = open(self.temporary, "r+b")
+        np.lib.format.read_magic(self.file)
+        np.lib.format.read_array_header_1_0(self.file)
+        self.offset = self.file.tell()
+
+    def _reserve(self, shape):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": tuple(shape)}
+        with open(self.temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            size = file.tell() + shape[0] * self.row_bytes
+            file.truncate(size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except AttributeError:
+                pass  # no such call on this system: a full disk fails when rows are written
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot reserve
+                    raise
+
+    def write(self, row, values):
+        """Store `values` [n, …] as rows row … row + n − 1."""
+        try:
+            self.file.seek(self.offset + row * self.row_bytes)
+            self.file.write(np.ascontiguousarray(values, self.dtype))
+        except OSError as error:
+            self._fail(error)
+
+    def finish(self):
+        """Sync this rank's rows to disk."""
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+        except OSError as error:
+            self._fail(error)
+
+    def publish(self):
+        """Give the file its final name; on one rank, after all have finished."""
+        os.replace(self.temporary, self.path)
+
+    def discard(self):
+        """Delete the temporary file; an existing final file stays as it was."""
+        if is_main():
+            self.temporary.unlink(missing_ok=True)
+
+    def _fail(self, error):
+        self.discard()
+        raise FeatureError(f"{self.path}: cannot be written ({error.strerror}); check the disk's free space") from error
+
+
+def extract_features(model, dataset, feature_path, label_path=None, *, embedding_size, batch_size=128, num_workers=2):
+    """Embed all images of `dataset`, in record order and unflipped, into a .npy file; all ranks call it together.
+
+    model: images [B, 3, 112, 112] -> embeddings [B, embedding_size], on its device. It runs in eval mode without
+        autograd; its modes are restored. A DDP wrapper is removed: it would sync buffers at every batch, but ranks may
+        have different numbers of batches.
+    dataset: a data set of dataset.py. Rank r of w embeds the r-th of w contiguous parts.
+    feature_path: written atomically as float32 [N, embedding_size]; label_path, if given: int64 [N].
+    batch_size: images per forward pass; num_workers: decoding processes per rank.
+    Raises FeatureError for embeddings that are non-finite or of another width, and for a full disk; existing files stay
+    as they were.
+    """
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    arrays = []
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        arrays.append(SharedArray(feature_path, (len(dataset), embedding_size), np.float32))
+        if label_path:
+            arrays.append(SharedArray(label_path, (len(dataset),), np.int64))
+        _embed_rows_of_rank(model.eval(), dataset, arrays, embedding_size, batch_size, num_workers)
+        for array in arrays:
+            array.finish()
+    except BaseException:
+        for array in arrays:
+            array.discard()
+        raise
+    finally:
+        for module, training in modes:
+            module.training = training
+    barrier()
+    if is_main():
+        for array in reversed(arrays):  # features last, so that their labels are there before them
+            array.publish()
+    barrier()
+
+
+@torch.no_grad()
+def _embed_rows_of_rank(model, dataset, arrays, embedding_size, batch_size, num_workers):
+    start, stop = rows_of_rank(len(dataset), rank(), world_size())
+    device = next(model.parameters()).device
+    loader = ExtractLoader(dataset, batch_size, device, num_workers, start, stop)
+    row = start
+    with tqdm(total=stop - start, unit="img", desc="features", disable=None if is_main() else True) as progress:
+        for batch in loader:
+            embeddings = model(batch.images).float()
+            if embeddings.shape != (len(batch.images), embedding_size):
+                raise FeatureError(
+                    f"the model's embeddings have shape {list(embeddings.shape[1:])}, "
+                    f"but embedding_size is {embedding_size}; correct it in the config"
+                )
+            embeddings = embeddings.cpu()
+            finite = torch.isfinite(embeddings).all(dim=1)
+            if not finite.all():
+                raise FeatureError(
+                    f"{dataset.path}: the model returns NaN or infinity for row {int(batch.index[~finite][0])}; "
+                    "check the model's weights and that image"
+                )
+            for array, values in zip(arrays, (embeddings, batch.labels.cpu())):
+                array.write(row, values.numpy())
+            row += len(embeddings)
+            progress.update(len(embeddings))
+    if row != stop:
+        raise FeatureError(f"{dataset.path}: {row - start} images for the rows {start} to {stop}")

@@ -1,0 +1,279 @@
+"""Batches of a training set on the device: decoded by worker processes, with the old model's rows of the same images.
+
+Workers decode a whole batch into one uint8 tensor; mirroring and normalisation run once per batch, on the device.
+Order and mirroring depend only on (seed, epoch): they are the same for any number of ranks and for a resumed run.
+"""
+
+import sys
+import traceback
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from core.distributed import to_device
+from core.errors import UserError
+from dataset import IMAGE_SHAPE, to_input
+from engine.workers import FileSize, WorkerError, Workers, start_worker
+from recordio import RecordError
+
+
+class Batch(NamedTuple):
+    """One rank's images of a step and their data. B = batch_size; row i of every field belongs to the same image."""
+
+    images: torch.Tensor  # float32 [B, 3, 112, 112] in [-1, 1], on the device
+    labels: torch.Tensor  # int64 [B], on the device
+    index: torch.Tensor  # int64 [B], on the CPU: rows in the training set and in every feature file
+    old: torch.Tensor | None = None  # float32 [B, D], on the device: old features as stored, not normalised
+    credible: torch.Tensor | None = None  # bool [B], on the CPU: which of `old` may be used
+
+
+class OldRows:
+    """The workers' job beside decoding: check labels against the old model's files, and read the batch's rows.
+
+    old: an OldFeatures. rows: False = only check labels (a method that uses no rows).
+    """
+
+    def __init__(self, old, rows=True):
+        self.old, self.width = old, old.width if rows else 0
+
+    def read(self, rows, labels, out):
+        """Fill `out`, float32 [B, D], and return the credible flags, bool [B], or None without rows."""
+        self.old.compare_labels(rows, labels)
+        if not self.width:
+            return None
+        self.old.read(rows, out)
+        return self.old.read_credible(rows)
+
+
+class _Batches(Dataset):
+    """Runs in the workers: fills a slot of memory, shared with the main process, with a batch.
+
+    Slots are reused: a new one per batch would cost a fifth of a worker's time in page faults, and file descriptors.
+    Raises WorkerError if there is no room for them.
+
+    A truncated record file is detected before each batch. If it is truncated during a read, SIGBUS kills the process:
+    a worker, whose death the main process explains, or with num_workers = 0 the training itself.
+    """
+
+    def __init__(self, dataset, file, slots, batch_size, num_workers, old):
+        self.dataset, self.file, self.old = dataset, file, old
+        self.images = torch.empty((slots, batch_size, *IMAGE_SHAPE), dtype=torch.uint8)
+        self.old_rows = torch.empty((slots, batch_size, old.width if old else 0))
+        size = self.images.nbytes + self.old_rows.nbytes
+        try:
+            for memory in (self.images, self.old_rows):
+                if num_workers and memory.numel():
+                    memory.share_memory_()
+        except RuntimeError as error:
+            raise WorkerError(
+                f"num_workers = {num_workers} needs {size >> 20} MB of shared memory on each rank "
+                f"({str(error).splitlines()[0]}): enlarge /dev/shm (docker: --shm-size=8g) or lower num_workers"
+            ) from error
+
+    def __getitem__(self, item):
+        slot, rows, mirrored = item
+        try:
+            labels = self._decode(rows, self.images[slot].numpy())
+            old_rows = self.old_rows[slot, : len(rows)].numpy()
+            credible = self.old.read(rows, labels, old_rows) if self.old else None
+            return slot, labels, rows, mirrored, credible
+        except UserError as error:
+            return error  # raised in a worker, its message would be lost in that process's traceback
+
+    def _decode(self, rows, images):
+        self.file.check()
+        try:
+            return self.dataset.fill(rows, images)
+        except RecordError:
+            self.file.check()  # a truncated file also looks like a damaged record
+            raise
+
+
+class _Slots:
+    """The steps of a plan, each with the slot for its batch: yields `(slot, rows, mirrored)`."""
+
+    def __init__(self, plan, slots):
+        self.plan, self.slots = plan, slots
+
+    def __iter__(self):
+        return ((i % self.slots, *step) for i, step in enumerate(self.plan))
+
+
+def _unchanged(batch):
+    return batch
+
+
+class ShuffledRows:
+    """A rank's rows in each step of an epoch, and which of them are mirrored: yields `(rows, mirrored)`."""
+
+    def __init__(self, num_image, batch_size, seed, rank, world_size):
+        self.num_image, self.batch_size, self.seed = num_image, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.start_step = 0
+
+    def __len__(self):
+        return self.num_image // (self.batch_size * self.world_size)
+
+    def __iter__(self):
+        draw = np.random.default_rng([self.seed, self.epoch])
+        order = draw.permutation(self.num_image)
+        # Drawn by position in the epoch, so that mirroring depends neither on the number of ranks nor on batch_size.
+        mirrored = draw.integers(0, 2, self.num_image, np.uint8).astype(bool)
+        whole, mine = self.batch_size * self.world_size, self.batch_size * self.rank
+        for step in range(self.start_step, len(self)):
+            share = slice(step * whole + mine, step * whole + mine + self.batch_size)
+            yield order[share], mirrored[share]
+
+
+class RowsInOrder:
+    """The rows `start` ... `stop` − 1, none mirrored."""
+
+    def __init__(self, batch_size, start, stop):
+        self.batch_size, self.start, self.stop = batch_size, start, stop
+
+    def __len__(self):
+        return -(-(self.stop - self.start) // self.batch_size)
+
+    def __iter__(self):
+        for first in range(self.start, self.stop, self.batch_size):
+            yield np.arange(first, min(first + self.batch_size, self.stop)), np.zeros(0, bool)
+
+
+class _Loader:
+    """Batches of the rows in `plan`, decoded by worker processes, on the device."""
+
+    def __init__(self, dataset, plan, device, num_workers, old=None, prefetch=2):
+        if plan.batch_size < 1:
+            raise ValueError(f"batch_size = {plan.batch_size} must be at least 1")
+        self.dataset, self.device = dataset, torch.device(device)
+        self._plan, self._stream = plan, None
+        # A DataLoader keeps `prefetch` batches per worker in progress; one more is in use here.
+        slots = num_workers * prefetch + 1
+        file = FileSize(dataset.path)
+        self._shared = _Batches(dataset, file, slots, plan.batch_size, num_workers, old)
+        self._workers = Workers(file, num_workers)
+        self._batches = DataLoader(
+            self._shared,
+            batch_size=None,
+            sampler=_Slots(plan, slots),
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            worker_init_fn=start_worker,
+            prefetch_factor=prefetch if num_workers else None,
+            persistent_workers=num_workers > 0,
+            # Forked, they share the index in memory and start at once, with one thread: see workers.start_worker.
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # else every epoch would draw from the training's generator
+        )
+
+    def __len__(self):
+        """Steps per full epoch, the same on every rank."""
+        return len(self._plan)
+
+    def __iter__(self):
+        return self._one_ahead() if self.device.type == "cuda" else map(self._on_device, self._filled())
+
+    def _filled(self):
+        try:
+            for batch in self._received():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except Exception as error:
+            # Its frames and the DataLoader's iterator reference each other. Workers forked later would inherit that
+            # garbage and, on collecting it, wait five seconds for each of its processes, which are not their children.
+            batch = None
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    def _received(self):
+        """The workers' results. A dead worker is reported here, between two batches, and nowhere else."""
+        self._workers.check()
+        try:
+            with self._workers.starting():
+                batches = iter(self._batches)
+            for batch in batches:
+                yield batch
+                self._workers.check()
+        except RuntimeError:
+            if not self._workers.dead():
+                raise
+        self._workers.check()
+
+    def _on_device(self, filled):
+        """The Batch, copied out of its slot, which the workers will overwrite."""
+        slot, labels, rows, mirrored, credible = filled
+        images = to_device(self._shared.images[slot, : len(rows)], self.device)
+        mirrored = to_device(torch.from_numpy(mirrored), self.device) if len(mirrored) else None
+        index, old = torch.from_numpy(rows), None
+        if credible is not None:
+            old = self._shared.old_rows[slot, : len(rows)]
+            old = to_device(old, self.device) if self.device.type == "cuda" else old.clone()
+            credible = torch.from_numpy(credible)
+        return Batch(to_input(images, mirrored), to_device(torch.from_numpy(labels), self.device), index, old, credible)
+
+    def _one_ahead(self):
+        """Copy and prepare each batch on a separate stream while the previous one trains."""
+        if self._stream is None:  # created once: memory allocated on a stream is reused only by that stream
+            self._stream = torch.cuda.Stream(self.device)
+        waiting = None
+        for filled in self._filled():
+            with torch.cuda.stream(self._stream):
+                ready = self._on_device(filled), self._stream.record_event()
+            if waiting is not None:
+                yield self._hand_over(*waiting)
+            waiting = ready
+        if waiting is not None:
+            yield self._hand_over(*waiting)
+
+    def _hand_over(self, batch, copied):
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(copied)
+        for tensor in batch:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(current)  # allocated on the other stream, which must not reuse it yet
+        return batch
+
+
+class TrainLoader(_Loader):
+    """A rank's share of every global batch of an epoch, shuffled and randomly mirrored, as `Batch`.
+
+    The global batch of step s is perm[s*G : (s+1)*G] with G = batch_size * world_size and perm drawn from
+    (seed, epoch); a rank takes its contiguous slice. The last, incomplete global batch is dropped.
+
+    batch_size: images per rank and step.
+    num_workers: decoding processes; 0 = decode in this process.
+    seed: >= 0, the same on every rank.
+    old: `OldRows` of the training set; None = batches without old features.
+
+    Raises `WorkerError` if shared memory is too small. Iterating raises `RecordError` for a damaged record or a
+    truncated file, `FeatureError` for old features that cannot be read or belong to another record file, and
+    `WorkerError` for a dead worker.
+    """
+
+    def __init__(self, dataset, batch_size, device, num_workers=2, seed=0, rank=0, world_size=1, old=None):
+        plan = ShuffledRows(len(dataset), batch_size, seed, rank, world_size)
+        super().__init__(dataset, plan, device, num_workers, old)
+        if len(self) == 0:
+            raise ValueError(
+                f"{dataset.path} has {len(dataset)} images, fewer than one global batch of {batch_size} x {world_size} "
+                f"ranks: lower batch_size"
+            )
+
+    def set_epoch(self, epoch, start_step=0):
+        """Set the epoch, counted from 0, of the next iteration; it starts at step `start_step`."""
+        if not 0 <= start_step <= len(self):
+            raise ValueError(f"start_step {start_step} is out of range, the epoch has {len(self)} steps")
+        self._plan.epoch, self._plan.start_step = epoch, start_step
+
+
+class ExtractLoader(_Loader):
+    """The rows `start` ... `stop` − 1 in record order, never mirrored, as `Batch`; the last may be short."""
+
+    def __init__(self, dataset, batch_size, device, num_workers=2, start=0, stop=None):
+        stop = len(dataset) if stop is None else stop
+        if not 0 <= start <= stop <= len(dataset):
+            raise ValueError(f"rows {start} to {stop} are not within the {len(dataset)} rows of {dataset.path}")
+        super().__init__(dataset, RowsInOrder(batch_size, start, stop), device, num_workers)

@@ -1,0 +1,115 @@
+"""A loader's decoding processes: how they start and end, and the error when one dies."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+
+import cv2
+
+from core.errors import UserError
+from recordio import RecordError
+
+
+class WorkerError(UserError):
+    """A data worker could not start or has died; the message says why and what to do."""
+
+
+class FileSize:
+    """Detects a change in size of a memory-mapped record file: reading past a truncated end kills with SIGBUS.
+
+    A file that was replaced or deleted stays intact for processes that have it mapped.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.was = os.stat(path) if os.path.isfile(path) else None  # a synthetic set has none
+
+    def check(self):
+        """Raise RecordError if the file's size has changed or its disk is gone."""
+        try:
+            now = os.stat(self.path) if self.was else None
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise RecordError(f"{self.path}: no longer accessible ({error.strerror}); check the disk") from None
+        if now and os.path.samestat(now, self.was) and now.st_size != self.was.st_size:
+            raise RecordError(
+                f"{self.path}: {now.st_size} bytes, but {self.was.st_size} when opened: truncated or overwritten. "
+                "Restore the file and start again, a training with resume = True"
+            )
+
+
+def start_worker(_):
+    """Initialise a worker process."""
+    cv2.setNumThreads(0)  # the workers are the parallelism
+    gc.freeze()  # else every collection would scan the parent's objects
+    if hasattr(signal, "sigtimedwait"):
+        # A launcher sends SIGTERM to all processes of the run. The training process then finishes its step, which may
+        # need another batch, and ends its workers itself: only its own SIGTERM counts here. (Ignoring the signal would
+        # hang: at exit Python sends it to the remaining workers and waits for them.)
+        # A forked process has no other thread yet in which the signal would not be blocked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """Exit when the training process sends SIGTERM or, within seconds, when it was killed."""
+    parent = multiprocessing.parent_process()
+    while parent.is_alive():
+        received = signal.sigtimedwait([signal.SIGTERM], 1)
+        if received is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)
+
+
+class Workers:
+    """The processes of one loader. file: FileSize of their record file; count: num_workers of the config."""
+
+    def __init__(self, file, count):
+        self.file, self.count, self.processes = file, count, []
+
+    @contextlib.contextmanager
+    def starting(self):
+        """Wraps the code that starts them, and restores the SIGCHLD handler.
+
+        A DataLoader's handler raises its error about a dead worker anywhere in the main program, perhaps in the middle
+        of a checkpoint. Here a death is reported when the next batch is requested.
+        """
+        before, on_child = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        try:
+            yield
+        finally:
+            self.processes += [process for process in multiprocessing.active_children() if process not in before]
+            if on_child is not None and signal.getsignal(signal.SIGCHLD) is not on_child:
+                signal.signal(signal.SIGCHLD, on_child)
+
+    def dead(self):
+        """A dead process, or None."""
+        return next((process for process in self.processes if process.exitcode is not None), None)
+
+    def check(self):
+        """Raise for a dead process: RecordError if its file changed, else WorkerError."""
+        dead = self.dead()
+        if dead is None:
+            return
+        self.file.check()
+        killer = -dead.exitcode if dead.exitcode < 0 else None
+        if killer == signal.SIGBUS:
+            raise WorkerError(
+                f"a data worker died of SIGBUS, but {self.file.path} has not changed in size: either shared memory is "
+                f"too small (enlarge /dev/shm, docker: --shm-size=8g, or lower num_workers = {self.count}), "
+                f"or the disk is failing (see dmesg)"
+            )
+        if killer == signal.SIGKILL:
+            raise WorkerError(
+                f"a data worker was killed by SIGKILL, probably out of memory (see dmesg): "
+                f"lower num_workers = {self.count}, or give the machine or container more memory"
+            )
+        how = f"of {signal.Signals(killer).name}" if killer else f"with exit code {dead.exitcode}"
+        raise WorkerError(
+            f"a data worker died {how}; its own message is above. Set num_workers = 0 (now {self.count}) to decode in "
+            f"the training process and see more"
+        )

@@ -1,0 +1,187 @@
+"""The files of a feature set: names, the commands that write them, age checks, opening and saving.
+
+A feature set is named `<old model>_<set>`, such as `f128_r18_softmax_class70`: the old model's config name without its
+own set, and the set that was embedded. Row i of every file belongs to image i of that set's record file.
+
+    feature_save/<scenario>/<name>_feature.npy                      float32 [N, D], the model's output
+                            <name>_label.npy                        int64 [N]
+                            <name>_avg_feature.npy                  float32 [C, D], L2-normalised class means
+                            <name>_credible_ratio_90_feature.npy    bool [N], by the distance to the class mean
+                            <name>_credible_entropy_feature.npy     bool [N], by the entropy over the classes
+"""
+
+import os
+import pathlib
+import re
+import shlex
+
+import numpy as np
+
+from core.config import REPO
+from core.errors import UserError
+from core.files import atomic_write
+
+# Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data unseen by the old
+# one; EX (extended): on everything.
+SETS = {
+    "class30": ("OPclass", "train_part_30_class.rec"),
+    "class70": ("OPclass", "train_part_70_class.rec"),
+    "class100": ("EXclass", "train.rec"),
+    "data30": ("OPdata", "train_part_30_data.rec"),
+    "data70": ("OPdata", "train_part_70_data.rec"),
+    "data100": ("EXdata", "train.rec"),
+}
+
+
+class FeatureError(UserError, ValueError):
+    """An unusable feature set name or file; the message names it and the command to run."""
+
+
+class FeatureSet:
+    """The files of one feature set. `name`: `<old model>_<set>`; `root`: the feature_save directory.
+
+    Attributes: name, old_model, set, scenario, record (file name), and the paths feature, label, avg_feature.
+    Raises FeatureError for a name that does not end in one of SETS.
+    """
+
+    def __init__(self, name, root=None):
+        self.root = pathlib.Path(root) if root else REPO / "feature_save"
+        self.name = name
+        self.old_model, _, self.set = name.rpartition("_")
+        if not self.old_model or self.set not in SETS or pathlib.Path(name).name != name:
+            raise FeatureError(
+                f"--SD {name}: must be <old model>_<set> with one of the sets {', '.join(SETS)}, "
+                "such as f128_r18_softmax_class70"
+            )
+        self.scenario, self.record = SETS[self.set]
+        self.feature = self._path("feature")
+        self.label = self._path("label")
+        self.avg_feature = self._path("avg_feature")
+
+    def credible(self, ratio):
+        """Path of the credible rows at `ratio` in (0, 1]: 0.9 -> …_credible_ratio_90_feature.npy."""
+        return self._path(f"credible_ratio_{100 * ratio:g}_feature")
+
+    def _path(self, what):
+        return self.root / self.scenario / f"{self.name}_{what}.npy"
+
+    def command(self, script="get_feature", options=""):
+        """The command that writes this set's features (or, with another script, files derived from them)."""
+        config = f" {self._config()}" if script == "get_feature" else ""
+        return f"python tools/get_feature/{script}.py{config}{options} --SD {self.name}{self._place(script)}"
+
+    def _place(self, script):
+        """Options for a feature_save elsewhere; get_feature also needs the old model and the images there."""
+        root = pathlib.Path(os.path.abspath(self.root))  # not resolved: the directory may be a link to a larger disk
+        if root == REPO / "feature_save":
+            return ""
+        if script == "get_feature" and root.name == "feature_save":
+            return f" --workspace {shlex.quote(str(root.parent))}"
+        return f" --feature_save {shlex.quote(str(root))}"
+
+    def _config(self):
+        kind = self.set.rstrip("0123456789")
+        for suffix in (f"_{kind}30", f"_{kind}100", f"_{self.set}", ""):
+            stem = self.old_model + suffix
+            for path in sorted((REPO / "configs").rglob(f"{stem}.py")):
+                return path.relative_to(REPO).as_posix()
+        return "CONFIG"
+
+
+def _parse(path):
+    """`(FeatureSet, what)` of a file in a feature_save directory; None for any other name."""
+    path = pathlib.Path(path)
+    kinds = "feature|label|avg_feature|credible_entropy_feature|credible_ratio_[0-9.]+_feature"
+    match = re.fullmatch(rf"(.+?)_({kinds})\.npy", path.name)
+    try:
+        return FeatureSet(match[1], path.parent.parent), match[2]
+    except (FeatureError, TypeError):
+        return None
+
+
+def command_for(path):
+    """The command that writes `path`, a file in a feature_save directory, as far as its name tells."""
+    parsed = _parse(path)
+    if parsed is None:
+        return "python tools/get_feature/get_feature.py CONFIG --SD NAME"
+    files, what = parsed
+    if what == "avg_feature":
+        return files.command("get_avg_feature")
+    if what == "credible_entropy_feature":
+        return files.command("credible_entropy")
+    if what.startswith("credible_ratio"):
+        return files.command("denoise_credible", f" --T {float(what.split('_')[2]) / 100:g}")
+    return files.command()
+
+
+def rewrite(path):
+    return f"rewrite it: {command_for(path)}"
+
+
+def rewrite_from_images(path):
+    """As `rewrite`, but a file derived from features needs those first."""
+    parsed, own = _parse(path), command_for(path)
+    first = parsed[0].command() if parsed else own
+    return f"rewrite it: {own if first == own else f'{first} && {own}'}"
+
+
+def check_not_older(path, old_model_path):
+    """Raise FeatureError, with the command to run, if the old model is missing or newer than `path`, made from it.
+
+    old_model_path "" or None: no check.
+    """
+    if not old_model_path:
+        return
+    model = pathlib.Path(old_model_path)
+    if not model.is_file():
+        raise FeatureError(
+            f'old_model_path {model}: no such file; correct it in the config, or set it to "": '
+            f"it is only used to check the age of {path}"
+        )
+    if pathlib.Path(path).stat().st_mtime_ns < model.stat().st_mtime_ns:
+        raise FeatureError(
+            f"{path}: older than old_model_path {model}; {rewrite_from_images(path)}   "
+            '(if it is from that model and only the file times are wrong, set old_model_path to "")'
+        )
+
+
+# --- Opening and saving -----------------------------------------------------------------------------------------
+
+
+def open_array(path, ndim, kind):
+    """Memory-map a .npy file with `ndim` dimensions and a dtype of `kind` (np.floating, np.integer, np.bool_).
+
+    Raises FeatureError, with the command that writes it, if it is missing, damaged or of another shape or type.
+    """
+    try:
+        array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise FeatureError(f"{path}: no such file; write it: {command_for(path)}") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise FeatureError(f"{path}: not a readable .npy file ({error}); {rewrite(path)}") from error
+    if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
+        found = f"{array.dtype} {list(array.shape)}"
+        raise FeatureError(f"{path}: {found}, expected {ndim}-D {kind.__name__}; {rewrite(path)}")
+    return array
+
+
+def open_feature_set(files):
+    """`(features [N, D], labels [N])` of a FeatureSet, memory-mapped. Raises FeatureError, also if lengths differ."""
+    features, labels = open_array(files.feature, 2, np.floating), open_array(files.label, 1, np.integer)
+    if len(features) != len(labels) or not len(features):
+        raise FeatureError(
+            f"{files.feature}: {len(features)} rows, but {files.label.name} has {len(labels)}; both need one per "
+            f"image. Rewrite them: {files.command()}"
+        )
+    return features, labels
+
+
+def save_array(path, array):
+    """Write a .npy file atomically."""
+    try:
+        with atomic_write(path) as file:
+            np.save(file, array)
+    except OSError as error:
+        raise FeatureError(
+            f"{path}: cannot be written ({error.strerror}); check the disk and its free space"
+        ) from error

@@ -1,0 +1,149 @@
+"""The old model's features of a training set: reads the rows of a batch and checks their labels.
+
+old_model/feature_set.py lists the files and the commands that write them. The loader's workers read the rows of the
+images that they decode (engine/loader.py), so a method finds them in its batch.
+"""
+
+import os
+import pathlib
+import re
+import weakref
+
+import numpy as np
+
+from old_model.feature_set import FeatureError, check_not_older, open_array, rewrite, rewrite_from_images
+
+LABELS_SAMPLED = 1024  # rows whose labels are compared with the record file on opening
+
+
+class OldFeatures:
+    """The old model's features, labels and credible flags of every image of a training set.
+
+    train_set: a data set of dataset.py; row i of every file belongs to its image i. Lengths and an even sample of the
+        labels are checked here, all labels batch by batch (`compare_labels`).
+    feature_path: …_feature.npy, float [N, D]. label_path: int [N]; "" or None = the …_label.npy beside it.
+    credible_path: bool [N], such as …_credible_ratio_90_feature.npy; "" or None = every row is credible.
+    embedding_size: the new model's; None = any.
+    old_model_path: the files must not be older than this model; "" or None = not checked.
+
+    `features` and `labels` are memory-mapped: the ranks of a machine share one copy.
+    Raises FeatureError, with the command to run, for files that are missing, stale or of another training set.
+    """
+
+    def __init__(
+        self, train_set, feature_path, label_path=None, credible_path=None, embedding_size=None, old_model_path=None
+    ):
+        if not feature_path:
+            raise FeatureError("old_embedding is empty; set it in the config to a …_feature.npy of get_feature.py")
+        self.path, self.record = pathlib.Path(feature_path), train_set.path
+        label_path = pathlib.Path(label_path or re.sub(r"_feature\.npy$", "_label.npy", str(feature_path)))
+        self._rows, self._labels = RowFile(self.path, 2, np.floating), RowFile(label_path, 1, np.integer)
+        self.features, self.labels, self.width = self._rows.array, self._labels.array, self._rows.array.shape[1]
+        self._credible = RowFile(credible_path, 1, np.bool_) if credible_path else None
+        for file in filter(None, (self._rows, self._labels, self._credible)):
+            if len(file.array) != len(train_set):
+                remedy = rewrite_from_images(file.path) if file is self._credible else rewrite(self.path)
+                raise FeatureError(
+                    f"{file.path}: {len(file.array)} rows, but {self.record} has {len(train_set)} images: "
+                    f"made from another record file; {remedy}"
+                )
+        if embedding_size is not None and self.width != embedding_size:
+            raise FeatureError(
+                f"{self.path}: features of width {self.width}, but embedding_size is {embedding_size}; "
+                "set embedding_size to the old model's, or use the features of an old model of that width; "
+                f"if the old model has changed, {rewrite(self.path)}"
+            )
+        check_not_older(self.path, old_model_path)
+        if self._credible:
+            if not self._credible.array.any():
+                raise FeatureError(f"{credible_path}: no row is credible; {rewrite(credible_path)}")
+            check_not_older(credible_path, old_model_path)
+        rows = np.unique(np.linspace(0, len(train_set) - 1, LABELS_SAMPLED).astype(np.int64)) if len(train_set) else []
+        self.compare_labels(rows, [train_set.label(int(row)) for row in rows])
+
+    def __len__(self):
+        return len(self.features)
+
+    def compare_labels(self, rows, labels):
+        """Raise FeatureError if a row's stored class differs from `labels` [B], the record file's."""
+        stored = self._labels.read(np.asarray(rows, np.int64))
+        wrong = np.flatnonzero(stored != np.asarray(labels))
+        if len(wrong):
+            raise FeatureError(
+                f"{self.path}: row {rows[wrong[0]]} is of class {stored[wrong[0]]}, but in {self.record} of class "
+                f"{labels[wrong[0]]}: made from another record file; {rewrite(self.path)}"
+            )
+
+    def read(self, rows, out=None):
+        """The rows int64 [B] as stored: float32 [B, D], in `out` if given. FeatureError for a non-finite row."""
+        out = self._rows.read(rows, np.empty((len(rows), self.width), np.float32) if out is None else out)
+        finite = np.isfinite(out).all(axis=1)
+        if not finite.all():
+            raise FeatureError(f"{self.path}: NaN or infinity in row {rows[~finite][0]}; {rewrite(self.path)}")
+        return out
+
+    def read_credible(self, rows):
+        """bool [B]: which of the rows int64 [B] have a credible old feature."""
+        return self._credible.read(rows) if self._credible else np.ones(len(rows), bool)
+
+
+class RowFile:
+    """Reads rows of a .npy file (`ndim`, `kind`: see `open_array`) by system calls; `array` is its memory map.
+
+    Through the map, a truncated file or a failing disk would kill the process with SIGBUS, and each uncached row would
+    cost 128 KB of readahead. Unpickled (in a spawned worker) it reopens the file.
+    Raises FeatureError with the command that writes the file.
+    """
+
+    def __init__(self, path, ndim, kind):
+        self.path, self.expected, self.array = path, (ndim, kind), open_array(path, ndim, kind)
+        self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+
+    def __reduce__(self):
+        return RowFile, (self.path, *self.expected)
+
+    def read(self, rows, out=None):
+        """The rows int64 [B], in the file's dtype, or in `out` [B, …] and its dtype."""
+        outside = (rows < 0) | (rows >= len(self.array))
+        if outside.any():
+            raise IndexError(
+                f"{self.path}: row {rows[outside][0]} is out of range, the file has {len(self.array)} rows"
+            )
+        shape = len(rows), *self.array.shape[1:]
+        if not self.array.flags.c_contiguous:  # Fortran order, as np.save writes a transposed array
+            stored = self.array[rows]
+        else:
+            direct = out is not None and out.dtype == self.array.dtype
+            stored = self._read_stored(rows, out if direct else np.empty(shape, self.array.dtype))
+        if out is None:
+            return stored
+        if stored is not out:
+            out[...] = stored
+        return out
+
+    def _read_stored(self, rows, values):
+        """Fill `values` [B, …], contiguous and of the file's dtype, and return it."""
+        size = self.array[:1].nbytes
+        offsets = (self.array.offset + rows * size).tolist()
+        if hasattr(os, "posix_fadvise"):
+            for offset in offsets:  # all requests reach the disk at once
+                os.posix_fadvise(self.file, offset, size, os.POSIX_FADV_WILLNEED)
+        memory = memoryview(values.reshape(-1).view(np.uint8))
+        for place, (row, offset) in enumerate(zip(rows, offsets)):
+            self._read_row(row, offset, memory[place * size : (place + 1) * size])
+        return values
+
+    def _read_row(self, row, offset, memory):
+        try:
+            read = os.preadv(self.file, [memory], offset)
+            while 0 < read < len(memory):  # network disks may return less than asked for
+                more = os.preadv(self.file, [memory[read:]], offset + read)
+                read = read + more if more else 0
+        except OSError as error:
+            raise FeatureError(
+                f"{self.path}: row {row} cannot be read ({error.strerror}); check the disk. "
+                f"If the file is lost, {rewrite(self.path)}"
+            ) from error
+        if not read and len(memory):
+            raise FeatureError(f"{self.path}: truncated before the end of row {row}; {rewrite(self.path)}")

@@ -1,0 +1,67 @@
+"""Class means of unit rows, and distances to them, against plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from old_model import by_class
+from old_model.by_class import squared_distances_to_means, unit_class_means
+from old_model.feature_set import FeatureError
+
+CLASSES, WIDTH = 6, 4
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(by_class, "CHUNK", 7)
+
+
+def unit_rows(features):
+    return [[value / math.hypot(*row) for value in row] for row in features.astype(np.float64).tolist()]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    labels=st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=40),
+    seed=st.integers(0, 999),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+)
+def test_means_squares_and_distances_against_loops(labels, seed, dtype):
+    random = np.random.default_rng(seed)
+    features = (random.normal(size=(len(labels), WIDTH)) * random.uniform(0.1, 30, (len(labels), 1))).astype(dtype)
+    before, rows = features.copy(), unit_rows(features)
+    squares = np.zeros(WIDTH)
+    means = unit_class_means(features, np.array(labels), CLASSES, squares)
+    for c in range(CLASSES):
+        mine = [row for row, label in zip(rows, labels) if label == c]
+        expected = [sum(column) / len(mine) for column in zip(*mine)] if mine else [0] * WIDTH
+        np.testing.assert_allclose(means[c], expected, atol=1e-12)
+    np.testing.assert_allclose(squares, [sum(value**2 for value in column) for column in zip(*rows)], atol=1e-12)
+    np.testing.assert_array_equal(unit_class_means(features, np.array(labels), CLASSES), means)
+
+    weights = random.uniform(0, 3, WIDTH)
+    for given_weights, factors in ((None, [1] * WIDTH), (weights, weights)):
+        expected = [
+            sum(w * (a - b) ** 2 for w, a, b in zip(factors, row, means[label])) for row, label in zip(rows, labels)
+        ]
+        distances = squared_distances_to_means(features, np.array(labels), means, given_weights)
+        assert distances.dtype == np.float64
+        np.testing.assert_allclose(distances, expected, atol=1e-12)
+    np.testing.assert_array_equal(features, before)
+
+
+def test_a_row_of_zeros_stays_zero():
+    features, labels = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([1, 1])
+    means = unit_class_means(features, labels, 2)
+    np.testing.assert_allclose(means, [[0, 0], [0.3, 0.4]])
+    np.testing.assert_allclose(squared_distances_to_means(features, labels, means), [0.25, 0.25])
+
+
+def test_a_non_finite_row_is_named():
+    features, labels = np.ones((20, 2)), np.zeros(20, int)
+    features[16, 1] = np.nan
+    with pytest.raises(FeatureError, match="row 16 .*not finite"):
+        unit_class_means(features, labels, 1)

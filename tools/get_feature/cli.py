@@ -1,0 +1,126 @@
+"""Shared by the scripts of this directory: their arguments, and the extraction of the features that they read."""
+
+import argparse
+import pathlib
+import re
+import shlex
+
+import backbones
+from core import distributed
+from core.config import REPO, load_config
+from dataset import open_train_set
+from engine.extract import extract_features
+from old_model.feature_set import FeatureError, FeatureSet
+
+
+def make_parser(description, config_needed=True):
+    """The arguments that the tools of this directory share."""
+    config = "config" if config_needed else "[config]"
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s {config} --SD SD [options] [--key value ...]",
+        description=description,
+        epilog="Any config key can be overridden: --batch_size 256 --num_workers 8.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs=None if config_needed else "?", help="the old model's config; it comes first")
+    parser.add_argument("--SD", required=True, help="<old model>_<set>, such as f128_r18_softmax_class70")
+    parser.add_argument("--feature_save", help="output directory (default: feature_save/ beside work_dirs/)")
+    parser.add_argument("-f", "--force", action="store_true", help="extract even if the features are up to date")
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(parser, argv=None):
+    """`(args, cfg, files)`; cfg is None without a config. Raises ConfigError or FeatureError."""
+    args, overrides = parser.parse_known_args(argv)
+    if args.config is None:
+        if overrides:
+            parser.error(f"{' '.join(overrides)}: no config to override; give it first")
+        return args, None, FeatureSet(args.SD, args.feature_save)
+    cfg = load_config(args.config, overrides)
+    files = FeatureSet(args.SD, args.feature_save or pathlib.Path(cfg.workspace) / "feature_save")
+    check_name(cfg, files)
+    return args, cfg, files
+
+
+def check_name(cfg, files):
+    """The name must say which model made the features: another's name would put wrong features into later runs."""
+    own = re.fullmatch(r"(.+)_((class|data)\d+)", cfg.name)
+    old_model = own[1] if own else cfg.name
+    if files.old_model != old_model:
+        raise FeatureError(
+            f"--SD {files.name}: names another model; for {cfg.config_file} use --SD {old_model}_{files.set}"
+        )
+    # Models trained on 30 % of the classes and on 30 % of each class have otherwise the same name.
+    if own and own[2] in ("class30", "data30") and not files.set.startswith(own[3]):
+        raise FeatureError(
+            f"--SD {files.name}: {cfg.name} was trained on {own[2]}; "
+            f"use --SD {old_model}_{own[3]}70 or {old_model}_{own[3]}100"
+        )
+
+
+def record_path(cfg, files):
+    """The record file of the set that --SD names, in the same directory as the config's `rec`."""
+    if cfg.rec == "synthetic":
+        raise FeatureError(f"{cfg.config_file}: rec = synthetic has no images to embed; set rec to a record file")
+    rec = pathlib.Path(cfg.rec)
+    path = (rec if rec.is_dir() else rec.parent) / files.record
+    if path.is_file():
+        return path
+    if files.record == "train.rec":
+        raise FeatureError(
+            f"{path}: no such file; put MS1M-V3's train.rec and train.idx, as published by insightface, there, "
+            f"or set rec in {cfg.config_file} to their place"
+        )
+    raise FeatureError(
+        f"{path}: no such file; run: python tools/split_dataset/split_dataset_ms1mv3.py --root {path.parent}"
+    )
+
+
+def up_to_date(outputs, inputs):
+    """Whether all outputs exist and none is older than any existing input."""
+    if not all(path.is_file() for path in outputs):
+        return False
+    newest = max((path.stat().st_mtime_ns for path in inputs if path.is_file()), default=0)
+    return min(path.stat().st_mtime_ns for path in outputs) >= newest
+
+
+def extract(cfg, files, force=False):
+    """Write the features and labels of `files` with the model of `cfg`, unless up to date; call it on all ranks."""
+    model_path, rec = pathlib.Path(cfg.output) / "model.pt", record_path(cfg, files)
+    if not force and up_to_date((files.feature, files.label), (model_path, rec)):
+        say(f"{files.feature}: up to date with {model_path}; -f extracts it again")
+        return
+    if not model_path.is_file():
+        script = "train_old_softmax.py" if "softmax" in cfg.name else "train_old_arc.py"
+        raise FeatureError(
+            f"{model_path}: no such file; train the model first: python {script} {cfg.config_file}{workspace(cfg)}"
+        )
+    _, _, device = distributed.init_distributed()
+    model = backbones.load_backbone(model_path, cfg.network, device)
+    if model.num_features != cfg.embedding_size:
+        raise FeatureError(
+            f"{model_path}: gives {model.num_features} features, but embedding_size is {cfg.embedding_size}; "
+            f"correct it in {cfg.config_file}"
+        )
+    extract_features(
+        model,
+        open_train_set(rec),
+        files.feature,
+        files.label,
+        embedding_size=cfg.embedding_size,
+        batch_size=cfg.batch_size,
+        num_workers=cfg.num_workers,
+    )
+    say(f"wrote {files.feature}")
+
+
+def workspace(cfg):
+    """The --workspace option of a command for this run's files; empty if they are under the repo root."""
+    return "" if pathlib.Path(cfg.workspace) == REPO else f" --workspace {shlex.quote(cfg.workspace)}"
+
+
+def say(line):
+    if distributed.is_main():
+        print(line, flush=True)

@@ -1,0 +1,245 @@
+"""The figures: 1:1 from an exact ROC over tens of millions of pairs; 1:N, open set, without sorting any row."""
+
+import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+PROTOCOLS = ("exact", "published")  # how figures are computed, 1:1 and 1:N
+FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_BLOCK = 1 << 28  # entries of a score matrix in memory at once: 1 GiB
+_DENSE_COST = 32  # about how many times faster a matrix product is, per entry, than gathering and multiplying a pair
+FPIRS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+TOP = (1, 5, 10)
+
+
+# --- 1:1 ------------------------------------------------------------------------------------------------------------
+
+
+def pair_scores(first_features, second_features, first, second):
+    """Cosine of each pair: float32 [P].
+
+    first_features [A, D], second_features [B, D]: float32, L2-normalised, of the templates that occur first and second.
+    first, second: integer [P], rows of the pair's templates in those.
+
+    Lists like IJB-C's pair a few thousand templates many times over: the whole score matrix is cheaper than gathering
+    the features of every pair, and a score is then one look-up.
+    """
+    scores = np.empty(len(first), np.float32)
+    columns = len(second_features)
+    if len(first_features) * columns > _DENSE_COST * len(first):
+
+        def multiply(part):
+            np.einsum("pd,pd->p", first_features[first[part]], second_features[second[part]], out=scores[part])
+
+        _in_parts(len(first), 1 << 14, multiply)
+        return scores
+    step = max(1, _BLOCK // columns)
+    for start in range(0, len(first_features), step):
+        block = (first_features[start : start + step] @ second_features.T).ravel()
+        _look_up(block, start * columns, columns, first, second, scores)
+    return scores
+
+
+def _look_up(block, offset, columns, first, second, scores):
+    """Fill in the scores of the pairs in `block`, the entries from `offset` on of the flattened score matrix."""
+
+    def work(part):
+        place = first[part].astype(np.int64)  # NumPy 1 would multiply int32 rows by an int64 scalar in int32
+        place *= columns
+        place += second[part]
+        if not offset and place.max() < len(block):
+            np.take(block, place, out=scores[part], mode="clip")  # the default, "raise", would copy via a buffer
+        else:
+            inside = (place >= offset) & (place < offset + len(block))
+            scores[part][inside] = block[place[inside] - offset]
+
+    _in_parts(len(first), 1 << 17, work)
+
+
+def _in_parts(length, size, work):
+    """Call `work(slice)` for all parts of `size` of a range, on one thread per core, at most eight: NumPy releases the
+    GIL in its loops, and parts this small stay in the processor's cache."""
+    parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(work, parts):
+            pass
+
+
+class Roc:
+    """The ROC of scores [P] with labels [P] (true = same person), exact with ties; keeps both classes sorted.
+
+    A pair is accepted if its score is above the threshold. ValueError if a class is missing or a score is NaN.
+    """
+
+    def __init__(self, scores, label):
+        label = np.asarray(label, bool)
+        scores = np.asarray(scores)
+        self.genuine, self.impostor = scores[label], scores[~label]  # copies, sorted in place
+        self.genuine.sort()
+        self.impostor.sort()
+        if not len(self.genuine) or not len(self.impostor):
+            raise ValueError(
+                f"a ROC needs pairs of both kinds; found {len(self.genuine)} genuine and {len(self.impostor)} impostor"
+            )
+        if np.isnan(self.genuine[-1]) or np.isnan(self.impostor[-1]):  # NaN sorts last
+            raise ValueError("some scores are NaN; the model's embeddings are not finite")
+
+    @property
+    def auc(self):
+        """P(genuine > impostor) + ½ P(equal): the area under the ROC (Mann-Whitney), from integer counts."""
+        below = np.searchsorted(self.impostor, self.genuine, "left").sum(dtype=np.int64)
+        not_above = np.searchsorted(self.impostor, self.genuine, "right").sum(dtype=np.int64)
+        return float((int(below) + int(not_above)) / (2 * len(self.genuine) * len(self.impostor)))
+
+    def tpr_at(self, fpr, protocol="exact"):
+        """The largest TPR whose FPR does not exceed `fpr` (0 … 1); published: `nearest_tpr`.
+
+        If at most k impostors may pass, the threshold is the (k+1)-th largest impostor score: at most k impostors are
+        above it, and any lower threshold would let that one pass, with all that tie with it.
+        """
+        if protocol == "published":
+            return self.nearest_tpr(fpr)
+        return float(np.mean(self.genuine > self.threshold_at(fpr)))
+
+    def threshold_at(self, fpr):
+        allowed = most_allowed(fpr, len(self.impostor))
+        return self.impostor[-1 - allowed] if allowed < len(self.impostor) else -np.inf
+
+    def nearest_tpr(self, fpr):
+        """The TPR of the ROC point whose FPR is nearest to `fpr`, as in insightface-derived scripts.
+
+        Those use the points of sklearn's `roc_curve`, which drops collinear points, and of two equally near ones the
+        one with the lower threshold. The nearest point may lie *above* the requested FPR, so this can exceed `tpr_at`:
+        usually by one step of the ROC, by far more if impostor scores tie or are few.
+        """
+        fps, tps = self._corners()
+        distance = np.abs(fps / len(self.impostor) - fpr)
+        nearest = len(distance) - 1 - np.argmin(distance[::-1])
+        return float(tps[nearest] / len(self.genuine))
+
+    def _corners(self):
+        """False and true positives at the ROC's corner points, from (0, 0) by descending threshold."""
+        if not hasattr(self, "_corner_cache"):
+            thresholds = np.unique(np.concatenate([self.genuine, self.impostor]))[::-1]
+            fps = len(self.impostor) - np.searchsorted(self.impostor, thresholds, "left")
+            tps = len(self.genuine) - np.searchsorted(self.genuine, thresholds, "left")
+            bend = np.ones(len(thresholds), bool)
+            bend[1:-1] = (np.diff(fps, 2) != 0) | (np.diff(tps, 2) != 0)
+            self._corner_cache = np.append(0, fps[bend]), np.append(0, tps[bend])
+        return self._corner_cache
+
+
+def most_allowed(rate, total):
+    """The largest integer k with k / total ≤ rate. Not floor(rate · total): 0.29 · 100 is 28.999999999999996."""
+    allowed = min(int(rate * total), total)
+    while allowed < total and (allowed + 1) / total <= rate:
+        allowed += 1
+    while allowed > 0 and allowed / total > rate:
+        allowed -= 1
+    return allowed
+
+
+def verification_summary(scores, label, fprs=FPRS, protocol="exact"):
+    """`(TPR at each FPR float64 [len(fprs)], AUC)`."""
+    roc = Roc(scores, label)
+    return np.array([roc.tpr_at(fpr, protocol) for fpr in fprs]), roc.auc
+
+
+# --- 1:N ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Search:
+    """All probes [Q] against one gallery.
+
+    mated bool [Q]: the probe's subject is in the gallery. rank int32 [Q]: 1 + the number of other subjects that score
+    at least as high as the probe's own (ties count against the probe); 0 if not mated. score float32 [Q]: for a mated
+    probe its own entry's score if that is above all others, else −inf; for a non-mated probe the highest score.
+    """
+
+    mated: np.ndarray
+    rank: np.ndarray
+    score: np.ndarray
+
+    def top(self, k):
+        """Share of mated probes whose own entry ranks in the top k; NaN without mated probes."""
+        ranks = self.rank[self.mated]
+        return float(np.mean(ranks <= k)) if len(ranks) else float("nan")
+
+    def threshold_at(self, fpir, protocol="exact"):
+        """The lowest threshold above which at most a share `fpir` of the non-mated probes score.
+
+        published: of the n non-mated scores in descending order the one at 0-based position max(int(n · fpir) − 1, 0).
+        A hit must be strictly above it, so one non-mated probe fewer passes than `fpir` allows.
+        """
+        highest = self.score[~self.mated]
+        if protocol == "published":
+            place = max(int(len(highest) * fpir) - 1, 0)
+            return np.partition(highest, -1 - place)[-1 - place]
+        allowed = most_allowed(fpir, len(highest))
+        return np.partition(highest, -1 - allowed)[-1 - allowed] if allowed < len(highest) else -np.inf
+
+    def tpir_at(self, fpir, protocol="exact"):
+        """Share of mated probes whose own entry scores above all others and above the threshold; NaN if undefined."""
+        if not self.mated.any() or self.mated.all():
+            return float("nan")
+        return float(np.mean(self.score[self.mated] > self.threshold_at(fpir, protocol)))
+
+
+def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
+    """Search probes float32 [Q, D] in a gallery float32 [G, D], both L2-normalised; subjects are integers.
+
+    A subject with several gallery templates counts once, with the best of them.
+    """
+    order = np.argsort(gallery_subject, kind="stable")
+    subjects, starts = np.unique(gallery_subject[order], return_index=True)
+    gallery = np.ascontiguousarray(gallery[order].T)
+    own = np.minimum(np.searchsorted(subjects, probe_subject), len(subjects) - 1)
+    mated = subjects[own] == probe_subject
+    rank = np.zeros(len(probes), np.int32)
+    score = np.empty(len(probes), np.float32)
+    for start in range(0, len(probes), chunk):
+        part = slice(start, start + chunk)
+        matrix = probes[part] @ gallery
+        if len(subjects) < len(order):
+            matrix = np.maximum.reduceat(matrix, starts, axis=1)
+        rows = np.arange(len(matrix))
+        own_score = matrix[rows, own[part]]
+        as_high = np.count_nonzero(matrix >= own_score[:, None], axis=1)  # includes the own entry
+        rank[part] = np.where(mated[part], as_high, 0)
+        score[part] = np.where(mated[part], np.where(as_high == 1, own_score, -np.inf), matrix.max(axis=1))
+    return Search(mated, rank, score)
+
+
+def mean_top(searches, k, protocol="exact"):
+    """Top-k over the galleries: the mean; published: hits in all galleries / all probes."""
+    if protocol == "published":
+        return pooled_top([one.rank for one in searches], k)
+    return float(np.mean([one.top(k) for one in searches]))
+
+
+def mean_tpir(searches, fpir, protocol="exact"):
+    return float(np.mean([one.tpir_at(fpir, protocol) for one in searches]))
+
+
+def pooled_top(ranks, k):
+    """Hits / all probes; ranks int [Q], or [G, Q] to count hits in every gallery."""
+    ranks = np.asarray(ranks)
+    return float(np.count_nonzero((ranks > 0) & (ranks <= k)) / ranks.shape[-1])
+
+
+def identification_summary(searches, mixed_rank=None, protocol="exact", fpirs=FPIRS, top=TOP):
+    """Top-k [R, len(top)] and TPIR [R, len(fpirs)]: a row per gallery, their mean, and if published "mixed".
+
+    mixed_rank int32 [Q]: ranks in the merged galleries, needed for published; that row has no TPIR (NaN).
+    """
+    tops = [[one.top(k) for k in top] for one in searches]
+    tpirs = [[one.tpir_at(fpir, protocol) for fpir in fpirs] for one in searches]
+    tops.append([mean_top(searches, k, protocol) for k in top])
+    tpirs.append([mean_tpir(searches, fpir, protocol) for fpir in fpirs])
+    if protocol == "published":
+        tops.append([pooled_top(mixed_rank, k) for k in top])
+        tpirs.append([np.nan] * len(fpirs))
+    return np.array(tops), np.array(tpirs)

@@ -1,0 +1,82 @@
+"""The command-line options that ijbc_eval.py and compat_report.py share."""
+
+import argparse
+import os
+import pathlib
+
+from core.config import REPO
+from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
+from tools.ijbc_eval.metrics import PROTOCOLS
+from tools.ijbc_eval.models import INPUT_SCALE
+from tools.ijbc_eval.protocol import SUBSETS
+
+
+def whole_number(low):
+    """An argparse type: an integer of at least `low`."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {low}, not {text}")
+        return value
+
+    return parse
+
+
+def positive(text):
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
+def add_data_arguments(parser):
+    """The options of the data, its cache, and how figures are computed."""
+    add = parser.add_argument
+    help_data = "directory of IJBC/ and/or IJBB/ (default: dataset under the repo root)"
+    add("-d", "--data_path", type=pathlib.Path, default=REPO / "dataset", help=help_data)
+    add("-s", "--subset", choices=list(SUBSETS), default="IJBC", help="(default: IJBC)")
+    add("-b", "--batch_size", type=whole_number(1), default=128, help="images per forward pass (default: 128)")
+    add("-F", "--force_reload", action="store_true", help="ignore all caches and recompute")
+    add("--skip-bad-images", action="store_true", help="skip unreadable images and list them in the result")
+    help_workers = "processes that read and align images, 0: this one (default: the number of cores, at most 16)"
+    add("--workers", type=whole_number(0), default=min(os.cpu_count() or 1, 16), help=help_workers)
+    help_cache = f"cached embeddings and parsed lists (default: {DEFAULT_CACHE} in the current directory)"
+    add("--cache-dir", type=pathlib.Path, default=DEFAULT_CACHE, help=help_cache)
+    add(
+        "--input-scale",
+        type=positive,
+        default=INPUT_SCALE,
+        metavar="S",
+        help=f"the models' input is (pixel - 127.5) / S (default: {INPUT_SCALE:g}, as published for IJB; training and "
+        "feature extraction use 127.5); ignored by MXNet models that scale their input themselves",
+    )
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="exact",
+        help="exact (the default): no more false positives than the FPR or FPIR allows, 1:N as the mean of the "
+        "galleries; published: as in the published scripts, to compare with published numbers: 1:1 at the ROC point "
+        "with the nearest FPR; TPIR above the non-mated score number max(int(n*FPIR), 1) from the top; top-k from the "
+        "hits in both galleries, and in both merged into one (mixed)",
+    )
+
+
+def open_evaluation(arguments):
+    return Evaluation(
+        arguments.data_path,
+        arguments.subset,
+        arguments.cache_dir,
+        arguments.batch_size,
+        arguments.workers,
+        arguments.skip_bad_images,
+        arguments.force_reload,
+        input_scale=arguments.input_scale,
+    )
