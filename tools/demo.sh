@@ -70,7 +70,7 @@ step() {        # step RESULT COMMAND...: run the command, logging its output, u
             echo "not finished; see $log for the whole output; run the same command to continue" >&2
             exit 1
         fi
-        printf 'done %s\n%s\n' "$stamp" "$(date)" > "$log.stamp"    # the date makes the following steps run again
+        printf 'done %s\n%s\n' "$stamp" "$(date) $RANDOM$RANDOM" > "$log.stamp"    # unique: the following steps run again
         tail -n 1 "$log"
     fi
     before=$(cksum < "$log.stamp")
