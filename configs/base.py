@@ -16,7 +16,8 @@ config.fp16 = True                  # mixed precision on CUDA, in amp_dtype; the
 config.amp_dtype = "float16"        # "float16" with a loss scaler, or "bfloat16" without one
 config.tf32 = True                  # CUDA: what stays in float32 multiplies in TF32 (10 bits of mantissa, as float16)
 config.channels_last = False        # CUDA: activations of the backbone as [B, H, W, C] in memory; ViTs have none
-config.compile = False              # torch.compile the backbone: minutes at the start, needs a C++ compiler
+config.compile = False              # torch.compile the backbone: minutes at the start, needs a C++ compiler; not for
+                                    # vit_b, vit_l and r2060, which compute activations again
 config.sync_bn = False              # BatchNorm statistics over all ranks instead of each rank's own batch
 
 # --- Loss and classifier ---------------------------------------------------------------------------------------

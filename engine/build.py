@@ -3,10 +3,10 @@
 import inspect
 
 import torch
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from core.config import ConfigError
+from core.distributed import all_reduce_
 from losses import ArcFace, CombinedMarginLoss, CosFace
 
 # BatchNorm statistics stay each rank's own; rank 0's are saved. The option has a new name in torch 2.15.
@@ -65,8 +65,8 @@ def start_momentum(optimizer):
 # --- The loss scaler of float16, for fused optimisers and class shards that differ between ranks ---------------------
 
 
-class _CountsSkippedSteps:
-    """Over torch's scalers: one verdict for all ranks that fused kernels understand, and a count of skipped steps.
+class _Scaler(torch.amp.GradScaler):
+    """torch's scaler, with one verdict for all ranks and a count of the steps that it had skipped.
 
     `skipped` is a 0-d tensor on the device, so that counting never makes the host wait.
     """
@@ -78,28 +78,20 @@ class _CountsSkippedSteps:
         if not self.is_enabled():
             return
         verdicts = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
-        for found_inf in verdicts:
-            # The sharded scaler adds the ranks' verdicts up, and a fused kernel skips the step at exactly 1.
-            found_inf.clamp_(max=1)
-        overflow = torch.stack([found_inf.reshape(()) for found_inf in verdicts]).amax()
+        for (
+            found_inf
+        ) in verdicts:  # 0-d, 0 or 1: fused kernels skip at exactly 1, and AdamW subtracts it from its count
+            all_reduce_(found_inf, torch.distributed.ReduceOp.MAX)
+        overflow = torch.stack(list(verdicts)).amax()
         self.skipped = overflow if self.skipped is None else self.skipped + overflow
 
 
-class _Scaler(_CountsSkippedSteps, torch.amp.GradScaler):
-    pass
-
-
-class _ShardedScaler(_CountsSkippedSteps, ShardedGradScaler):
-    pass
-
-
-def make_scaler(device, world_size, enabled):
+def make_scaler(device, enabled):
     """A GradScaler for `device`; with several ranks all skip a step in which any one's gradients overflow.
 
     Class shards are each rank's own, so one rank alone can overflow; were it to skip alone, the ranks would part.
     """
-    make = _ShardedScaler if world_size > 1 else _Scaler
-    return make(device=device.type, enabled=enabled, growth_interval=100)
+    return _Scaler(device=device.type, enabled=enabled, growth_interval=100)
 
 
 # --- The parallel backbone ------------------------------------------------------------------------------------------
@@ -111,6 +103,11 @@ def replicate(module, cfg, device, world_size):
         if cfg[key] and device.type != "cuda":
             # torch has no SyncBatchNorm for the CPU; a channels_last backward there crashed torch 2.15.
             raise ConfigError(f"{cfg.config_file}: {key} = True needs CUDA; set {key} = False on the CPU")
+    if cfg.compile and getattr(module, "checkpointing", False):
+        raise ConfigError(
+            f"{cfg.config_file}: compile = True does not go with network = {cfg.network!r}, whose activations are "
+            "computed again in the backward pass; set compile = False"
+        )
     module = module.train().to(device)
     if cfg.channels_last:
         module = module.to(memory_format=torch.channels_last)

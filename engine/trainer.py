@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 import backbones
 from core import distributed
 from core.config import ConfigError, load_config
-from core.errors import report_errors
+from core.errors import UserError, report_errors
 from dataset import open_train_set
 from engine import checkpoint
 from engine.build import make_optimizer, make_scaler, margin_loss, replicate, scales_loss, set_precision, unwrap
@@ -59,6 +59,8 @@ class Trainer:
 
     def __init__(self, cfg):
         self.rank, self.world_size, self.device = distributed.init_distributed()
+        if self.world_size > 1 and (problem := distributed.gpu_problem()):
+            raise UserError(f"{self.world_size} ranks would train on the CPU: {problem}")
         self.cfg = cfg
         init_logging(cfg.output, self.rank == 0)
         set_precision(cfg, self.device)
@@ -111,7 +113,7 @@ class Trainer:
         self.optimizer = make_optimizer(cfg, self.parameter_groups(), self.device)
         self.classifier.attach(self.optimizer)
         self.schedule = make_schedule(self.optimizer, cfg, self.steps_per_epoch)
-        self.scaler = make_scaler(self.device, self.world_size, scales_loss(cfg, self.device))
+        self.scaler = make_scaler(self.device, scales_loss(cfg, self.device))
         self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device)
 
     # --- what a run is made of; a method overrides what it does otherwise -----------------------------------------

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from core.distributed import default_device
+
 CHUNK_VALUES = 1 << 25  # values of old and of new features in memory at once, each: 128 MB in float32
 BATCH_VALUES = 1 << 23  # values of a batch of classes, its similarities and its features together
 ALIKE = 0.8  # classes of a batch have at least this share of the images of its largest
@@ -84,7 +86,7 @@ def refine_prototypes(
 def _default_device(features):
     if isinstance(features, torch.Tensor) and features.is_cuda:
         return features.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return default_device()
 
 
 def _take(features, rows, device, dtype, name):
