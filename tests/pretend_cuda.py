@@ -9,7 +9,8 @@ in a collective. It notes every operation that makes the host wait. A non-blocki
 an event recorded after it has been waited for; a pinned source that changes before its copy is done is an error.
 torch.autocast("cuda") computes in half precision, by the CPU's lists of operations; torch.compile is not tried.
 
-It shows nothing of the order of streams, of kernels that CUDA lacks, of NCCL, of speed and of DDP's reducer.
+It shows nothing of sparse gradients (sampled classes), of the order of streams, of kernels that CUDA lacks, of NCCL, of
+speed and of DDP's reducer.
 """
 
 import contextlib

@@ -232,15 +232,7 @@ def test_optimisers_and_precisions(optimizer, amp_dtype, folder):
 
 
 def first_terms(name, folder, ranks, keys):
-    kind, cfg = config(name, folder, ranks, num_epoch=1, **keys)
+    kind, cfg = config(name, folder, ranks, **keys)
     run = kind(cfg)
     run.train()
     return run.monitor.recent[0][1]
-
-
-def test_no_wait_for_sampled_classes_where_the_batch_is_larger_than_the_sample(folder):
-    keys = {"sample_rate": 0.2, "num_image": 2 * STEPS * GLOBAL_BATCH, "gradient_acc": 2}
-    for whole, resumed, _, waits in run_ranks(rehearse, 2, "train_old_arc", folder, 2, keys):
-        assert not waits, "\n".join(waits)
-        for key, value in whole.items():
-            assert torch.equal(resumed[key], value), key
