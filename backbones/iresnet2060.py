@@ -13,6 +13,8 @@ BLOCKS_PER_SEGMENT = 8
 class IResNet2060(IResNet):
     """As `IResNet`; the activations of layers 2 and 3 are recomputed in the backward pass."""
 
+    checkpointing = True
+
     def __init__(self, num_features=512, dropout=0.0, fp16=False, depths=DEPTHS):
         super().__init__(depths, num_features, dropout, fp16)
 

@@ -16,7 +16,8 @@ config.fp16 = True                  # mixed precision on CUDA, in amp_dtype; the
 config.amp_dtype = "float16"        # "float16" with a loss scaler, or "bfloat16" without one
 config.tf32 = True                  # CUDA: float32 products in TF32 (10 bits of mantissa, as float16)
 config.channels_last = False        # CUDA: backbone activations in memory as [B, H, W, C]; no effect on ViTs
-config.compile = False              # torch.compile the backbone: takes minutes at the start, needs a C++ compiler
+config.compile = False              # torch.compile the backbone: takes minutes at the start, needs a C++ compiler;
+                                    # not for vit_b, vit_l and r2060, which recompute activations
 config.sync_bn = False              # CUDA: BatchNorm statistics over all ranks instead of each rank's batch
 
 # --- Loss and classifier ---------------------------------------------------------------------------------------

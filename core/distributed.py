@@ -9,7 +9,12 @@ Everything here also works in a single process, without a process group.
 """
 
 import datetime
+import functools
+import glob
+import logging
 import os
+import re
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -19,16 +24,16 @@ def init_distributed(backend=None, timeout_minutes=30):
     """Join the launcher's process group, if there is one. Returns `(rank, world_size, device)`.
 
     Ranks come from RANK/WORLD_SIZE/LOCAL_RANK, set by torchrun and torch.distributed.launch; without them this is a
-    single process. The device is `cuda:LOCAL_RANK` if CUDA is available, else `cpu`; the backend is nccl or gloo
-    accordingly.
+    single process. The device is `cuda:LOCAL_RANK` if torch can use the GPU (`default_device`), else `cpu`; the backend
+    is nccl or gloo accordingly.
     """
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
         raise SystemExit(
             f"Slurm started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without RANK: each would train on its own. "
             "Have srun start torchrun, one task per machine (--ntasks-per-node=1)"
         )
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    device = torch.device(default_device())
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise SystemExit(
@@ -45,6 +50,57 @@ def init_distributed(backend=None, timeout_minutes=30):
             **_store_after_restart(timeout),
         )
     return rank(), world_size(), device
+
+
+def default_device():
+    """`"cuda"` if torch can use this machine's GPU, else `"cpu"`; warns once of a GPU that it cannot use."""
+    if gpu_problem():
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def gpu_problem():
+    """Why torch cannot use the GPU of this machine, a line that is also logged; None where it can, or there is none.
+
+    A GPU hidden by CUDA_VISIBLE_DEVICES counts as none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on every rank
+        reason = _without_kernels() if torch.cuda.is_available() else _without_driver()
+    if reason is None:
+        return None
+    reason += "; see docs/troubleshooting.md, or hide the GPU by CUDA_VISIBLE_DEVICES=-1"
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("bct").warning("running on the CPU: %s", reason)
+    return reason
+
+
+def _without_driver():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    if hidden == "" or hidden.startswith("-1") or not glob.glob("/dev/nvidia[0-9]*"):
+        return None
+    try:
+        torch.cuda.init()
+        said = "no device is available"
+    except (AssertionError, RuntimeError) as error:  # of a torch built without CUDA, and of the driver
+        said = str(error).partition(". ")[0]
+    return f"torch {torch.__version__} cannot use this machine's GPU ({said})"
+
+
+def _without_kernels():
+    card, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built)):
+        version = int(major), int(minor)
+        # Machine code runs on cards of its major version from its minor one on, PTX on all newer ones.
+        if version <= card and (kind == "compute" or version[0] == card[0]):
+            return None
+    if torch.version.cuda is None:  # ROCm names its cards otherwise
+        return None
+    return (
+        f"torch {torch.__version__} is built for {' '.join(built)}, not for this machine's "
+        f"{torch.cuda.get_device_name()} (sm_{card[0]}{card[1]})"
+    )
 
 
 def _store_after_restart(timeout):

@@ -3,10 +3,10 @@
 import inspect
 
 import torch
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from core.config import ConfigError
+from core.distributed import all_reduce_
 from losses import ArcFace, CombinedMarginLoss, CosFace
 
 # Each rank keeps its own BatchNorm statistics; rank 0's are saved. torch 2.15 renamed the option.
@@ -65,8 +65,8 @@ def start_momentum(optimizer):
 # --- The float16 loss scaler, for fused optimisers and class shards that differ between ranks ------------------------
 
 
-class _CountsSkippedSteps:
-    """Mixin of torch's scalers: one overflow flag for all ranks, valid for fused kernels, and a count of skipped steps.
+class _Scaler(torch.amp.GradScaler):
+    """torch's scaler with one overflow flag for all ranks, and a count of skipped steps.
 
     `skipped` is a 0-d tensor on the device, so that counting never makes the host wait.
     """
@@ -77,29 +77,19 @@ class _CountsSkippedSteps:
         super().unscale_(optimizer)
         if not self.is_enabled():
             return
-        flags = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
-        for found_inf in flags:
-            # The sharded scaler sums the ranks' flags, but a fused kernel skips the step only at exactly 1.
-            found_inf.clamp_(max=1)
-        overflow = torch.stack([found_inf.reshape(()) for found_inf in flags]).amax()
+        verdicts = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+        for found_inf in verdicts:  # 0-d, 0 or 1: fused kernels skip at exactly 1, AdamW subtracts it from its count
+            all_reduce_(found_inf, torch.distributed.ReduceOp.MAX)
+        overflow = torch.stack(list(verdicts)).amax()
         self.skipped = overflow if self.skipped is None else self.skipped + overflow
 
 
-class _Scaler(_CountsSkippedSteps, torch.amp.GradScaler):
-    pass
-
-
-class _ShardedScaler(_CountsSkippedSteps, ShardedGradScaler):
-    pass
-
-
-def make_scaler(device, world_size, enabled):
+def make_scaler(device, enabled):
     """A GradScaler for `device`; if gradients overflow on any rank, all ranks skip the step.
 
     Class shards differ between ranks, so one alone can overflow; skipping alone, it would diverge from the others.
     """
-    make = _ShardedScaler if world_size > 1 else _Scaler
-    return make(device=device.type, enabled=enabled, growth_interval=100)
+    return _Scaler(device=device.type, enabled=enabled, growth_interval=100)
 
 
 # --- The parallel backbone ------------------------------------------------------------------------------------------
@@ -111,6 +101,11 @@ def replicate(module, cfg, device, world_size):
         if cfg[key] and device.type != "cuda":
             # torch has no SyncBatchNorm on the CPU; the channels_last backward there crashed in torch 2.15.
             raise ConfigError(f"{cfg.config_file}: {key} = True needs CUDA; set {key} = False on the CPU")
+    if cfg.compile and getattr(module, "checkpointing", False):
+        raise ConfigError(
+            f"{cfg.config_file}: compile = True does not go with network = {cfg.network!r}, whose activations are "
+            "computed again in the backward pass; set compile = False"
+        )
     module = module.train().to(device)
     if cfg.channels_last:
         module = module.to(memory_format=torch.channels_last)

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 import backbones
 from core import distributed
 from core.config import ConfigError, load_config
-from core.errors import report_errors
+from core.errors import UserError, report_errors
 from core.files import save_atomically
 from dataset import open_train_set
 from engine import checkpoint
@@ -61,6 +61,8 @@ class Trainer:
 
     def __init__(self, cfg):
         self.rank, self.world_size, self.device = distributed.init_distributed()
+        if self.world_size > 1 and (problem := distributed.gpu_problem()):
+            raise UserError(f"{self.world_size} ranks would train on the CPU: {problem}")
         self.cfg = cfg
         init_logging(cfg.output, self.rank == 0)
         set_precision(cfg, self.device)
@@ -113,7 +115,7 @@ class Trainer:
         self.optimizer = make_optimizer(cfg, self.parameter_groups(), self.device)
         self.classifier.attach(self.optimizer)
         self.schedule = make_schedule(self.optimizer, cfg, self.steps_per_epoch)
-        self.scaler = make_scaler(self.device, self.world_size, scales_loss(cfg, self.device))
+        self.scaler = make_scaler(self.device, scales_loss(cfg, self.device))
         self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device)
 
     # --- hooks: the parts of a run that a method may override -----------------------------------------------------

@@ -30,8 +30,9 @@ class PartialFC(Classifier):
     tolerate cosines rounded past 1 (by an ulp; with fp16 by 1e-3), as those do: nothing clamps [N, C].
     embedding_size: D. num_classes: over all ranks; shard sizes differ by at most one.
     sample_rate: in (0, 1], the share of its centres that a rank uses per training step; 1 = all, the exact softmax.
-    fp16: on CUDA, cosines by a half-precision matrix product (autocast's dtype, or float16); normalisation and softmax
-    stay in float32. No effect elsewhere.
+    fp16: on CUDA, cosines by a float16 matrix product; normalisation and softmax stay in float32. No effect elsewhere,
+    nor with autocast in bfloat16, whose 8 bits would round s · cosine to steps of 0.25: float32 operands then, in TF32
+    if `tf32` allows it.
     seed: for the initial centres, which do not depend on the number of ranks, and for the sampling.
 
     Attributes: `weight`, Parameter [num_local, D]; `class_start`: this rank's classes are class_start ...
@@ -104,8 +105,8 @@ class PartialFC(Classifier):
 
     def _cosines(self, embeddings, weight):
         """Cosines of normalised embeddings [N, D] to the (not normalised) rows of `weight`."""
-        if self.fp16 and weight.device.type == "cuda":
-            return _HalfCosines.apply(embeddings, weight, torch.get_autocast_dtype("cuda")).float()
+        if self.fp16 and weight.device.type == "cuda" and torch.get_autocast_dtype("cuda") == torch.float16:
+            return _HalfCosines.apply(embeddings, weight).float()
         return _Cosines.apply(embeddings, weight)
 
     def _check(self, labels):
@@ -124,7 +125,8 @@ class PartialFC(Classifier):
     def _sample(self, local):
         """This step's rows of `weight`, int64 [S], sorted, and the local labels [N] as positions in them.
 
-        All positives, filled up to num_sample with random negatives; more than num_sample only if the positives are.
+        All positives, filled up with random negatives to num_sample, or where the global batch is larger: on the CPU to
+        as many as the positives are; on CUDA, where the host would have to wait to learn that, to the batch's size.
         """
         generator = self._sampling_generator()
         score = torch.rand(self.num_local + 1, generator=generator, device=self.weight.device)
@@ -132,7 +134,8 @@ class PartialFC(Classifier):
         score = score[:-1]
         count = self.num_sample
         if len(local) > count:  # else the positives always fit
-            count = max(count, int((score == 2).sum()))
+            most = min(len(local), self.num_local)  # leaving out the surplus by a mask takes a fifth more time
+            count = most if local.is_cuda else max(count, int((score == 2).sum()))
         index = score.topk(count, sorted=False).indices.sort().values
         return index, torch.where(local >= 0, torch.searchsorted(index, local), -1)
 
@@ -195,14 +198,14 @@ class _Cosines(torch.autograd.Function):
 
 
 class _HalfCosines(torch.autograd.Function):
-    """The same by matrix products in `dtype`, with a (half-precision) copy of the normalised centres."""
+    """The same by float16 matrix products, with a float16 copy of the normalised centres."""
 
     @staticmethod
-    def forward(ctx, embeddings, weight, dtype):
+    def forward(ctx, embeddings, weight):
         inverse = _inverse_norm(weight)
-        unit = torch.empty_like(weight, dtype=dtype)
+        unit = torch.empty_like(weight, dtype=torch.float16)
         torch.mul(weight, inverse.unsqueeze(1), out=unit)  # no float32 copy in between
-        embeddings = embeddings.to(dtype)
+        embeddings = embeddings.half()
         ctx.save_for_backward(embeddings, unit, inverse)
         return embeddings @ unit.t()
 
@@ -212,11 +215,11 @@ class _HalfCosines(torch.autograd.Function):
         embeddings, unit, inverse = ctx.saved_tensors
         to_embeddings = (grad @ unit).to(inverse.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return to_embeddings, None, None
+            return to_embeddings, None
         to_unit = grad.t() @ embeddings
         along = torch.linalg.vecdot(unit, to_unit)
         to_weight = to_unit.to(inverse.dtype).addcmul_(unit, along.unsqueeze(1), value=-1)
-        return to_embeddings, to_weight.mul_(inverse.unsqueeze(1)), None
+        return to_embeddings, to_weight.mul_(inverse.unsqueeze(1))
 
 
 def _inverse_norm(weight):

@@ -1,4 +1,4 @@
-"""Shared by the tests: one thread per process, and a factory of tiny training sets."""
+"""Shared by the tests: one thread per process, GPUs for marked tests alone, and a factory of tiny training sets."""
 
 import os
 
@@ -9,8 +9,35 @@ import pathlib
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import recordio
+from core.distributed import default_device
+
+# Asked before they are hidden: the driver keeps to its first answer.
+GPUS = torch.cuda.device_count() if default_device() == "cuda" else 0
+_VISIBLE, _is_available = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if GPUS:
+    torch.cuda.is_available = lambda: False
+
+
+@pytest.fixture(autouse=True)
+def _gpus_where_marked(request):
+    """Tests marked `gpu` see the machine's GPUs, or are skipped where it has too few; all others see none."""
+    marker = request.node.get_closest_marker("gpu")
+    if marker is None:
+        yield
+        return
+    needed = marker.args[0] if marker.args else 1
+    if GPUS < needed:
+        pytest.skip(f"needs {needed} GPUs, this machine has {GPUS}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", _is_available)
+        patch.delenv("CUDA_VISIBLE_DEVICES")
+        if _VISIBLE is not None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", _VISIBLE)
+        yield
 
 
 def draw_image(rng, size=112):

@@ -150,7 +150,9 @@ class _SumToOwnRows(torch.autograd.Function):
         partial, rows = partial.detach().contiguous(), len(partial) // world_size()
         if dist.get_backend() == "nccl":
             own = partial.new_empty(rows, partial.shape[1])
-            dist.reduce_scatter_tensor(own, partial)
+            # Its new name in torch 2.14, where the other one warns.
+            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            reduce_scatter(own, partial)
             return own
         total = partial.clone()  # gloo has no reduce-scatter before torch 2.7
         dist.all_reduce(total)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from core.distributed import default_device
+
 CHUNK_VALUES = 1 << 25  # values in memory at once, of old and of new features each: 128 MB in float32
 BATCH_VALUES = 1 << 23  # values of a batch of classes, similarities and features together
 ALIKE = 0.8  # a batch's smallest class has at least this share of its largest one's images
@@ -84,7 +86,7 @@ def refine_prototypes(
 def _default_device(features):
     if isinstance(features, torch.Tensor) and features.is_cuda:
         return features.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return default_device()
 
 
 def _take(features, rows, device, dtype, name):

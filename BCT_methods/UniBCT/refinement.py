@@ -25,8 +25,9 @@ def check_config(cfg):
     require(cfg, "temperature", cfg.temperature > 0, "above 0")
     require(cfg, "scale", cfg.scale > 0, "above 0")
     require(cfg, "compat_start_epoch", cfg.compat_start_epoch >= 0, "at least 0")
-    whole = all(isinstance(epoch, int) and epoch >= 0 for epoch in cfg.refine_epochs)
-    require(cfg, "refine_epochs", whole, "a list of whole numbers, each at least 0")
+    # Before the first step BatchNorm's statistics are those of no data, and deep networks give infinity in float16.
+    whole = all(isinstance(epoch, int) and epoch >= 1 for epoch in cfg.refine_epochs)
+    require(cfg, "refine_epochs", whole, "a list of whole numbers, each at least 1")
     for epoch in sorted({cfg.compat_start_epoch, *cfg.refine_epochs}):
         if epoch >= cfg.num_epoch:
             log.warning(

@@ -114,7 +114,7 @@ def test_arguments_that_do_not_fit():
         mix_old_features(new, old, credible, 1.5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_same_rows_on_the_gpu():
     new, old = batch()
     credible = torch.rand(16, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -124,7 +124,7 @@ def test_the_same_rows_on_the_gpu():
     torch.testing.assert_close(on_gpu.cpu(), on_cpu)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_mixing_never_waits_for_the_gpu():
     new, old = batch()
     new, credible = new.cuda(), torch.ones(16, dtype=torch.bool)

@@ -267,7 +267,7 @@ def test_batch_norm_has_the_statistics_of_each_ranks_own_rows(folder):
     assert (whole[0] - one[0]).abs().max() > 1e-4  # and not what one rank does with all rows together
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has SyncBatchNorm for CUDA alone")
+@pytest.mark.gpu  # torch has SyncBatchNorm for CUDA alone
 def test_sync_bn_makes_two_ranks_one(folder):
     keys = {"fp16": False, "tf32": False, "deterministic": True}
     visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}

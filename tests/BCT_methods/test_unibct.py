@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_named():
             refine_prototypes(*inputs, labels)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_same_on_the_gpu():
     old, new, labels = draw([5, 1, 80, 3, 12, 300])
     on_gpu = refine_prototypes(torch.from_numpy(old).cuda(), torch.from_numpy(new), labels)
@@ -280,9 +280,13 @@ def test_before_the_first_refinement_the_plain_class_means_serve(folder):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_refinement_before_the_term_begins_is_kept_for_it(folder, normalize):
-    run = Watched(load_config(config(folder, "run", refine_epochs=[0], normalize_prototypes=normalize, scale=2.0)))
+    run = Watched(
+        load_config(
+            config(folder, "run", compat_start_epoch=2, refine_epochs=[1], normalize_prototypes=normalize, scale=2.0)
+        )
+    )
     run.train()
-    expected = slowly(np.load(folder / "old_feature.npy"), run.notes[0][0], np.array(LABELS), normalize=normalize)
+    expected = slowly(np.load(folder / "old_feature.npy"), run.notes[1][0], np.array(LABELS), normalize=normalize)
     assert apart(run.notes[2][1], expected).max() < 1e-5
     norms = 2 * np.linalg.norm(expected, axis=1)
     (told,) = (line for line in (folder / "run/training.log").open() if "effective scale" in line)
@@ -337,6 +341,7 @@ def test_all_ranks_embed_with_the_backbone_of_rank_0(folder):
     "keys, message",
     [
         ({"refine_epochs": [1.5]}, "refine_epochs = .1.5.; it must be a list of whole numbers"),
+        ({"refine_epochs": [0, 2]}, "refine_epochs = .0, 2.; it must be a list of whole numbers, each at least 1"),
         ({"compat_start_epoch": -1}, "compat_start_epoch = -1; it must be at least 0"),
     ],
 )

@@ -1,6 +1,9 @@
 """Collectives on gloo ranks against the same computation in one process."""
 
+import glob
+import logging
 import os
+import re
 
 import pytest
 import torch
@@ -81,7 +84,75 @@ def test_init_distributed_without_a_launcher_is_a_single_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     rank, world_size, device = distributed.init_distributed()
     assert (rank, world_size) == (0, 1)
-    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert device.type == "cpu"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Sets up a machine with a GPU: `gpu(**keys)` -> (default device, lines logged by two askings)."""
+
+    def ask(driver=None, capability=(8, 6), built=("sm_80",), present=True, **environment):
+        def init():
+            raise RuntimeError(f"{driver} (found version 11040). Please update")
+
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for name, value in {
+            "is_available": lambda: driver is None,
+            "init": init,
+            "get_device_capability": lambda: capability,
+            "get_device_name": lambda: "A card",
+            "get_arch_list": lambda: list(built),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(glob, "glob", lambda pattern: ["/dev/nvidia0"] if present else [])
+        lines = []
+        monkeypatch.setattr(logging.getLogger("bct"), "warning", lambda text, *args: lines.append(text % args))
+        distributed.gpu_problem.cache_clear()
+        return distributed.default_device(), distributed.default_device(), lines
+
+    yield ask
+    monkeypatch.undo()
+    distributed.gpu_problem.cache_clear()
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old"
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (
+            {"driver": TOO_OLD},
+            rf"running on the CPU: torch \S+ cannot use this machine's GPU \({TOO_OLD}.*docs/trouble",
+        ),
+        ({"capability": (6, 1)}, r"is built for sm_80, not for this machine's A card \(sm_61\); see docs/trouble"),
+        ({"capability": (9, 0)}, "not for this machine's A card"),
+        ({"capability": (12, 0), "built": ["sm_90a", "compute_121"]}, "not for this machine's A card"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_once(gpu, keys, said):
+    first, second, lines = gpu(**keys)
+    assert first == second == "cpu" and len(lines) == 1 and re.search(said, lines[0])
+    assert gpu(**keys, RANK="1") == ("cpu", "cpu", [])  # rank 0 says it for all
+
+
+@pytest.mark.parametrize(
+    "device, keys",
+    [
+        ("cuda", {}),
+        ("cuda", {"capability": (8, 0)}),
+        ("cuda", {"capability": (12, 1), "built": ["sm_90", "sm_120"]}),
+        ("cuda", {"capability": (13, 0), "built": ["sm_120", "compute_120"]}),
+        ("cpu", {"driver": TOO_OLD, "CUDA_VISIBLE_DEVICES": ""}),
+        ("cpu", {"driver": TOO_OLD, "CUDA_VISIBLE_DEVICES": "-1"}),
+        ("cpu", {"driver": "Found no NVIDIA driver", "present": False}),
+    ],
+)
+def test_otherwise_there_is_nothing_to_tell(gpu, device, keys):
+    assert gpu(**keys) == (device, device, [])
 
 
 def test_tasks_of_slurm_without_ranks_are_refused(monkeypatch):
@@ -96,7 +167,6 @@ def init_on_rank():
     return rank, world_size, str(device), os.environ.get("FROM_THE_CALLER")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks would need a GPU each")
 def test_init_distributed_takes_ranks_from_the_group():
     results = run_ranks(init_on_rank, 2, env={"FROM_THE_CALLER": "yes"})
     assert results == [(0, 2, "cpu", "yes"), (1, 2, "cpu", "yes")]

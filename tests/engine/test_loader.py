@@ -146,7 +146,7 @@ def test_synthetic_sets_have_the_same_interface():
             open_train_set("synthetic", **counts)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda_equals_the_cpu(larger):
     for make in (TrainLoader, ExtractLoader):
         pairs = zip(make(larger, 6, "cuda", 2), make(larger, 6, "cpu", 2), strict=True)

@@ -17,7 +17,6 @@ from engine.trainer import Trainer
 from tests.engine.test_trainer import Plain, close_log_files, config, rec  # noqa: F401
 from tests.ranks import run_ranks
 
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 BAD = 8  # steps done before the bad batch: the third of the epoch 1, whose first is 6
 
 
@@ -47,12 +46,6 @@ class Tiny(Trainer):
     def losses(self, batch):
         cls = self.classifier(self.backbone(batch.images), batch.labels)
         return {"cls": cls, "other": cls * float("nan" if self.step == BAD else "1")}
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(request, monkeypatch):
-    if not request.node.name.startswith("test_on_cuda"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def message(kind, path, *overrides):
@@ -172,7 +165,7 @@ def stop_on_all(path):
 
 
 def test_every_rank_stops_at_the_step_and_writes_its_file(tmp_path, rec):  # noqa: F811
-    results = run_ranks(stop_on_all, 2, config(tmp_path, rec, batch_size=2), env=NO_GPU)
+    results = run_ranks(stop_on_all, 2, config(tmp_path, rec, batch_size=2))
     plan = [ShuffledRows(25, 2, 666, rank, 2) for rank in (0, 1)]
     for rank, (text, rows, step) in enumerate(results):
         plan[rank].epoch = 1
@@ -180,7 +173,7 @@ def test_every_rank_stops_at_the_step_and_writes_its_file(tmp_path, rec):  # noq
         assert np.array_equal(rows, list(plan[rank])[2][0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("keys", [{"fp16": False}, {"amp_dtype": "bfloat16"}, {"amp_dtype": "float16"}])
 def test_on_cuda_the_bad_step_is_named(tmp_path, rec, keys):  # noqa: F811
     text, trainer = message(Tiny, config(tmp_path, rec, **keys))

@@ -45,9 +45,10 @@ def folder(tmp_path_factory, make_record_set):
     return folder
 
 
-def start(folder, name, *launcher, **environment):
+def start(folder, name, *launcher, keys=(), **environment):
     """torchrun on two ranks: 10 steps an epoch, 3 epochs, a checkpoint every 3 steps."""
-    path = write_config(folder, "MixBCT", name, batch_size=3, num_epoch=3, checkpoint_steps=3, frequent=1)
+    keys = {"batch_size": 3, "num_epoch": 3, "checkpoint_steps": 3, "frequent": 1, **dict(keys)}
+    path = write_config(folder, "MixBCT", name, **keys)
     command = [
         sys.executable,
         "-m",
@@ -65,7 +66,7 @@ def start(folder, name, *launcher, **environment):
 
 def at_work(**environment):
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path, **environment}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment}
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,20 @@ def test_sigterm_to_torchrun_stops_all_ranks_and_logs_how_to_resume(folder, whol
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed from {folder}/stopped/checkpoints/{5 * 6:012}/rank_0_of_2.pt" in done.stdout
     assert_same_end(whole, folder / "stopped")
+
+
+@pytest.mark.gpu(2)
+def test_two_gpus(folder):
+    """NCCL, fused AdamW, float16 with its scaler, and a resume."""
+    keys = {"optimizer": "adamw", "lr": 1e-3, "amp_dtype": "float16"}
+    process = start(folder, "gpus", keys=keys)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    log = (folder / "gpus/training.log").read_text()
+    assert "2 ranks on cuda" in log and "Global Step: 30 " in log and "Fp16 Grad Scale" in log
+    losses = [float(value) for value in re.findall(r"Loss ([\d.]+)", log)]
+    assert losses[-1] < losses[0]
+
+    process = start(folder, "gpus", keys={**keys, "num_epoch": 4, "resume": True})
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resumed from" in printed and "Global Step: 40 " in printed, printed

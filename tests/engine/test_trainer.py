@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+import backbones
+from backbones.vit import SIZES as VIT_SIZES
 from core.config import ConfigError, load_config
-from core.distributed import rank, world_size
-from engine.build import make_scaler, start_momentum
+from core.distributed import rank
+from core.errors import UserError
+from engine.build import make_scaler, replicate, start_momentum
 from engine.checkpoint import CheckpointError
 from engine.trainer import Trainer, margin_loss, unwrap
 from losses import ArcFace, CombinedMarginLoss, CosFace
@@ -167,8 +170,6 @@ def test_margins_of_a_config(tmp_path):
     ],
 )
 def test_wrong_values_stop_before_the_first_step(tmp_path, rec, keys, message):
-    if "needs CUDA" in message and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
     with pytest.raises(ConfigError, match=message):
         Plain(load_config(config(tmp_path, **{"rec": rec, **keys})))
 
@@ -187,31 +188,84 @@ def close_log_files():
         logging.getLogger("bct").removeHandler(handler)
 
 
-def overflow_on_rank_zero():
-    """Two steps of fused SGD, the first of which overflows on rank 0 alone; returns (parameter, skipped steps)."""
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+OPTIMIZERS = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {"weight_decay": 0.1})}
+FACTORS = (1.0, 2.0, -3.0)  # of the gradients of three steps
+
+
+def overflow_on_rank_zero(optimizer, overflow):
+    """The three steps, fused; the gradient of step `overflow` is infinite on rank 0. Returns (weights, skipped)."""
+    torch.use_deterministic_algorithms(True)  # fills memory that is used uninitialised with NaN
     try:
-        parameter = torch.nn.Parameter(torch.ones(4))
-        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
+        parameters = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(2, 3))]
+        kind, keys = OPTIMIZERS[optimizer]
+        optimizer = kind(parameters, lr=0.1, fused=True, **keys)
         start_momentum(optimizer)
-        scaler = make_scaler(torch.device("cpu"), world_size(), enabled=True)
-        for step in range(2):
-            factor = float("inf") if step == 0 and rank() == 0 else 1.0
-            scaler.scale((parameter * factor).sum()).backward()
+        scaler = make_scaler(torch.device("cpu"), enabled=True)
+        for step, factor in enumerate(FACTORS):
+            factor = float("inf") if step == overflow and rank() == 0 else factor
+            scaler.scale(sum((parameter * factor).sum() for parameter in parameters)).backward()
             scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-        return parameter.detach(), int(scaler.skipped)
+        return parameters[0].detach(), parameters[1].detach(), int(scaler.skipped), scaler.get_scale()
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_an_overflow_on_one_rank_is_skipped_by_all(ranks):
-    results = run_ranks(overflow_on_rank_zero, ranks)
-    for parameter, skipped in results:
-        assert torch.equal(parameter, torch.full((4,), 0.9)) and skipped == 1
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("overflow", [0, 1])
+def test_an_overflow_on_one_rank_is_skipped_by_all(optimizer, overflow, ranks):
+    """As if that step had not been: momentum, and the steps that AdamW's bias correction counts, too."""
+    kind, keys = OPTIMIZERS[optimizer]
+    parameter = torch.nn.Parameter(torch.ones(4))
+    slow = kind([parameter], lr=0.1, foreach=False, **keys)
+    for step, factor in enumerate(FACTORS):
+        if step != overflow:
+            parameter.grad = torch.full((4,), factor)
+            slow.step()
+    for *weights, skipped, scale in run_ranks(overflow_on_rank_zero, ranks, optimizer, overflow):
+        for value in weights:
+            torch.testing.assert_close(value, parameter.detach()[0].expand_as(value))
+        assert skipped == 1 and scale == 2**15
+
+
+@pytest.mark.parametrize("network", ["tiny", "r18", "mbf", "vit_t"])
+def test_a_compiled_backbone_gives_what_the_plain_one_does(network, monkeypatch):
+    """Traced and differentiated as torch.compile does it, without the machine code."""
+    compile_by = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_by(module, backend="aot_eager"))
+    results = []
+    for compiled in (False, True):
+        cfg = load_config("configs/base.py", ["--network", network, "--compile", str(compiled)])
+        torch.manual_seed(0)
+        module = replicate(backbones.get_model(network, 8), cfg, torch.device("cpu"), 1)
+        embeddings = module(torch.linspace(-1, 1, 3 * 3 * 112 * 112).reshape(3, 3, 112, 112))
+        embeddings.square().sum().backward()
+        norm = torch.stack([parameter.grad.norm() for parameter in module.parameters() if parameter.requires_grad])
+        results.append([embeddings.detach(), norm, list(module.state_dict())])
+    torch.testing.assert_close(results[1][:2], results[0][:2], rtol=1e-3, atol=1e-4)
+    assert results[1][2] == results[0][2]
+
+
+@pytest.mark.parametrize("network", ["r2060", *(name for name, size in VIT_SIZES.items() if size[-1])])
+def test_networks_that_compute_activations_again_are_not_compiled(network):
+    with torch.device("meta"):
+        module = backbones.get_model(network)
+    with pytest.raises(
+        ConfigError, match=f"compile = True does not go with network = '{network}'.* set compile = False"
+    ):
+        cfg = load_config("configs/base.py", ["--network", network, "--compile", "True"])
+        replicate(module, cfg, torch.device("cpu"), 1)
+
+
+def test_ranks_on_a_gpu_that_torch_cannot_use_do_not_train(tmp_path, rec, monkeypatch):
+    monkeypatch.setattr("core.distributed.gpu_problem", lambda: "the driver is too old")
+    run(config(tmp_path, rec, num_epoch=1))
+    monkeypatch.setattr("core.distributed.init_distributed", lambda: (0, 2, torch.device("cpu")))
+    with pytest.raises(UserError, match="2 ranks would train on the CPU: the driver is too old"):
+        run(config(tmp_path, rec))
 
 
 def test_another_run_is_not_resumed(tmp_path, rec):

@@ -5,9 +5,11 @@ import io
 import pytest
 import torch
 
+from core.distributed import rows_of_rank, to_device
 from losses import ArcFace, PartialFC
 from tests.losses.test_partial_fc import SIZE, make, problem, share, slow
 from tests.losses.test_row_optimizer import SlowAdamW, SlowSGD
+from tests.pretend_cuda import pretend_cuda
 from tests.ranks import run_ranks
 
 
@@ -46,6 +48,35 @@ def test_all_positives_are_kept_even_beyond_the_rate(world_size):
     labels = torch.arange(12) * 2
     results = run_ranks(step_on_rank, world_size, embeddings, weight, labels, 0.1)
     assert torch.cat([result[2] for result in results]).tolist() == labels.tolist()
+
+
+def sample_on_cuda(labels, classes, rate):
+    """Classes sampled on this rank, on a CUDA that is not there, and how often the host waited for it."""
+    with pretend_cuda() as watch:
+        classifier = PartialFC(ArcFace(), SIZE, classes, rate).to("cuda")
+        labels, embeddings = (to_device(share(tensor), "cuda") for tensor in (labels, torch.ones(len(labels), SIZE)))
+        classifier._sampling_generator()
+        watch.waits.clear()
+        sampled = []
+        sample = classifier._sample
+        classifier._sample = lambda local: sampled.append(sample(local)) or sampled[0]
+        classifier(embeddings, labels)
+        waits = [str(place) for place in watch.waits]
+        return waits, sampled[0][0].cpu() + classifier.class_start, sampled[0][1].cpu()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("classes, count", [(24, 12), (100, 12), (400, 20), (10, 12)])
+def test_on_cuda_no_step_waits_for_the_number_of_positives(world_size, classes, count):
+    """Where the global batch is larger than the sample, as many classes as it has images, at most all of them."""
+    labels = torch.tensor([0, 9, 9, 3, 7, 1, 1, 5, 0, 8, 2, 9]) * classes // 10
+    count = count if world_size == 1 else 12
+    for rank, (waits, sampled, local) in enumerate(run_ranks(sample_on_cuda, world_size, labels, classes, 0.05)):
+        start, stop = rows_of_rank(classes, rank, world_size)
+        own = (labels >= start) & (labels < stop)
+        assert waits == []
+        assert len(sampled) == min(count, stop - start) and (sampled.diff() > 0).all()
+        assert torch.equal(sampled[local[own]], labels[own]) and (local[~own] == -1).all()
 
 
 def test_with_every_class_present_it_equals_the_full_softmax():

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from backbones import find_network, load_backbone
+from core.distributed import default_device
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError
 
@@ -91,7 +92,7 @@ def _scaled(images, input_scale):
 class TorchModel:
     def __init__(self, model_file, device, input_scale):
         self.input_scale = input_scale
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or default_device()
         self.model = load_backbone(model_file.file, model_file.found_network, self.device)
         self.num_features = self.model.num_features
 
