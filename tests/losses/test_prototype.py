@@ -26,7 +26,8 @@ def slowly(embeddings, labels, prototypes, scale):
     for row, label in zip(embeddings.tolist(), labels.tolist()):
         length = math.sqrt(sum(value * value for value in row))
         logits = [scale * sum(a / length * b for a, b in zip(row, prototype)) for prototype in prototypes.tolist()]
-        total -= logits[label] - math.log(sum(math.exp(logit) for logit in logits))
+        largest = max(logits)  # scale times a long prototype would overflow
+        total -= logits[label] - largest - math.log(sum(math.exp(logit - largest) for logit in logits))
     return total / len(embeddings)
 
 
