@@ -229,6 +229,7 @@ def _patch_device(patch):
         "get_arch_list": lambda: ["sm_90"],
         "set_device": lambda device: None,
         "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: False,
         "is_bf16_supported": lambda *args, **kwargs: True,
         "Event": Event,
         "Stream": Stream,
