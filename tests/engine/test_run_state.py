@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import signal
 
 import cv2
@@ -43,13 +44,34 @@ def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(tmp_path, rec, keys):
     assert sets_of(tmp_path / "parts") == [(5, 1)]
     log = (tmp_path / "parts/training.log").read_text()
     assert "stopped by SIGTERM at step 5; resume with: python " in log and log.endswith(" --resume True\n")
-    torch.manual_seed(99)
     parts = run(path, "--resume", "True")
     assert_same(whole[0], parts[0], 0)
     assert torch.equal(whole[1], parts[1])
     final = [load(complete_sets(tmp_path / name)[-1] / "rank_0_of_1.pt") for name in ("whole", "parts")]
     assert_same(final[0]["optimizer"]["state"][0], final[1]["optimizer"]["state"][0], 0)
-    assert torch.equal(final[0]["random"]["run"], final[1]["random"]["run"])
+
+
+class Drawing(Plain):
+    """Notes what each generator of a checkpoint gives at every step."""
+
+    def setup(self):
+        self.draws = {}
+
+    def losses(self, batch):
+        own = torch.rand((), generator=self.generator).item()
+        self.draws[self.step] = random.random(), np.random.rand(), torch.rand(()).item(), own
+        return super().losses(batch)
+
+
+def test_every_random_generator_continues(tmp_path, rec):  # noqa: F811
+    """The trainer seeds them all when it is made: of runs that draw nothing, both ways are alike."""
+    runs = []
+    for name, overrides in (("whole", []), ("parts", ["--num_epoch", "1"]), ("parts", ["--resume", "True"])):
+        runs.append(Drawing(load_config(config(tmp_path, rec, name), overrides)))
+        runs[-1].train()
+    whole, before, resumed = (trainer.draws for trainer in runs)
+    assert sorted(before) == list(range(6)) and sorted(resumed) == list(range(6, 12))
+    assert {**before, **resumed} == whole
 
 
 def test_checkpoints_within_epochs(tmp_path, rec):  # noqa: F811
