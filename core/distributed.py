@@ -61,7 +61,7 @@ def default_device():
 
 @functools.cache
 def gpu_problem():
-    """Why torch cannot use the GPU of this machine, a line that is also logged; None where it can, or there is none.
+    """Why torch cannot use this machine's GPU, in one line, logged once; None if it can, or if there is no GPU.
 
     A GPU hidden by CUDA_VISIBLE_DEVICES counts as none.
     """
@@ -70,7 +70,7 @@ def gpu_problem():
         reason = _without_kernels() if torch.cuda.is_available() else _without_driver()
     if reason is None:
         return None
-    reason += "; see docs/troubleshooting.md, or hide the GPU by CUDA_VISIBLE_DEVICES=-1"
+    reason += "; see docs/troubleshooting.md, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("bct").warning("running on the CPU: %s", reason)
     return reason
@@ -83,7 +83,7 @@ def _without_driver():
     try:
         torch.cuda.init()
         said = "no device is available"
-    except (AssertionError, RuntimeError) as error:  # of a torch built without CUDA, and of the driver
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA, or the driver
         said = str(error).partition(". ")[0]
     return f"torch {torch.__version__} cannot use this machine's GPU ({said})"
 

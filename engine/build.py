@@ -77,10 +77,10 @@ class _Scaler(torch.amp.GradScaler):
         super().unscale_(optimizer)
         if not self.is_enabled():
             return
-        verdicts = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
-        for found_inf in verdicts:  # 0-d, 0 or 1: fused kernels skip at exactly 1, AdamW subtracts it from its count
+        flags = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+        for found_inf in flags:  # 0-d, 0 or 1: fused kernels skip at exactly 1, AdamW subtracts it from its count
             all_reduce_(found_inf, torch.distributed.ReduceOp.MAX)
-        overflow = torch.stack(list(verdicts)).amax()
+        overflow = torch.stack(list(flags)).amax()
         self.skipped = overflow if self.skipped is None else self.skipped + overflow
 
 
@@ -103,8 +103,8 @@ def replicate(module, cfg, device, world_size):
             raise ConfigError(f"{cfg.config_file}: {key} = True needs CUDA; set {key} = False on the CPU")
     if cfg.compile and getattr(module, "checkpointing", False):
         raise ConfigError(
-            f"{cfg.config_file}: compile = True does not go with network = {cfg.network!r}, whose activations are "
-            "computed again in the backward pass; set compile = False"
+            f"{cfg.config_file}: compile = True does not work with network = {cfg.network!r}, which recomputes "
+            "activations in the backward pass; set compile = False"
         )
     module = module.train().to(device)
     if cfg.channels_last:

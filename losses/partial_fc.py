@@ -125,8 +125,8 @@ class PartialFC(Classifier):
     def _sample(self, local):
         """This step's rows of `weight`, int64 [S], sorted, and the local labels [N] as positions in them.
 
-        All positives, filled up with random negatives to num_sample, or where the global batch is larger: on the CPU to
-        as many as the positives are; on CUDA, where the host would have to wait to learn that, to the batch's size.
+        All positives, filled up with random negatives to num_sample. If the global batch is larger than num_sample, the
+        positives may be more: then their number on the CPU, the batch's size on CUDA, where counting makes the host wait.
         """
         generator = self._sampling_generator()
         score = torch.rand(self.num_local + 1, generator=generator, device=self.weight.device)
@@ -134,7 +134,7 @@ class PartialFC(Classifier):
         score = score[:-1]
         count = self.num_sample
         if len(local) > count:  # else the positives always fit
-            most = min(len(local), self.num_local)  # leaving out the surplus by a mask takes a fifth more time
+            most = min(len(local), self.num_local)  # masking the surplus costs a fifth more time
             count = most if local.is_cuda else max(count, int((score == 2).sum()))
         index = score.topk(count, sorted=False).indices.sort().values
         return index, torch.where(local >= 0, torch.searchsorted(index, local), -1)

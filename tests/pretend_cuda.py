@@ -1,4 +1,4 @@
-"""A CUDA that is not there: tensors that say they are on `cuda:0` and hold CPU values, for machines without a GPU.
+"""A pretended CUDA for machines without a GPU: tensors that report `cuda:0` and hold CPU values.
 
     with pretend_cuda() as watch:
         Trainer(cfg).train()
@@ -9,8 +9,8 @@ in a collective. It notes every operation that makes the host wait. A non-blocki
 an event recorded after it has been waited for; a pinned source that changes before its copy is done is an error.
 torch.autocast("cuda") computes in half precision, by the CPU's lists of operations; torch.compile is not tried.
 
-It shows nothing of sparse gradients (sampled classes), of the order of streams, of kernels that CUDA lacks, of NCCL, of
-speed and of DDP's reducer.
+Not covered: sparse gradients (sampled classes), the order of streams, kernels that CUDA lacks, NCCL, speed, and DDP's
+reducer.
 """
 
 import contextlib

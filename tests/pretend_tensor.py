@@ -1,4 +1,4 @@
-"""The tensors of tests/pretend_cuda.py, and the watch over what is done with them."""
+"""The tensors of tests/pretend_cuda.py, and a record of the operations on them."""
 
 import collections
 import pathlib

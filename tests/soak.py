@@ -42,7 +42,7 @@ def draw_task(folder, seed):
         "save_all_states": bool(random.integers(2)),
         "sample_rate": float(random.choice([0.5, 1.0])),
         "dropout": float(random.choice([0.0, 0.2])),
-        "deterministic": ranks > 2,  # else DDP sorts its buckets anew after the first step of each attempt
+        "deterministic": ranks > 2,  # else DDP rebuilds its buckets after the first step of each attempt
         **[{}, {"optimizer": "adamw", "lr": 1e-3}][random.integers(2)],
         **[{}, {"val_targets": ["pairs"], "verbose": int(random.integers(2, 6))}][random.integers(2)],
     }

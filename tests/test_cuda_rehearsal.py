@@ -1,4 +1,4 @@
-"""Every trainer on a CUDA that is not there (tests/pretend_cuda.py): whole runs, and where the host waits for it.
+"""Every trainer on a pretended CUDA (tests/pretend_cuda.py): whole runs, and where the host waits for the device.
 
 Trainers are found by their files: a new method is rehearsed without being named here.
 """

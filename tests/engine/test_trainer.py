@@ -254,7 +254,7 @@ def test_networks_that_compute_activations_again_are_not_compiled(network):
     with torch.device("meta"):
         module = backbones.get_model(network)
     with pytest.raises(
-        ConfigError, match=f"compile = True does not go with network = '{network}'.* set compile = False"
+        ConfigError, match=f"compile = True does not work with network = '{network}'.* set compile = False"
     ):
         cfg = load_config("configs/base.py", ["--network", network, "--compile", "True"])
         replicate(module, cfg, torch.device("cpu"), 1)

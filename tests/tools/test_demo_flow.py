@@ -33,7 +33,7 @@ for file in $root/dataset/IJBC/meta/ijbc_1N_probe_mixed.csv $root/dataset/ms1m-r
     mkdir -p "$(dirname "$file")" && touch "$file"
 done
 if [ -n "$FAIL" ] && [[ $* == *$FAIL* ]]; then kill -KILL $$; fi
-if [ -n "$STOP" ] && [[ $* == *$STOP* ]]; then echo "stopped by SIGTERM at step 3; go on with: ..."; fi
+if [ -n "$STOP" ] && [[ $* == *$STOP* ]]; then echo "stopped by SIGTERM at step 3; resume with: ..."; fi
 """
 
 

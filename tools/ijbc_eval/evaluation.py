@@ -9,7 +9,6 @@ import numpy as np
 from tools.ijbc_eval.embed import EmbeddingStore
 from tools.ijbc_eval.files import EvalError
 from tools.ijbc_eval.metrics import pair_scores, search
-from tools.ijbc_eval.models import INPUT_SCALE
 from tools.ijbc_eval.protocol import Protocol
 from tools.ijbc_eval.templates import Setting, template_features
 
@@ -23,20 +22,10 @@ class Evaluation:
     template of a pair; the *probe* side is the query. Two models make a cross-test, the same one twice a self-test.
     """
 
-    def __init__(
-        self,
-        data_dir,
-        subset="IJBC",
-        cache_dir=DEFAULT_CACHE,
-        batch_size=128,
-        workers=2,
-        skip_bad=False,
-        fresh=False,
-        device=None,
-        input_scale=INPUT_SCALE,
-    ):
+    def __init__(self, data_dir, subset="IJBC", cache_dir=DEFAULT_CACHE, fresh=False, **store_options):
+        """fresh: ignore what is cached. store_options: further arguments of EmbeddingStore."""
         self.protocol = Protocol(data_dir, subset, cache_dir, fresh)
-        self._store_options = cache_dir, batch_size, workers, skip_bad, fresh, device, input_scale
+        self._store_options = {"cache_dir": cache_dir, "fresh": fresh, **store_options}
         self._templates = {}
 
     @functools.cached_property
@@ -45,7 +34,7 @@ class Evaluation:
 
     @functools.cached_property
     def store(self):
-        return EmbeddingStore(self.protocol, self.faces, *self._store_options)
+        return EmbeddingStore(self.protocol, self.faces, **self._store_options)
 
     @functools.cached_property
     def pairs(self):

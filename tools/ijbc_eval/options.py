@@ -74,9 +74,9 @@ def open_evaluation(arguments):
         arguments.data_path,
         arguments.subset,
         arguments.cache_dir,
-        arguments.batch_size,
-        arguments.workers,
-        arguments.skip_bad_images,
         arguments.force_reload,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        skip_bad=arguments.skip_bad_images,
         input_scale=arguments.input_scale,
     )
