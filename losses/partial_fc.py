@@ -126,7 +126,7 @@ class PartialFC(Classifier):
         """This step's rows of `weight`, int64 [S], sorted, and the local labels [N] as positions in them.
 
         All positives, filled up with random negatives to num_sample. If the global batch is larger than num_sample, the
-        positives may be more: then their number on the CPU, the batch's size on CUDA, where counting makes the host wait.
+        positives may be more: then their number on the CPU; on CUDA, where counting syncs, the batch's size.
         """
         generator = self._sampling_generator()
         score = torch.rand(self.num_local + 1, generator=generator, device=self.weight.device)
