@@ -20,6 +20,7 @@ from collections import namedtuple
 import numpy as np
 
 from core.errors import UserError
+from core.files import open_temporary, publish
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -312,11 +313,8 @@ class RecordWriter:
     def __init__(self, path, idx_path=None):
         self.path = pathlib.Path(path)
         self.idx_path = pathlib.Path(idx_path) if idx_path is not None else index_path(path)
-        self._rec_part, self._idx_part = (
-            target.with_name(f"{target.name}.{os.getpid()}.tmp") for target in (self.path, self.idx_path)
-        )
-        self._rec = open(self._rec_part, "wb", buffering=1 << 20)
-        self._idx = open(self._idx_part, "w", encoding="ascii", newline="\n", buffering=1 << 18)
+        self._rec_part, self._rec = open_temporary(self.path)
+        self._idx_part, self._idx = open_temporary(self.idx_path)
         self._position = 0
         self._last_key = -1
         self._out_of_order = False
@@ -350,7 +348,7 @@ class RecordWriter:
             raise RecordError(f"{self.path}: key {key} is outside 0 to 10**18 - 1")
         self._out_of_order |= key <= self._last_key
         self._last_key = key
-        self._idx.write(f"{key}\t{self._position}\n")
+        self._idx.write(b"%d\t%d\n" % (key, self._position))
         self._rec.write(record)
         self._position += len(record)
 
@@ -359,8 +357,7 @@ class RecordWriter:
         if self._rec.closed:
             return
         try:
-            self._rec.close()
-            self._idx.close()
+            self._idx.flush()
             if self._out_of_order:
                 keys = np.sort(_read_index(self._idx_part)[0])
                 repeated = keys[1:][keys[1:] == keys[:-1]]
@@ -368,14 +365,13 @@ class RecordWriter:
                     raise RecordError(f"{self.path}: key {repeated[0]} was written more than once")
             # In this order a new .rec is never beside an old .idx.
             self.idx_path.unlink(missing_ok=True)
-            os.replace(self._rec_part, self.path)
-            os.replace(self._idx_part, self.idx_path)
-        except BaseException:
+            publish(self._rec, self._rec_part, self.path)
+            publish(self._idx, self._idx_part, self.idx_path)
+        finally:
             self.abort()
-            raise
 
     def abort(self):
-        """Delete what was written."""
+        """Delete what has not got its final name."""
         for file, part in ((self._rec, self._rec_part), (self._idx, self._idx_part)):
             try:
                 file.close()

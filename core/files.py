@@ -1,44 +1,65 @@
-"""Atomic file writes, and the state files of a run, which are read without running code."""
+"""Files that are whole or absent: written under a temporary name and renamed, locks that name their holder.
+
+A temporary file `.<name>.<token>.tmp` lies beside its target and is locked by its writer, so that the next writer of
+the same target can tell a killed process's leftover, which it deletes, from a file that is still being written.
+"""
 
 import contextlib
+import ctypes
 import errno
+import glob
 import os
 import pathlib
-import re
-import zipfile
-
-import torch
+import secrets
+import shlex
+import socket
+import sys
 
 from core.errors import UserError
 
-# An OSError with one of these comes from damaged content (a bad offset); any other comes from the system.
-_FROM_CONTENT = {None, errno.EINVAL}
-# In RuntimeErrors of torch that are not about the file.
-_FROM_SYSTEM = re.compile("allocate memory|out of memory|unable to mmap|unable to open|Too many open files|CUDA error")
-
-
-class CheckpointError(UserError):
-    """An unusable checkpoint or model file; the message names it and the next step."""
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """`with atomic_write(path) as file:` a binary file that is renamed to `path` once it is complete and on disk.
 
-    Until then it has a temporary name in the same directory. If the block fails, the temporary file is removed and an
-    existing `path` stays as it was; a killed process leaves it behind, see `remove_leftovers`. Raises OSError.
+    If the block fails, the temporary file is removed and an existing `path` stays as it was. Raises OSError.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, file = open_temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a crash could leave the name without the contents
-        os.replace(temporary, path)
-        sync_directory(path.parent)
+            publish(file, temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_temporary(path):
+    """`(temporary path, open binary file, locked)` for writing `path`; first deletes what killed writers of it left."""
+    path = pathlib.Path(path)
+    remove_leftovers(path.parent, path.name)
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        file = os.fdopen(os.open(temporary, _NEW, 0o666), "w+b")
+        # Between the two calls another process may have taken the file for a leftover.
+        if _try_lock(file) is not False and _still_named(file, temporary):
+            return temporary, file
+        file.close()
+
+
+def publish(file, temporary, path):
+    """Give the temporary file its final name, once its contents are on disk."""
+    file.flush()
+    os.fsync(file.fileno())  # else a crash could leave the name without the contents
+    if fcntl is None:
+        file.close()  # Windows does not rename open files
+    os.replace(temporary, path)
+    sync_directory(pathlib.Path(path).parent)
 
 
 def sync_directory(path):
@@ -55,66 +76,82 @@ def sync_directory(path):
         os.close(descriptor)
 
 
-def remove_leftovers(directory):
-    """Delete the temporary files of killed processes; nothing may be writing there now."""
-    for path in pathlib.Path(directory).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(directory, name=None):
+    """Delete what killed writers of `name` (None: of any file) left in a directory; living ones hold a lock."""
+    for path in pathlib.Path(directory).glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
+        with contextlib.suppress(OSError):  # gone by now, another user's, or a link
+            with os.fdopen(os.open(path, os.O_RDWR | _NOFOLLOW), "r+b") as file:
+                if _try_lock(file):
+                    path.unlink()
 
 
-# --- state files ----------------------------------------------------------------------------------------------------
+def reserve(file, size):
+    """Allocate `size` bytes for an empty file, so that a full disk fails now and not in the middle.
 
-
-def save_atomically(state, path):
-    """torch.save by `write_atomically`."""
-    write_atomically(lambda file: torch.save(state, file), path)
-
-
-def write_atomically(write, path):
-    """Write a file with `write(file)`, creating its directory; CheckpointError if it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            write(file)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch wraps it in its own error
-        if not isinstance(reason, OSError):
-            raise
-        raise CheckpointError(
-            f"{path}: cannot be written ({reason.strerror}); earlier checkpoints are intact: "
-            "free some space, then restart with --resume True"
-        ) from error
-
-
-def load(path, map_location="cpu", mmap=False):
-    """torch.load of tensors and plain values (`weights_only`).
-
-    Raises CheckpointError for a damaged file. System errors (no such file, no permission, network disk gone, out of
-    memory) propagate, because the file may be intact.
+    The file system's own call or, where it has none, a look at the free space: posix_fallocate would write zeros
+    there, for hours on a large file. Raises OSError (ENOSPC).
     """
-    with _damage_named(path):
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    file.truncate(size)
+    if _fallocate is not None:
+        if _fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+            return
+        if (reason := ctypes.get_errno()) not in _CANNOT_RESERVE:
+            raise OSError(reason, os.strerror(reason))
+    if hasattr(os, "fstatvfs"):
+        disk = os.fstatvfs(file.fileno())
+        if disk.f_bavail * disk.f_frsize < size:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size:,} bytes are needed")
 
 
-def check_whole(path):
-    """Verify the checksums of a torch.save file, which torch.load does not do; raises as `load`."""
-    with _damage_named(path), zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise CheckpointError(f"{path}: damaged, wrong checksum in {damaged}")
+# --- locks ----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _damage_named(path):
-    """Turn all but system errors into CheckpointError: reading a damaged file may raise nearly anything."""
+def lock(path):
+    """Lock the file `path` until the returned file is closed or this process ends; it says who holds it.
+
+    Raises UserError if another process holds it. Where the file system has no locks, nothing is locked.
+    """
+    path = pathlib.Path(path)
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o666), "r+")
+    if _try_lock(file) is False:
+        holder = file.read(300).strip()
+        file.close()
+        raise UserError(f"{path}: held by {holder or 'another process'}; wait for it or stop it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}: {shlex.join(sys.argv)}\n")
+    file.flush()
+    return file
+
+
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW | getattr(os, "O_BINARY", 0)
+
+
+def _try_lock(file):
+    """True if the open file is locked now, False if another process has it, None where there are no locks.
+
+    Not flock: forked data workers would keep it briefly after this process is killed.
+    """
+    if fcntl is None:
+        return None
     try:
-        yield
-    except Exception as error:
-        from_system = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        from_system |= isinstance(error, OSError) and error.errno not in _FROM_CONTENT
-        from_system |= isinstance(error, RuntimeError) and _FROM_SYSTEM.search(str(error)) is not None
-        if isinstance(error, OSError) and from_system:
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        if from_system:
-            raise
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from error
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+
+
+def _still_named(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+# fallocate(2), by ctypes: Python has only posix_fallocate.
+_CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR}
+_fallocate = None
+if sys.platform == "linux":
+    _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)

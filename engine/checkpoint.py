@@ -22,21 +22,10 @@ import time
 import torch
 
 from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
-from core.files import (
-    CheckpointError,
-    check_whole,
-    load,
-    remove_leftovers,
-    save_atomically,
-    sync_directory,
-    write_atomically,
-)
+from core.errors import UserError
+from core.files import lock, remove_leftovers, sync_directory
+from core.state_file import CheckpointError, check_whole, load, save_atomically, write_atomically
 from engine.monitor import log
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 KEEP = 2  # complete sets
 FOLDER, DONE = "checkpoints", "DONE"
@@ -75,15 +64,10 @@ def claim(output):
 
 def _lock(output):
     """`(open file, why this run must not write here, or None)`. The lock ends with the process."""
-    file = open(output / ".lock", "w")
     try:
-        # Not flock: forked data workers would keep it briefly after this process is killed.
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return file, f"{output}: in use by another run; stop that run or choose another `output`"
-    except OSError:  # a file system without locks
-        pass
+        file = lock(output / ".lock")
+    except UserError as error:
+        return None, f"{error}, or choose another `output`"
     for path in sorted(output.glob("checkpoint_step_*_gpu_*_of_*.pt"))[:1]:
         return file, (
             f"{path}: written by an earlier version of this code, cannot be resumed; finish the run with that version, "

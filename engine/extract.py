@@ -1,6 +1,5 @@
 """Feature files written by all ranks, each its share of the rows. old_model/feature_set.py names the files."""
 
-import errno
 import os
 import pathlib
 
@@ -9,7 +8,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from core.distributed import barrier, is_main, rank, rows_of_rank, world_size
+from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
+from core.files import open_temporary, publish, reserve
 from engine.loader import ExtractLoader
 from old_model.feature_set import FeatureError
 
@@ -25,33 +25,27 @@ class SharedArray:
 
     def __init__(self, path, shape, dtype):
         self.path, self.dtype = pathlib.Path(path), np.dtype(dtype)
-        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
         self.row_bytes = self.dtype.itemsize * int(np.prod(shape[1:]))
+        self.temporary = self.file = None
         if is_main():
             try:
                 self._reserve(shape)
             except OSError as error:
                 self._fail(error)
-        barrier()
-        self.file = open(self.temporary, "r+b")
+        self.temporary = gather_objects(self.temporary)[0]
+        if not is_main():
+            self.file = open(self.temporary, "r+b")
+        self.file.seek(0)
         np.lib.format.read_magic(self.file)
         np.lib.format.read_array_header_1_0(self.file)
         self.offset = self.file.tell()
 
     def _reserve(self, shape):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary, self.file = open_temporary(self.path)
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": tuple(shape)}
-        with open(self.temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            size = file.tell() + shape[0] * self.row_bytes
-            file.truncate(size)
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except AttributeError:
-                pass  # no such call on this system: a full disk fails when rows are written
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot reserve
-                    raise
+        np.lib.format.write_array_header_1_0(self.file, header)
+        reserve(self.file, self.file.tell() + shape[0] * self.row_bytes)
 
     def write(self, row, values):
         """Store `values` [n, …] as rows row … row + n − 1."""
@@ -66,17 +60,18 @@ class SharedArray:
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.file.close()
         except OSError as error:
             self._fail(error)
 
     def publish(self):
-        """Give the file its final name; on one rank, after all have finished."""
-        os.replace(self.temporary, self.path)
+        """Give the file its final name; on rank 0, after all have finished."""
+        publish(self.file, self.temporary, self.path)
 
     def discard(self):
-        """Delete the temporary file; an existing final file stays as it was."""
-        if is_main():
+        """Close the file, and delete it on rank 0 if it has not got its final name."""
+        if self.file is not None:
+            self.file.close()
+        if is_main() and self.temporary is not None:
             self.temporary.unlink(missing_ok=True)
 
     def _fail(self, error):
@@ -106,18 +101,16 @@ def extract_features(model, dataset, feature_path, label_path=None, *, embedding
         _embed_rows_of_rank(model.eval(), dataset, arrays, embedding_size, batch_size, num_workers)
         for array in arrays:
             array.finish()
-    except BaseException:
+        barrier()
+        if is_main():
+            for array in reversed(arrays):  # features last, so that their labels are there before them
+                array.publish()
+        barrier()
+    finally:
         for array in arrays:
             array.discard()
-        raise
-    finally:
         for module, training in modes:
             module.training = training
-    barrier()
-    if is_main():
-        for array in reversed(arrays):  # features last, so that their labels are there before them
-            array.publish()
-    barrier()
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ import pathlib
 import numpy as np
 import torch
 
-from core.files import save_atomically
+from core.state_file import save_atomically
 from engine.loader import ShuffledRows
 from engine.run_state import named_tensors, state_of
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from core.distributed import all_reduce_
-from core.files import CheckpointError
+from core.state_file import CheckpointError
 from engine.build import unwrap
 from engine.monitor import log
 from engine.schedule import set_step

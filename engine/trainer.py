@@ -28,7 +28,7 @@ import backbones
 from core import distributed
 from core.config import ConfigError, load_config
 from core.errors import UserError, report_errors
-from core.files import save_atomically
+from core.state_file import save_atomically
 from dataset import open_train_set
 from engine import checkpoint
 from engine.build import make_optimizer, make_scaler, margin_loss, replicate, scales_loss, set_precision, unwrap

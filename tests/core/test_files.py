@@ -1,10 +1,15 @@
-"""Atomic file writes."""
+"""Atomic writes, leftovers of killed writers, locks, reserved space."""
 
+import errno
+import multiprocessing
 import os
+import signal
 
 import pytest
 
-from core.files import atomic_write
+from core import files
+from core.errors import UserError
+from core.files import atomic_write, lock, open_temporary, remove_leftovers, reserve
 
 
 def test_a_file_is_renamed_once_complete_and_synced(tmp_path, monkeypatch):
@@ -45,3 +50,109 @@ def test_a_failed_sync_or_rename_leaves_the_old_file(tmp_path, monkeypatch):
             with atomic_write(path) as file:
                 file.write(b"new")
         assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+# --- other processes ------------------------------------------------------------------------------------------------
+
+
+def in_another_process(function, *arguments):
+    """Start `function(sender, ...)` and return the process and what it sends first."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=function, args=(sender, *arguments))
+    process.start()
+    return process, receiver.recv()
+
+
+def _write_half_and_wait(sender, path):
+    with atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        sender.send(os.getpid())
+        signal.pause()
+
+
+def test_a_writer_removes_what_a_killed_one_left_and_spares_a_living_one(tmp_path):
+    path = tmp_path / "a.bin"
+    (tmp_path / ".b.bin.0f0f0f0f.tmp").touch()  # another file's
+    writer, _ = in_another_process(_write_half_and_wait, path)
+    with atomic_write(path) as file:
+        file.write(b"whole")
+    assert len(list(tmp_path.glob(".a.bin.*.tmp"))) == 1
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    with atomic_write(path) as file:
+        file.write(b"again")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".b.bin.0f0f0f0f.tmp", "a.bin"]
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"again"
+
+
+def test_a_planted_name_is_not_written_through(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"keep")
+    tokens = iter(["planted0", "free0000"])
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: next(tokens))
+    (tmp_path / ".a.bin.planted0.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        open_temporary(tmp_path / "a.bin")
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises(OSError) as error:
+        lock(tmp_path / ".lock")
+    assert error.value.errno == errno.ELOOP and victim.read_bytes() == b"keep"
+
+
+def test_a_file_taken_for_a_leftover_is_opened_anew(tmp_path, monkeypatch):
+    """Another process deletes the new file before it is locked."""
+    taken = []
+
+    def lock_late(file):
+        if not taken:
+            taken.append(file.name)
+            [path.unlink() for path in tmp_path.iterdir()]
+        return True
+
+    monkeypatch.setattr(files, "_try_lock", lock_late)
+    temporary, file = open_temporary(tmp_path / "a.bin")
+    assert taken and list(tmp_path.iterdir()) == [temporary]
+    file.close()
+
+
+def _hold(sender, path):
+    held = lock(path)
+    sender.send(os.getpid())
+    signal.pause()
+    held.close()
+
+
+def test_a_lock_says_who_holds_it_and_ends_with_its_process(tmp_path):
+    path = tmp_path / ".lock"
+    holder, pid = in_another_process(_hold, path)
+    with pytest.raises(UserError, match=rf"\.lock: held by process {pid} on .*pytest.*; wait for it or stop it"):
+        lock(path)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    lock(path).close()
+
+
+# --- reserved space -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", [0, errno.EOPNOTSUPP])
+def test_space_is_reserved_or_at_least_there(tmp_path, monkeypatch, reason):
+    """EOPNOTSUPP: the answer of NFS below 4.2, ext2 and ramfs, where nothing but the free space can be checked."""
+
+    def fallocate(*_):
+        files.ctypes.set_errno(reason)
+        return -1
+
+    if reason:
+        monkeypatch.setattr(files, "_fallocate", fallocate)
+    with atomic_write(tmp_path / "a.bin") as file:
+        reserve(file, 1 << 20)
+    status = os.stat(tmp_path / "a.bin")
+    assert status.st_size == 1 << 20
+    if not reason and files._fallocate is not None:
+        assert status.st_blocks * 512 >= 1 << 20
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "b.bin") as file:
+        reserve(file, 1 << 60)
+    assert error.value.errno in (errno.ENOSPC, errno.EFBIG) and [*tmp_path.iterdir()] == [tmp_path / "a.bin"]

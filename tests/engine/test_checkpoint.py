@@ -381,7 +381,7 @@ def test_two_runs_cannot_share_an_output(tmp_path):
     other.start()
     assert ready.wait(60)
     for message in run_ranks(claimed, 2, tmp_path):
-        assert "in use by another run; stop that run or choose another `output`" in message
+        assert "held by process" in message and "choose another `output`" in message
     other.kill()
     other.join()
     assert run_ranks(claimed, 1, tmp_path) == [None]

@@ -9,7 +9,7 @@ import torch
 
 from dataset import SyntheticDataset
 from engine import extract
-from engine.extract import SharedArray, extract_features
+from engine.extract import extract_features
 from old_model.feature_set import FeatureError
 from tests.ranks import run_ranks
 
@@ -103,20 +103,8 @@ def test_a_full_disk_fails_before_the_work(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(extract.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(extract, "reserve", full)
     path = tmp_path / "a_feature.npy"
     with pytest.raises(FeatureError, match="a_feature.npy.*No space left"):
         extract_features(Pooled(), training_set(), path, embedding_size=WIDTH, num_workers=0)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_system_that_cannot_reserve(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(extract.os, "posix_fallocate", unsupported, raising=False)
-    array = SharedArray(tmp_path / "a.npy", (3, 2), np.float32)
-    array.write(1, np.ones((2, 2)))
-    array.finish()
-    array.publish()
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy", mmap_mode="r"), [[0, 0], [1, 1], [1, 1]])

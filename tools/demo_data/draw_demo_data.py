@@ -28,6 +28,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from core.files import atomic_write, lock
 from tools.demo_data import ijb, records
 
 TRAINING_DIR = "ms1m-retinaface-t1"
@@ -111,9 +112,8 @@ def _read_stamp(path):
 
 
 def _write_stamp(path, stamp, complete):
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_text(json.dumps({**stamp, "complete": complete}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with atomic_write(path) as file:
+        file.write((json.dumps({**stamp, "complete": complete}, indent=1) + "\n").encode())
 
 
 def outputs(args):
@@ -133,10 +133,10 @@ def draw(args):
     if foreign:
         raise SystemExit(f"{foreign[0]} exists but is not demo data (there is no {path}); choose another --root")
     args.root.mkdir(parents=True, exist_ok=True)
-    _write_stamp(path, stamp, complete=False)
-    with _workers(args.processes) as over:
+    with lock(args.root / ".lock"), _workers(args.processes) as over:
+        _write_stamp(path, stamp, complete=False)
         _draw_all(args, over)
-    _write_stamp(path, stamp, complete=True)
+        _write_stamp(path, stamp, complete=True)
     return True
 
 
@@ -158,10 +158,8 @@ def draw_sheet(args):
         images = records.aligned_images(args.seed, records.TRAINING, number, SHEET_COLUMNS, args.variation)
         rows.append(np.concatenate([image for image, _ in images], axis=1))
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
-    part = args.sheet.with_name(f"{args.sheet.stem}.{os.getpid()}.tmp.png")
-    if not cv2.imwrite(str(part), np.concatenate(rows)):
-        raise SystemExit(f"{args.sheet}: cannot be written; choose another --sheet")
-    os.replace(part, args.sheet)
+    with atomic_write(args.sheet) as file:
+        file.write(cv2.imencode(".png", np.concatenate(rows))[1].tobytes())
     print(f"{args.sheet}: {len(rows)} people, {SHEET_COLUMNS} images each")
 
 

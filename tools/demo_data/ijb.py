@@ -50,7 +50,7 @@ def write_ijb(root, seed, identities, probes, pairs, variation, over):
     `over(function, tasks)` yields the results in the order of the tasks.
     """
     root = pathlib.Path(root)
-    part = root.with_name(f"{root.name}.{os.getpid()}.tmp")
+    part = root.with_name(f".{root.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     try:
         (part / "loose_crop").mkdir(parents=True)

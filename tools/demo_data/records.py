@@ -1,12 +1,12 @@
 """The training set in insightface's format, `train.rec` and `train.idx`, and a small verification set `demo.bin`."""
 
-import os
 import pathlib
 import pickle
 
 import numpy as np
 
 import recordio
+from core.files import atomic_write
 from tools.demo_data import capture
 from tools.demo_data.conditions import draw_conditions
 from tools.demo_data.identity import draw_identity, traits
@@ -66,7 +66,5 @@ def write_verification_set(path, seed, pairs, variation, over):
         i = rng.integers(VERIFICATION_IMAGES)
         j = (i + rng.integers(1, VERIFICATION_IMAGES)) % VERIFICATION_IMAGES
         images += [jpegs[a][i], jpegs[b][j]]
-    path = pathlib.Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_bytes(pickle.dumps((images, same), protocol=4))
-    os.replace(part, path)
+    with atomic_write(path) as file:
+        pickle.dump((images, same), file, protocol=4)
