@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from core.manifest import record_digest
 from recordio import IRHeader, RecordError, RecordReader, class_label
 
 IMAGE_SHAPE = (112, 112, 3)
@@ -98,6 +99,10 @@ class RecordDataset(_ImageSet):
             cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=images[i])
         return labels
 
+    def digest(self):
+        """Digest of the set, for manifests: the same wherever it lies."""
+        return record_digest(self.path, self.reader.idx_path)
+
     def label(self, row):
         """The class of a row; reads only the record's header."""
         key = int(self.keys[self._inside(row)])
@@ -160,6 +165,9 @@ class SyntheticDataset(_ImageSet):
             start = self._inside(row) * 7919 % (len(self._noise) - image.size)
             image.reshape(-1)[:] = self._noise[start : start + image.size]
         return np.asarray(rows, np.int64) % self.num_classes
+
+    def digest(self):
+        return f"synthetic {self.num_classes} {self.num_image}"
 
     def label(self, row):
         return self._inside(row) % self.num_classes

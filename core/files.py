@@ -45,7 +45,10 @@ def open_temporary(path):
     remove_leftovers(path.parent, path.name)
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        file = os.fdopen(os.open(temporary, _NEW, 0o666), "w+b")
+        try:
+            file = os.fdopen(os.open(temporary, _NEW, 0o666), "w+b")
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(path)) from None  # the name that the user knows
         # Between the two calls another process may have taken the file for a leftover.
         if _try_lock(file) is not False and _still_named(file, temporary):
             return temporary, file

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
 from core.files import open_temporary, publish, reserve
+from core.manifest import write_manifest
 from engine.loader import ExtractLoader
 from old_model.feature_set import FeatureError
 
@@ -63,6 +64,10 @@ class SharedArray:
         except OSError as error:
             self._fail(error)
 
+    def describe(self, what, **facts):
+        """Write the manifest, before `publish`; on rank 0."""
+        write_manifest(self.path, self.file, what, **facts)
+
     def publish(self):
         """Give the file its final name; on rank 0, after all have finished."""
         publish(self.file, self.temporary, self.path)
@@ -79,7 +84,9 @@ class SharedArray:
         raise FeatureError(f"{self.path}: cannot be written ({error.strerror}); check the disk's free space") from error
 
 
-def extract_features(model, dataset, feature_path, label_path=None, *, embedding_size, batch_size=128, num_workers=2):
+def extract_features(
+    model, dataset, feature_path, label_path=None, *, embedding_size, batch_size=128, num_workers=2, made_from=None
+):
     """Embed all images of `dataset`, in record order and unflipped, into a .npy file; all ranks call it together.
 
     model: images [B, 3, 112, 112] -> embeddings [B, embedding_size], on its device. It runs in eval mode without
@@ -88,6 +95,7 @@ def extract_features(model, dataset, feature_path, label_path=None, *, embedding
     dataset: a data set of dataset.py. Rank r of w embeds the r-th of w contiguous parts.
     feature_path: written atomically as float32 [N, embedding_size]; label_path, if given: int64 [N].
     batch_size: images per forward pass; num_workers: decoding processes per rank.
+    made_from: facts for the manifest of the features; None: no manifests.
     Raises FeatureError for embeddings that are non-finite or of another width, and for a full disk; existing files stay
     as they were.
     """
@@ -103,6 +111,11 @@ def extract_features(model, dataset, feature_path, label_path=None, *, embedding
             array.finish()
         barrier()
         if is_main():
+            if made_from is not None:
+                facts = {"records": dataset.digest(), "rows": len(dataset)}
+                arrays[0].describe("features", width=embedding_size, **facts, **made_from)
+                for array in arrays[1:]:
+                    array.describe("labels", **facts)
             for array in reversed(arrays):  # features last, so that their labels are there before them
                 array.publish()
         barrier()

@@ -47,6 +47,7 @@ def state_of(run):
         "world_size": run.world_size,
         "global_batch": run.global_batch,
         "method": type(run).__name__,
+        "made_from": run.made_from,
         "config": {key: value for key, value in run.cfg.items() if _is_plain(value)},
         "best": dict(run.best),
         "backbone": unwrap(run.backbone).state_dict(),
@@ -155,6 +156,13 @@ def restore(run, state, path):
 
 
 def _check_same_run(run, state, path):
+    for key, name in {"records": "rec", "old_model": "old_model_path"}.items():
+        before = state.get("made_from", {}).get(key)
+        if before and run.made_from.get(key, before) != before:
+            raise CheckpointError(
+                f"{path}: written with another {name} than {run.cfg[name]}, by its contents; "
+                "put that one back to resume, or choose another `output`"
+            )
     for key in SAME_RUN:
         if state["config"][key] != run.cfg[key]:
             raise CheckpointError(

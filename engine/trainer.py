@@ -28,7 +28,8 @@ import backbones
 from core import distributed
 from core.config import ConfigError, load_config
 from core.errors import UserError, report_errors
-from core.state_file import save_atomically
+from core.manifest import write_manifest
+from core.state_file import save_atomically, write_atomically
 from dataset import open_train_set
 from engine import checkpoint
 from engine.build import make_optimizer, make_scaler, margin_loss, replicate, scales_loss, set_precision, unwrap
@@ -42,6 +43,7 @@ from engine.verification import Verifier
 from losses import PartialFC
 from losses.classifier import replicated_parameters
 from old_model.old_features import OldFeatures
+from old_model.provenance import made_from
 
 
 class Trainer:
@@ -82,6 +84,7 @@ class Trainer:
                 f"{cfg.config_file}: batch_size = {cfg.batch_size} on {self.world_size} ranks is more than the "
                 f"{cfg.num_image} images of {self.train_set.path}; lower batch_size"
             )
+        self.made_from = made_from(cfg, self.train_set)
         self.old = self.open_old_features() if self.old_features else None
         self.loader = TrainLoader(
             self.train_set,
@@ -144,7 +147,6 @@ class Trainer:
             cfg.old_embedding_label,
             cfg.get("credible_old_feature"),
             cfg.embedding_size,
-            cfg.old_model_path,
         )
 
     def setup(self):
@@ -270,9 +272,18 @@ class Trainer:
     # --- files ----------------------------------------------------------------------------------------------------
 
     def save_backbone(self, name):
-        """Save rank 0's backbone, for `backbones.load_backbone`."""
+        """Save rank 0's backbone, for `backbones.load_backbone`, with its manifest."""
         if self.rank == 0:
-            save_atomically(unwrap(self.backbone).state_dict(), pathlib.Path(self.cfg.output) / name)
+            path, cfg = pathlib.Path(self.cfg.output) / name, self.cfg
+            facts = {"network": cfg.network, "width": cfg.embedding_size, "method": type(self).__name__}
+            facts |= {"step": self.step, "finished": self.step == self.total_steps}
+            facts |= {key: self.made_from.get(key) for key in ("records", "old_model")}
+
+            def write(file):
+                torch.save(unwrap(self.backbone).state_dict(), file)
+                write_manifest(path, file, "backbone", **facts)
+
+            write_atomically(write, path)
 
     def save_models(self):
         """Save the backbone as `model.pt`, each rank's class centres as `softmax_fc_gpu_{rank}.pt`."""

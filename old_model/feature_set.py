@@ -1,4 +1,4 @@
-"""The files of a feature set: names, the commands that write them, age checks, opening and saving.
+"""The files of a feature set: names, the commands that write them, opening and saving.
 
 A feature set is named `<old model>_<set>`, such as `f128_r18_softmax_class70`: the old model's config name without its
 own set, and the set that was embedded. Row i of every file belongs to image i of that set's record file.
@@ -20,6 +20,7 @@ import numpy as np
 from core.config import REPO
 from core.errors import UserError
 from core.files import atomic_write
+from core.manifest import digest, read_manifest, write_manifest
 
 # Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data unseen by the old
 # one; EX (extended): on everything.
@@ -125,24 +126,9 @@ def rewrite_from_images(path):
     return f"rewrite it: {own if first == own else f'{first} && {own}'}"
 
 
-def check_not_older(path, old_model_path):
-    """Raise FeatureError, with the command to run, if the old model is missing or newer than `path`, made from it.
-
-    old_model_path "" or None: no check.
-    """
-    if not old_model_path:
-        return
-    model = pathlib.Path(old_model_path)
-    if not model.is_file():
-        raise FeatureError(
-            f'old_model_path {model}: no such file; correct it in the config, or set it to "": '
-            f"it is only used to check the age of {path}"
-        )
-    if pathlib.Path(path).stat().st_mtime_ns < model.stat().st_mtime_ns:
-        raise FeatureError(
-            f"{path}: older than old_model_path {model}; {rewrite_from_images(path)}   "
-            '(if it is from that model and only the file times are wrong, set old_model_path to "")'
-        )
+def label_path(feature_path):
+    """`..._feature.npy` -> `..._label.npy` beside it."""
+    return re.sub(r"_feature\.npy$", "_label.npy", str(feature_path))
 
 
 # --- Opening and saving -----------------------------------------------------------------------------------------
@@ -166,21 +152,30 @@ def open_array(path, ndim, kind):
 
 
 def open_feature_set(files):
-    """`(features [N, D], labels [N])` of a FeatureSet, memory-mapped. Raises FeatureError, also if lengths differ."""
+    """`(features [N, D], labels [N], made_from)` of a FeatureSet, memory-mapped.
+
+    made_from: the facts for the manifest of a file made from them. Raises FeatureError if the lengths differ,
+    ManifestError if the two are not of one record set.
+    """
     features, labels = open_array(files.feature, 2, np.floating), open_array(files.label, 1, np.integer)
     if len(features) != len(labels) or not len(features):
         raise FeatureError(
             f"{files.feature}: {len(features)} rows, but {files.label.name} has {len(labels)}; both need one per "
             f"image. Rewrite them: {files.command()}"
         )
-    return features, labels
+    manifest, of_labels = (read_manifest(path, rewrite(path)) for path in (files.feature, files.label))
+    of_labels.require("records", manifest.get("records"), files.feature, f"rewrite both: {files.command()}")
+    facts = {key: manifest.get(key) for key in ("records", "model")}
+    return features, labels, {"features": digest(files.feature), **facts}
 
 
-def save_array(path, array):
-    """Write a .npy file atomically."""
+def save_array(path, array, what=None, **facts):
+    """Write a .npy file atomically; `what` it is and the facts go into its manifest, None = it has none."""
     try:
         with atomic_write(path) as file:
             np.save(file, array)
+            if what:
+                write_manifest(path, file, what, **facts)
     except OSError as error:
         raise FeatureError(
             f"{path}: cannot be written ({error.strerror}); check the disk and its free space"

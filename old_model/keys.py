@@ -12,5 +12,4 @@ keys = edict()
 
 keys.old_embedding = ""             # .npy float32 [num_image, embedding_size], row i = image i of rec
 keys.old_embedding_label = ""       # .npy int64 [num_image]; "" = the …_label.npy beside old_embedding
-keys.old_model_path = ""            # the old model's model.pt, optional: if set, files of old features that are
-                                    # older than it are refused
+keys.old_model_path = ""            # the old model's model.pt; if it is there, the files must be made from it

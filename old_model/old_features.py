@@ -6,12 +6,11 @@ images that they decode (engine/loader.py), so a method finds them in its batch.
 
 import os
 import pathlib
-import re
 import weakref
 
 import numpy as np
 
-from old_model.feature_set import FeatureError, check_not_older, open_array, rewrite, rewrite_from_images
+from old_model.feature_set import FeatureError, label_path, open_array, rewrite, rewrite_from_images
 
 LABELS_SAMPLED = 1024  # rows whose labels are compared with the record file on opening
 
@@ -21,23 +20,21 @@ class OldFeatures:
 
     train_set: a data set of dataset.py; row i of every file belongs to its image i. Lengths and an even sample of the
         labels are checked here, all labels batch by batch (`compare_labels`).
-    feature_path: …_feature.npy, float [N, D]. label_path: int [N]; "" or None = the …_label.npy beside it.
+    feature_path: …_feature.npy, float [N, D]. labels_path: int [N]; "" or None = the …_label.npy beside it.
     credible_path: bool [N], such as …_credible_ratio_90_feature.npy; "" or None = every row is credible.
     embedding_size: the new model's; None = any.
-    old_model_path: the files must not be older than this model; "" or None = not checked.
 
     `features` and `labels` are memory-mapped: the ranks of a machine share one copy.
-    Raises FeatureError, with the command to run, for files that are missing, stale or of another training set.
+    Raises FeatureError, with the command to run, for files that are missing or of another training set;
+    old_model/provenance.py compares their manifests.
     """
 
-    def __init__(
-        self, train_set, feature_path, label_path=None, credible_path=None, embedding_size=None, old_model_path=None
-    ):
+    def __init__(self, train_set, feature_path, labels_path=None, credible_path=None, embedding_size=None):
         if not feature_path:
             raise FeatureError("old_embedding is empty; set it in the config to a …_feature.npy of get_feature.py")
         self.path, self.record = pathlib.Path(feature_path), train_set.path
-        label_path = pathlib.Path(label_path or re.sub(r"_feature\.npy$", "_label.npy", str(feature_path)))
-        self._rows, self._labels = RowFile(self.path, 2, np.floating), RowFile(label_path, 1, np.integer)
+        labels_path = pathlib.Path(labels_path or label_path(feature_path))
+        self._rows, self._labels = RowFile(self.path, 2, np.floating), RowFile(labels_path, 1, np.integer)
         self.features, self.labels, self.width = self._rows.array, self._labels.array, self._rows.array.shape[1]
         self._credible = RowFile(credible_path, 1, np.bool_) if credible_path else None
         for file in filter(None, (self._rows, self._labels, self._credible)):
@@ -53,11 +50,8 @@ class OldFeatures:
                 "set embedding_size to the old model's, or use the features of an old model of that width; "
                 f"if the old model has changed, {rewrite(self.path)}"
             )
-        check_not_older(self.path, old_model_path)
-        if self._credible:
-            if not self._credible.array.any():
-                raise FeatureError(f"{credible_path}: no row is credible; {rewrite(credible_path)}")
-            check_not_older(credible_path, old_model_path)
+        if self._credible and not self._credible.array.any():
+            raise FeatureError(f"{credible_path}: no row is credible; {rewrite(credible_path)}")
         rows = np.unique(np.linspace(0, len(train_set) - 1, LABELS_SAMPLED).astype(np.int64)) if len(train_set) else []
         self.compare_labels(rows, [train_set.label(int(row)) for row in rows])
 

@@ -21,6 +21,8 @@ from torch import nn
 
 from core.distributed import barrier, is_main, sum_over_ranks
 from core.files import atomic_write
+from core.manifest import ManifestError, digest, read_manifest, write_manifest
+from engine.monitor import log
 from old_model.by_class import squared_distances_to_means, unit_class_means
 from old_model.feature_set import FeatureError
 
@@ -75,12 +77,13 @@ def default_path(feature_path):
 def load_boundaries(path, old, num_classes):
     """`(centers [C, D], radius [C], count [C])` tensors on the CPU, read from `path`; collective: call it on all ranks.
 
-    old: OldFeatures. Rank 0 writes the file first if it is missing or older than the features.
-    Raises FeatureError for a damaged file or one made from other features.
+    old: OldFeatures. Rank 0 writes the file first unless its manifest says that it is made from these features.
+    Raises FeatureError for a damaged file or one of another shape.
     """
     path = pathlib.Path(path)
-    if is_main() and not (path.is_file() and path.stat().st_mtime_ns >= old.path.stat().st_mtime_ns):
-        _save(path, *class_boundaries(old.features, old.labels, num_classes))
+    if is_main() and (reason := _why_redo(path, old)):
+        log.info("computing the boundaries: %s", reason)
+        _save(path, digest(old.path), *class_boundaries(old.features, old.labels, num_classes))
     barrier()
     try:
         with np.load(path) as file:
@@ -98,11 +101,23 @@ def load_boundaries(path, old, num_classes):
     return arrays
 
 
-def _save(path, centers, radius, count):
+def _why_redo(path, old):
+    if not path.is_file():
+        return f"{path}: no such file yet"
+    try:
+        made_from = read_manifest(path, "").get("features")
+    except ManifestError as error:
+        return str(error).partition(";")[0]
+    if made_from and made_from != digest(old.path):
+        return f"{path}: made from other features than {old.path}"
+
+
+def _save(path, features, centers, radius, count):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, centers=centers, radius=radius, count=count)
+            write_manifest(path, file, "class boundaries", features=features)
     except OSError as error:
         raise FeatureError(
             f"{path}: cannot be written ({error.strerror}); set center_radius to a writable path"

@@ -4,14 +4,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from old_model.feature_set import FeatureError, check_not_older, open_array, rewrite_from_images
+from old_model.feature_set import FeatureError, open_array, rewrite_from_images
 
 
-def load_prototypes(path, num_classes, embedding_size, old_model_path=None):
+def load_prototypes(path, num_classes, embedding_size):
     """Read a …_avg_feature.npy: float32 [num_classes, embedding_size] on the CPU, rows L2-normalised, row = class.
 
-    old_model_path: the file must not be older than this model; "" or None = no check.
-    Raises FeatureError for a file that is missing, stale, of another shape or not finite.
+    Raises FeatureError for a file that is missing, of another shape or not finite.
     """
     if not path:
         raise FeatureError(
@@ -32,5 +31,4 @@ def load_prototypes(path, num_classes, embedding_size, old_model_path=None):
         )
     if not np.isfinite(prototypes).all():
         raise FeatureError(f"{path}: contains NaN or infinity; {rewrite_from_images(path)}")
-    check_not_older(path, old_model_path)
     return F.normalize(torch.from_numpy(prototypes), dim=1)

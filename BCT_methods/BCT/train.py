@@ -22,7 +22,7 @@ class BCT(Trainer):
     def setup(self):
         cfg = self.cfg
         require(cfg, "scale", cfg.scale > 0, "above 0")
-        prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size, cfg.old_model_path)
+        prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size)
         self.prototypes = prototypes.to(self.device)
 
     def losses(self, batch):

@@ -9,6 +9,7 @@ config = edict()
 
 config.embedding_size = 512
 config.rec = "dataset/ms1m-retinaface-t1"
+config.old_model_path = "work_dirs/f512_r18_arc_data30/model.pt"
 config.old_embedding = "feature_save/EXdata/f512_r18_arc_data100_feature.npy"
 config.old_embedding_label = "feature_save/EXdata/f512_r18_arc_data100_label.npy"
 config.old_prototype = "feature_save/EXdata/f512_r18_arc_data100_avg_feature.npy"

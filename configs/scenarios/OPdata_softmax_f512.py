@@ -9,6 +9,7 @@ config = edict()
 
 config.embedding_size = 512
 config.rec = "dataset/ms1m-retinaface-t1/train_part_70_data.rec"
+config.old_model_path = "work_dirs/f512_r18_softmax_data30/model.pt"
 config.old_embedding = "feature_save/OPdata/f512_r18_softmax_data70_feature.npy"
 config.old_embedding_label = "feature_save/OPdata/f512_r18_softmax_data70_label.npy"
 config.old_prototype = "feature_save/OPdata/f512_r18_softmax_data70_avg_feature.npy"

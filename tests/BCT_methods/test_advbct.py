@@ -20,6 +20,7 @@ from BCT_methods.AdvBCT.discriminator import Discriminator, adversarial_loss, re
 from BCT_methods.AdvBCT.train import AdvBCT
 from core import distributed
 from core.config import load_config
+from core.manifest import manifest_path
 from engine.checkpoint import complete_sets
 from old_model import by_class
 from old_model.feature_set import FeatureError
@@ -121,18 +122,20 @@ class Old:
         np.save(path, self.features)
 
 
-def test_the_file_is_written_once_and_again_for_newer_features(tmp_path):
+def test_the_file_is_written_once_and_again_for_other_features(tmp_path):
     old, path = Old(tmp_path / "x_feature.npy"), tmp_path / "x_center_radius.npz"
     assert default_path(old.path) == str(path)
     loaded = load_boundaries(path, old, CLASSES)
     for array, expected in zip(loaded, class_boundaries(old.features, old.labels, CLASSES)):
         assert torch.equal(array, torch.from_numpy(expected))
-    assert [file.name for file in tmp_path.iterdir() if "radius" in file.name] == [path.name]
+    names = sorted(file.name for file in tmp_path.iterdir() if "radius" in file.name)
+    assert names == [path.name, f"{path.name}.json"]
     stamp = path.stat().st_mtime_ns
     load_boundaries(path, old, CLASSES)
     assert path.stat().st_mtime_ns == stamp
     old.features = -old.features
-    os.utime(old.path, ns=(stamp + 10**9, stamp + 10**9))
+    np.save(old.path, old.features)
+    os.utime(old.path, (1, 1))  # older by its time, as `cp -p` may leave it
     torch.testing.assert_close(load_boundaries(path, old, CLASSES)[0], -loaded[0])
 
 
@@ -141,6 +144,7 @@ def test_a_wrong_file_is_named(tmp_path):
     load_boundaries(path, old, CLASSES)
     with pytest.raises(FeatureError, match=r"mine.npz: centres \[5, 3\], but .* has 6 classes"):
         load_boundaries(path, old, 6)
+    manifest_path(path).unlink()  # else the file would be made again
     for content in (b"", b"no zip at all", path.read_bytes()[:300], old.path.read_bytes()):
         path.write_bytes(content)
         with pytest.raises(FeatureError, match="mine.npz: not a readable file .* delete it"):

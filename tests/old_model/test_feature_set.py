@@ -1,21 +1,12 @@
 """Feature files: names, the commands that write them, and their age against the old model's."""
 
 import errno
-import os
 
 import numpy as np
 import pytest
 
 from old_model import feature_set
-from old_model.feature_set import (
-    FeatureError,
-    FeatureSet,
-    check_not_older,
-    command_for,
-    open_array,
-    open_feature_set,
-    save_array,
-)
+from old_model.feature_set import FeatureError, FeatureSet, command_for, open_array, open_feature_set, save_array
 
 
 @pytest.mark.parametrize(
@@ -89,44 +80,6 @@ def test_the_command_omits_the_default_directory(monkeypatch, tmp_path):
 
 
 # --- Age ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A feature set whose files are one second younger than model.pt beside them."""
-    files = FeatureSet("f128_r18_softmax_class70", tmp_path / "feature_save")
-    files.feature.parent.mkdir(parents=True)
-    for seconds, path in ((100, tmp_path / "model.pt"), (101, files.feature), (101, files.credible(0.9))):
-        path.write_bytes(b"")
-        os.utime(path, (seconds, seconds))
-    return files, tmp_path / "model.pt"
-
-
-def test_a_file_must_not_be_older_than_its_model(place):
-    files, model = place
-    for path in (files.feature, files.credible(0.9)):
-        check_not_older(path, str(model))
-    os.utime(model, (101, 101))
-    check_not_older(files.feature, model)  # as old is not older
-    os.utime(model, (102, 102))
-    for none in ("", None):
-        check_not_older(files.feature, none)
-    get = f"get_feature.py configs/f128_r18_softmax_class30.py --SD {files.name} --workspace {files.root.parent}"
-    with pytest.raises(FeatureError) as stale:
-        check_not_older(files.feature, model)
-    assert str(stale.value).startswith(f"{files.feature}: older than old_model_path {model}")
-    assert get in str(stale.value) and "&&" not in str(stale.value)
-    # Derived files are rewritten after the features.
-    with pytest.raises(FeatureError) as stale:
-        check_not_older(files.credible(0.9), model)
-    assert f"{get} && python tools/get_feature/denoise_credible.py --T 0.9" in str(stale.value)
-
-
-def test_the_model_must_be_there(place):
-    files, model = place
-    for missing in (model.with_name("none.pt"), model.parent):
-        with pytest.raises(FeatureError, match=f"old_model_path {missing}: no such file.*{files.feature}"):
-            check_not_older(files.feature, missing)
 
 
 # --- Opening and saving ------------------------------------------------------------------------------------------

@@ -42,28 +42,6 @@ def test_rows_are_returned_as_stored(stored):
     assert np.load(stored.feature)[7, 0] == 7 * WIDTH
 
 
-@pytest.mark.parametrize("which", ["feature", "credible"])
-def test_files_older_than_their_model(stored, which):
-    model = stored.root / "model.pt"
-    model.write_bytes(b"")
-    np.save(stored.credible(0.9), np.ones(11, bool))
-    readers = {
-        "feature": lambda: OldFeatures(training_set(), stored.feature, old_model_path=model),
-        "credible": lambda: OldFeatures(
-            training_set(), stored.feature, None, stored.credible(0.9), old_model_path=model
-        ),
-    }
-    path = {"feature": stored.feature, "credible": stored.credible(0.9)}[which]
-    later = path.stat().st_mtime_ns + 10**9
-    if which == "credible":  # its features are newer than both
-        os.utime(stored.feature, ns=(later + 2, later + 2))
-    os.utime(path, ns=(later, later))
-    readers[which]()
-    os.utime(model, ns=(later + 1, later + 1))
-    with pytest.raises(FeatureError, match=f"{path}: older than old_model_path {model}"):
-        readers[which]()
-
-
 def test_missing_features_name_the_command(stored):
     stored.feature.unlink()
     command = "get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70"

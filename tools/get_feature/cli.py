@@ -1,6 +1,7 @@
 """Shared by the scripts of this directory: their arguments, and the extraction of the features that they read."""
 
 import argparse
+import contextlib
 import pathlib
 import re
 import shlex
@@ -8,6 +9,9 @@ import shlex
 import backbones
 from core import distributed
 from core.config import REPO, load_config
+from core.errors import UserError
+from core.files import lock
+from core.manifest import ManifestError, digest, read_manifest
 from dataset import open_train_set
 from engine.extract import extract_features
 from old_model.feature_set import FeatureError, FeatureSet
@@ -78,42 +82,92 @@ def record_path(cfg, files):
     )
 
 
-def up_to_date(outputs, inputs):
-    """Whether all outputs exist and none is older than any existing input."""
-    if not all(path.is_file() for path in outputs):
-        return False
-    newest = max((path.stat().st_mtime_ns for path in inputs if path.is_file()), default=0)
-    return min(path.stat().st_mtime_ns for path in outputs) >= newest
+def why_redo(cfg, files, model_path, train_set):
+    """Why the features of `files` must be extracted (again), or None if they are this model's of this record set.
+
+    Files without a manifest are somebody's own, and kept.
+    """
+    for path in (files.feature, files.label):
+        if not path.is_file():
+            return f"{path}: no such file yet"
+    try:
+        features, labels = read_manifest(files.feature, ""), read_manifest(files.label, "")
+    except ManifestError as error:
+        return str(error).partition(";")[0]
+    for manifest in filter(None, (features, labels)):
+        if manifest.get("records") != train_set.digest():
+            return f"{manifest.path}: made from another record set than {train_set.path}"
+    if features and model_path.is_file() and features.get("model") != digest(model_path):
+        return f"{files.feature}: made from another model than {model_path}"
+    for name, key in (("network", "network"), ("width", "embedding_size")):
+        if features and features.get(name) != cfg[key]:
+            return f"{files.feature}: made with {key} = {features.get(name)}, not {cfg[key]}"
 
 
 def extract(cfg, files, force=False):
     """Write the features and labels of `files` with the model of `cfg`, unless up to date; call it on all ranks."""
     model_path, rec = pathlib.Path(cfg.output) / "model.pt", record_path(cfg, files)
-    if not force and up_to_date((files.feature, files.label), (model_path, rec)):
-        say(f"{files.feature}: up to date with {model_path}; -f extracts it again")
+    _, _, device = distributed.init_distributed()
+    train_set = open_train_set(rec)
+    reason = "-f" if force else why_redo(cfg, files, model_path, train_set)
+    reason = distributed.gather_objects(reason)[0]  # rank 0 decides: the others may not yet see the newest files
+    if reason is None:
+        say(f"{files.feature}: kept, it is of {model_path} and {rec}; -f extracts it again")
         return
-    if not model_path.is_file():
+    say(f"extracting: {reason}")
+    model = _load_model(cfg, model_path, device)
+    with _locked(files):
+        extract_features(
+            model,
+            train_set,
+            files.feature,
+            files.label,
+            embedding_size=cfg.embedding_size,
+            batch_size=cfg.batch_size,
+            num_workers=cfg.num_workers,
+            made_from={"model": digest(model_path), "network": cfg.network},
+        )
+    say(f"wrote {files.feature}")
+
+
+def _load_model(cfg, path, device):
+    if not path.is_file():
         script = "train_old_softmax.py" if "softmax" in cfg.name else "train_old_arc.py"
         raise FeatureError(
-            f"{model_path}: no such file; train the model first: python {script} {cfg.config_file}{workspace(cfg)}"
+            f"{path}: no such file; train the model first: python {script} {cfg.config_file}{workspace(cfg)}"
         )
-    _, _, device = distributed.init_distributed()
-    model = backbones.load_backbone(model_path, cfg.network, device)
+    manifest = read_manifest(path, "train the model again")
+    for name, key in (("network", "network"), ("width", "embedding_size")):
+        if manifest.get(name, cfg[key]) != cfg[key]:
+            raise FeatureError(
+                f"{path}: trained with {key} = {manifest[name]}, not {cfg[key]}; correct it in {cfg.config_file}"
+            )
+    model = backbones.load_backbone(path, cfg.network, device)
     if model.num_features != cfg.embedding_size:
         raise FeatureError(
-            f"{model_path}: gives {model.num_features} features, but embedding_size is {cfg.embedding_size}; "
+            f"{path}: gives {model.num_features} features, but embedding_size is {cfg.embedding_size}; "
             f"correct it in {cfg.config_file}"
         )
-    extract_features(
-        model,
-        open_train_set(rec),
-        files.feature,
-        files.label,
-        embedding_size=cfg.embedding_size,
-        batch_size=cfg.batch_size,
-        num_workers=cfg.num_workers,
-    )
-    say(f"wrote {files.feature}")
+    return model
+
+
+@contextlib.contextmanager
+def _locked(files):
+    """Hold the lock of a feature set on rank 0; raises UserError on all ranks if another process has it."""
+    held = problem = None
+    if distributed.is_main():
+        try:
+            files.feature.parent.mkdir(parents=True, exist_ok=True)
+            held = lock(files.feature.with_name(f".{files.name}.lock"))
+        except (UserError, OSError) as error:
+            problem = str(error)
+    if problem := distributed.gather_objects(problem)[0]:
+        raise FeatureError(problem)
+    try:
+        yield
+    finally:
+        if held:
+            held.close()
 
 
 def workspace(cfg):

@@ -95,13 +95,14 @@ def main(argv=None):
             extract(cfg, files, args.force)
         if distributed.is_main():
             path = files.feature.with_name(f"{files.name}_credible_entropy_feature.npy")
-            credible = low_entropy_rows(*open_feature_set(files), device)
+            features, labels, made_from = open_feature_set(files)
+            credible = low_entropy_rows(features, labels, device)
             if not credible.any():
                 raise FeatureError(
                     f"{files.feature}: no row has an entropy of at most ln(classes) / 2, nothing written; "
                     "check that the old model is trained"
                 )
-            save_array(path, credible)
+            save_array(path, credible, "credible rows", **made_from)
             print(f"wrote {path}: {credible.sum()} of {len(credible)} rows are credible")
     distributed.shutdown()
 

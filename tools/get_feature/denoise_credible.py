@@ -73,8 +73,9 @@ def main(argv=None):
         if cfg is not None:
             extract(cfg, files, args.force)
         if distributed.is_main():
-            credible = credible_rows(*open_feature_set(files), args.T)
-            save_array(files.credible(args.T), credible)
+            features, labels, made_from = open_feature_set(files)
+            credible = credible_rows(features, labels, args.T)
+            save_array(files.credible(args.T), credible, "credible rows", ratio=args.T, **made_from)
             print(f"wrote {files.credible(args.T)}: {credible.sum()} of {len(credible)} rows are credible")
     distributed.shutdown()
 

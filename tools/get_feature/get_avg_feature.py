@@ -50,8 +50,9 @@ def main(argv=None):
             extract(cfg, files, args.force)
             num_classes = open_train_set(record_path(cfg, files)).num_classes
         if distributed.is_main():
-            means = class_means(*open_feature_set(files), num_classes)
-            save_array(files.avg_feature, means)
+            features, labels, made_from = open_feature_set(files)
+            means = class_means(features, labels, num_classes)
+            save_array(files.avg_feature, means, "class means", **made_from)
             print(f"wrote {files.avg_feature}: {means.shape[0]} classes")
     distributed.shutdown()
 

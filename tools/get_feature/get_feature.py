@@ -9,8 +9,8 @@ that file names say which old model made them. Writes
     feature_save/{EXclass,EXdata,OPclass,OPdata}/<SD>_feature.npy   float32 [N, D], in record order, never flipped
                                                  <SD>_label.npy     int64 [N]
 
-Under torchrun or torch.distributed.launch each rank embeds its own rows. Files newer than the model and the record
-file are kept.
+each with its manifest. Under torchrun or torch.distributed.launch each rank embeds its own rows. Files that are this
+model's of this record file, by their manifests, are kept; otherwise it says why they are extracted again.
 """
 
 import pathlib

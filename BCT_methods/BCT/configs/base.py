@@ -9,4 +9,4 @@ config.scale = 1.0                  # factor on the cosines of new features and 
 
 # Written by tools/get_feature/get_avg_feature.py for this run's training set.
 config.old_prototype = ""           # .npy float32 [num_classes, embedding_size], row c = mean old feature of class c
-config.old_model_path = ""          # the old model's model.pt, optional: the run refuses an old_prototype older than it
+config.old_model_path = ""          # the old model's model.pt; if it is there, old_prototype must be made from it
