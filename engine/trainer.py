@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import backbones
 from core import distributed
+from core.agreement import check_ranks_agree
 from core.config import ConfigError, load_config
 from core.errors import UserError, report_errors
 from core.manifest import write_manifest
@@ -85,6 +86,7 @@ class Trainer:
                 f"{cfg.num_image} images of {self.train_set.path}; lower batch_size"
             )
         self.made_from = made_from(cfg, self.train_set)
+        check_ranks_agree(cfg, self.device, **self.made_from)
         self.old = self.open_old_features() if self.old_features else None
         self.loader = TrainLoader(
             self.train_set,

@@ -8,6 +8,7 @@ import shlex
 
 import backbones
 from core import distributed
+from core.agreement import check_ranks_agree
 from core.config import REPO, load_config
 from core.errors import UserError
 from core.files import lock
@@ -109,6 +110,8 @@ def extract(cfg, files, force=False):
     model_path, rec = pathlib.Path(cfg.output) / "model.pt", record_path(cfg, files)
     _, _, device = distributed.init_distributed()
     train_set = open_train_set(rec)
+    model_digest = digest(model_path) if model_path.is_file() else None
+    check_ranks_agree(cfg, device, model=model_digest, records=train_set.digest())
     reason = "-f" if force else why_redo(cfg, files, model_path, train_set)
     reason = distributed.gather_objects(reason)[0]  # rank 0 decides: the others may not yet see the newest files
     if reason is None:
@@ -125,7 +128,7 @@ def extract(cfg, files, force=False):
             embedding_size=cfg.embedding_size,
             batch_size=cfg.batch_size,
             num_workers=cfg.num_workers,
-            made_from={"model": digest(model_path), "network": cfg.network},
+            made_from={"model": model_digest, "network": cfg.network},
         )
     say(f"wrote {files.feature}")
 
