@@ -19,19 +19,17 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from core.scheduler import adopt_ranks
+
 
 def init_distributed(backend=None, timeout_minutes=30):
     """Join the launcher's process group, if there is one. Returns `(rank, world_size, device)`.
 
-    Ranks come from RANK/WORLD_SIZE/LOCAL_RANK, set by torchrun and torch.distributed.launch; without them this is a
-    single process. The device is `cuda:LOCAL_RANK` if torch can use the GPU (`default_device`), else `cpu`; the backend
-    is nccl or gloo accordingly.
+    Ranks come from RANK/WORLD_SIZE/LOCAL_RANK, set by torchrun and torch.distributed.launch, or from Slurm's variables
+    (core/scheduler.py); without them this is a single process. The device is `cuda:LOCAL_RANK` if torch can use the GPU
+    (`default_device`), else `cpu`; the backend is nccl or gloo accordingly.
     """
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
-        raise SystemExit(
-            f"Slurm started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without RANK: each would train on its own. "
-            "Have srun start torchrun, one task per machine (--ntasks-per-node=1)"
-        )
+    adopt_ranks()
     device = torch.device(default_device())
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
