@@ -8,13 +8,13 @@ import sys
 import traceback
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from core.distributed import to_device
 from core.errors import UserError
 from dataset import IMAGE_SHAPE, to_input
+from engine.order import RowsInOrder, ShuffledRows
 from engine.workers import FileSize, WorkerError, Workers, start_worker
 from recordio import RecordError
 
@@ -103,42 +103,6 @@ class _Slots:
 
 def _unchanged(batch):
     return batch
-
-
-class ShuffledRows:
-    """A rank's rows in each step of an epoch, and which of them are mirrored: yields `(rows, mirrored)`."""
-
-    def __init__(self, num_image, batch_size, seed, rank, world_size):
-        self.num_image, self.batch_size, self.seed = num_image, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.start_step = 0
-
-    def __len__(self):
-        return self.num_image // (self.batch_size * self.world_size)
-
-    def __iter__(self):
-        draw = np.random.default_rng([self.seed, self.epoch])
-        order = draw.permutation(self.num_image)
-        # Drawn by position in the epoch, so that mirroring depends neither on the number of ranks nor on batch_size.
-        mirrored = draw.integers(0, 2, self.num_image, np.uint8).astype(bool)
-        whole, mine = self.batch_size * self.world_size, self.batch_size * self.rank
-        for step in range(self.start_step, len(self)):
-            share = slice(step * whole + mine, step * whole + mine + self.batch_size)
-            yield order[share], mirrored[share]
-
-
-class RowsInOrder:
-    """The rows `start` ... `stop` − 1, none mirrored."""
-
-    def __init__(self, batch_size, start, stop):
-        self.batch_size, self.start, self.stop = batch_size, start, stop
-
-    def __len__(self):
-        return -(-(self.stop - self.start) // self.batch_size)
-
-    def __iter__(self):
-        for first in range(self.start, self.stop, self.batch_size):
-            yield np.arange(first, min(first + self.batch_size, self.stop)), np.zeros(0, bool)
 
 
 class _Loader:
@@ -240,8 +204,8 @@ class _Loader:
 class TrainLoader(_Loader):
     """A rank's share of every global batch of an epoch, shuffled and randomly mirrored, as `Batch`.
 
-    The global batch of step s is perm[s*G : (s+1)*G] with G = batch_size * world_size and perm drawn from
-    (seed, epoch); a rank takes its contiguous slice. The last, incomplete global batch is dropped.
+    The global batch of step s has the positions s*G ... (s+1)*G - 1 of the epoch's shuffle (engine/order.py), with G =
+    batch_size * world_size; a rank takes its contiguous slice. The last, incomplete global batch is dropped.
 
     batch_size: images per rank and step.
     num_workers: decoding processes; 0 = decode in this process.

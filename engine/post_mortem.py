@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from core.state_file import save_atomically
-from engine.loader import ShuffledRows
+from engine.order import ShuffledRows
 from engine.run_state import named_tensors, state_of
 
 NAMED = 8  # images and tensors named in the message; the file has all

@@ -14,6 +14,7 @@ from core.distributed import all_reduce_
 from core.state_file import CheckpointError
 from engine.build import unwrap
 from engine.monitor import log
+from engine.order import ORDER
 from engine.schedule import set_step
 from losses.classifier import sharded_tensors
 
@@ -48,6 +49,7 @@ def state_of(run):
         "global_batch": run.global_batch,
         "method": type(run).__name__,
         "made_from": run.made_from,
+        "order": ORDER,
         "config": {key: value for key, value in run.cfg.items() if _is_plain(value)},
         "best": dict(run.best),
         "backbone": unwrap(run.backbone).state_dict(),
@@ -156,6 +158,11 @@ def restore(run, state, path):
 
 
 def _check_same_run(run, state, path):
+    if state.get("order") != ORDER:
+        raise CheckpointError(
+            f"{path}: written by a version that draws the images in another order ({state.get('order')}, now {ORDER}): "
+            "finish the run with that version, or choose another `output`"
+        )
     for key, name in {"records": "rec", "old_model": "old_model_path"}.items():
         before = state.get("made_from", {}).get(key)
         if before and run.made_from.get(key, before) != before:

@@ -16,7 +16,7 @@ import torch
 from BCT_methods.AdvBCT.boundary import class_boundaries
 from core.config import load_config
 from engine.build import unwrap
-from engine.loader import ShuffledRows
+from engine.order import ShuffledRows
 from losses.classifier import sharded_tensors
 from tests.BCT_methods.whole_runs import METHODS, WIDTH, without_batch_norm, write_config, write_old_features
 from tests.conftest import draw_record_set

@@ -11,8 +11,8 @@ import torch
 from core.config import load_config
 from dataset import RecordDataset
 from engine import checkpoint, post_mortem
-from engine.loader import ShuffledRows
 from engine.monitor import NonFiniteLoss
+from engine.order import ShuffledRows
 from engine.trainer import Trainer
 from tests.engine.test_trainer import Plain, close_log_files, config, rec  # noqa: F401
 from tests.ranks import run_ranks
@@ -64,7 +64,7 @@ def found_in(trainer):
 def test_the_message_names_step_terms_keys_and_file(tmp_path, rec):  # noqa: F811
     text, trainer = message(Broken, config(tmp_path, rec))
     form = (
-        rf"step {BAD}: .*cls \d\.\d+, other nan \(before it \d\S+, \d\S+, \d\S+\).* keys (\d+, \d+, \d+, \d+) of "
+        rf"step {BAD}: .*cls \d+\.\d+, other nan \(before it \d\S+, \d\S+, \d\S+\).* keys (\d+, \d+, \d+, \d+) of "
         rf"{re.escape(str(rec))}; .*{re.escape(str(tmp_path))}/run/nonfinite_step_{BAD}_rank_0\.pt\. "
         "The weights are finite.* lower lr .*resume True"
     )

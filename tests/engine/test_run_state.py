@@ -131,6 +131,14 @@ def test_a_changed_global_batch_on_the_same_ranks_is_refused(tmp_path, rec):  # 
     run(config(tmp_path, rec, batch_size=2, gradient_acc=2, resume=True))  # the same steps
 
 
+def test_a_run_with_another_order_of_images_is_refused(tmp_path, rec, monkeypatch):  # noqa: F811
+    path = config(tmp_path, rec)
+    stopped_after_five_steps(path)
+    monkeypatch.setattr("engine.run_state.ORDER", "permutation")
+    with pytest.raises(CheckpointError, match="draws the images in another order .feistel 8, now permutation.*output"):
+        Plain(load_config(path)).resume()
+
+
 def test_non_finite_weights_are_not_checkpointed(tmp_path, rec):  # noqa: F811
     class Broken(Plain):
         def update(self):
