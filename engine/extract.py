@@ -12,7 +12,7 @@ from core.distributed import barrier, gather_objects, is_main, rank, rows_of_ran
 from core.files import open_temporary, publish, reserve
 from core.manifest import write_manifest
 from engine.loader import ExtractLoader
-from old_model.feature_set import FeatureError
+from old_model.feature_set import FeatureError, write_remedy
 
 
 class SharedArray:
@@ -81,7 +81,7 @@ class SharedArray:
 
     def _fail(self, error):
         self.discard()
-        raise FeatureError(f"{self.path}: cannot be written ({error.strerror}); check the disk's free space") from error
+        raise FeatureError(f"{self.path}: cannot be written ({error.strerror}); {write_remedy(error)}") from error
 
 
 def extract_features(

@@ -10,6 +10,7 @@ own set, and the set that was embedded. Row i of every file belongs to image i o
                             <name>_credible_entropy_feature.npy     bool [N], by the entropy over the classes
 """
 
+import errno
 import os
 import pathlib
 import re
@@ -140,11 +141,14 @@ def open_array(path, ndim, kind):
     Raises FeatureError, with the command that writes it, if it is missing, damaged or of another shape or type.
     """
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise FeatureError(f"{path}: no such file; write it: {command_for(path)}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise FeatureError(f"{path}: not a readable .npy file ({error}); {rewrite(path)}") from error
+    except Exception as error:  # a damaged header can raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise FeatureError(f"{path}: cannot be read ({error.strerror}); check the path and the disk") from error
+        reason = str(error).partition("\n")[0][:100]
+        raise FeatureError(f"{path}: not a readable .npy file ({reason}); {rewrite(path)}") from error
     if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
         found = f"{array.dtype} {list(array.shape)}"
         raise FeatureError(f"{path}: {found}, expected {ndim}-D {kind.__name__}; {rewrite(path)}")
@@ -177,6 +181,11 @@ def save_array(path, array, what=None, **facts):
             if what:
                 write_manifest(path, file, what, **facts)
     except OSError as error:
-        raise FeatureError(
-            f"{path}: cannot be written ({error.strerror}); check the disk and its free space"
-        ) from error
+        raise FeatureError(f"{path}: cannot be written ({error.strerror}); {write_remedy(error)}") from error
+
+
+def write_remedy(error):
+    """The next step after an OSError while writing features."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space on that disk, or write elsewhere with --feature_save"
+    return "write elsewhere with --feature_save, or check the path, its permissions and the disk"

@@ -1,6 +1,7 @@
 """Feature files: names, the commands that write them, and their age against the old model's."""
 
 import errno
+import os
 
 import numpy as np
 import pytest
@@ -79,9 +80,6 @@ def test_the_command_omits_the_default_directory(monkeypatch, tmp_path):
     assert command_for("feature_save/OPclass/a_class70_feature.npy").endswith("CONFIG --SD a_class70")
 
 
-# --- Age ---------------------------------------------------------------------------------------------------------
-
-
 # --- Opening and saving ------------------------------------------------------------------------------------------
 
 
@@ -89,6 +87,45 @@ def test_loading_runs_no_code(tmp_path):
     np.save(tmp_path / "a_feature.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(FeatureError, match="not a readable .npy file"):
         open_array(tmp_path / "a_feature.npy", 2, np.floating)
+
+
+def npy(shape, descr="'<f4'"):
+    """A .npy file whose header says so."""
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
+    header += " " * (63 - (len(header) + 10) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
+
+
+def test_a_damaged_header_is_named_whatever_it_says(tmp_path):
+    path = tmp_path / "a_feature.npy"
+    path.write_bytes(npy("(4, 2)"))
+    assert open_array(path, 2, np.floating).shape == (4, 2)
+    shapes = ["(4000000000000, 128)", "(-3, 2)", f"({10**20}, 2)", "(True, 2)", "(1.5, 2)", "(3, 2", "(" * 300, "()"]
+    np.savez(tmp_path / "archive.npz", a=np.ones(3))
+    whole = npy("(4, 2)")
+    contents = [npy(shape) for shape in shapes] + [npy("(4, 2)", "'<f99'"), npy("(4, 2)", "[('a', '<f4')]")]
+    contents += [(tmp_path / "archive.npz").read_bytes(), b"", whole[:9], whole[:40], b"\x93NUMPY\x09" + whole[7:]]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(FeatureError, match="a_feature.npy: .*rewrite it"):
+            open_array(path, 2, np.floating)
+
+
+def test_a_path_that_the_system_refuses_is_not_called_damaged(tmp_path):
+    with pytest.raises(FeatureError, match="cannot be read .Is a directory.; check the path and the disk"):
+        open_array(tmp_path, 2, np.floating)
+
+
+@pytest.mark.parametrize(
+    "number, step", [(errno.ENOSPC, "free some space"), (errno.EROFS, "check the path, its permi")]
+)
+def test_what_to_do_about_a_file_that_cannot_be_written(tmp_path, monkeypatch, number, step):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(feature_set, "atomic_write", refuse)
+    with pytest.raises(FeatureError, match=f"a.npy: cannot be written .{os.strerror(number)}.; .*{step}"):
+        save_array(tmp_path / "a.npy", np.arange(3))
 
 
 def test_a_file_of_another_kind(tmp_path):
