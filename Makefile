@@ -2,7 +2,7 @@
 # make compare     all methods and an independent model on the demo's data          SEEDS="0 1 2": mean and range
 # make test        all tests
 # make lint        ruff check and ruff format --check
-# make soak        kill runs with SIGKILL and resume them, for 20 minutes           MINUTES=600: overnight
+# make soak        kill runs and tools with SIGKILL and start them again, 20 minutes  MINUTES=600: overnight
 # make clean-demo  delete demo/
 PYTHON  ?= python3
 SEED    ?= 0

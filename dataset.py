@@ -3,7 +3,11 @@
 `RecordDataset` and `SyntheticDataset` return images by row; engine/loader.py batches them on the device.
 """
 
+import contextlib
+import os
 import pathlib
+import re
+import shlex
 import struct
 from collections import namedtuple
 
@@ -14,20 +18,25 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from core.manifest import record_digest
-from recordio import IRHeader, RecordError, RecordReader, class_label
+from recordio import IRHeader, RecordError, RecordReader
 
 IMAGE_SHAPE = (112, 112, 3)
-_MOST_BYTES = 1 << 20  # the pixels are 37,632 bytes; a JPEG of this size could demand 100,000 passes over them
-_MOST_SEGMENTS = 1000  # before the one with the size; a photo with all its metadata has a few dozen
+_MOST_BYTES = 1 << 20  # the pixels are 37,632 bytes
+_MOST_SEGMENTS = 1000  # a photo with all its metadata has a few dozen; each scan is a pass over the whole image
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_BEGIN = _PNG_SIGNATURE + b"\0\0\0\rIHDR"
 _CHUNK = struct.Struct(">I4s")  # length and type; contents and a four-byte checksum follow
 _WIDTH_HEIGHT, _HEIGHT_WIDTH = struct.Struct(">II"), struct.Struct(">HH")
-_SIZED_SEGMENTS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOF0 ... SOF15 of ITU-T T.81, table B.1
-_SKIPPED_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})  # DHT DAC DQT DRI APPn COM
+_SCAN, _APP1, _FILL = 0xDA, 0xE1, 0xFF  # markers of ITU-T T.81, table B.1
+_FRAME_HEADERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_SEGMENTS = frozenset({*range(0xC0, 0xF0), 0xFE} - {0xC8, *range(0xD0, 0xDA)})  # those with a length
+_BEHIND_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in scan data 0xff is followed by 0 or a restart number
+_FORMATS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"BM": "BMP", b"GIF8": "GIF", b"RIFF": "WebP"}
+_FORMATS |= {b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 _EXACT_FLOAT32 = 1 << 24  # float32 is exact for every integer up to here
 
 ImageLayout = namedtuple("ImageLayout", ["keys", "num_classes"])
+ImageHeader = namedtuple("ImageHeader", ["size", "end", "turned"])
 
 
 def open_train_set(rec, num_classes=None, num_image=None):
@@ -39,10 +48,15 @@ def _resolve(rec):
     """The `.rec` file for a path with or without the suffix, or of a directory with `train.rec`."""
     rec = pathlib.Path(rec)
     candidates = [rec / "train.rec", rec.with_name(rec.name + ".rec"), rec]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"{rec}: neither a .rec file (suffix optional) nor a directory with train.rec")
-    return found
+    found = next((path for path in candidates if os.path.isfile(path)), None)
+    if found is not None:
+        return found
+    if part := re.fullmatch(r"train_part_([1-9][0-9]?)_(class|data)(\.rec)?", rec.name):
+        share = min(int(part[1]), 100 - int(part[1]))
+        ratio = "" if share == 30 else f" --ratio {share / 100}"
+        command = f"python tools/split_dataset/split_dataset_ms1mv3.py --root {shlex.quote(str(rec.parent))}{ratio}"
+        raise FileNotFoundError(f"{rec}: no such part of the training set; write it: {command}")
+    raise FileNotFoundError(f"{rec}: neither a .rec file (suffix optional) nor a directory with train.rec")
 
 
 class _ImageSet(Dataset):
@@ -71,8 +85,10 @@ class RecordDataset(_ImageSet):
     rec: the `.rec`, with or without its suffix, or a directory with `train.rec`.
     num_classes, num_image: None or 0 = from the header record, or from all labels if there is none.
 
-    Raises `RecordError` if a given count differs from the file's, and, naming file, key and offset, for a record that
-    is damaged, does not decode, is not 112 x 112 or has a label outside [0, num_classes).
+    Raises `RecordError` if a given count differs from the file's, if most classes have no image, for one-hot labels,
+    and, naming file, key and offset, for a record that is damaged, does not decode, is not 112 x 112 or has a label
+    outside [0, num_classes) or beyond float32's whole numbers. Classes without images are counted where all labels are
+    read: here if there is no header record or it states more than two classes an image, else by `labels`.
     """
 
     def __init__(self, rec, num_classes=None, num_image=None):
@@ -85,8 +101,9 @@ class RecordDataset(_ImageSet):
         self.num_classes = stated_classes or num_classes or 0
         self._agree("num_image", num_image, self.num_image)
         self._agree("num_classes", num_classes, self.num_classes)
-        if not self.num_classes:
-            self.num_classes = int(self.labels().max(initial=-1)) + 1
+        self._refuse_one_hot()
+        if not 0 < self.num_classes <= 2 * self.num_image:
+            self.num_classes = max(self.num_classes, int(self.labels().max(initial=-1)) + 1)
 
     def __getstate__(self):
         return self.__dict__ | {"_labels": None}
@@ -104,9 +121,9 @@ class RecordDataset(_ImageSet):
         return record_digest(self.path, self.reader.idx_path)
 
     def label(self, row):
-        """The class of a row; reads only the record's header."""
+        """The class of a row; decodes nothing."""
         key = int(self.keys[self._inside(row)])
-        return self._checked(class_label(self.reader.read_header(key)), key)
+        return self._checked(self.reader.read_image(key)[0], key)
 
     def labels(self):
         """The classes of all rows, int64 [N], from one scan of all headers; cached."""
@@ -116,14 +133,36 @@ class RecordDataset(_ImageSet):
             with tqdm(total=len(labels), desc=f"labels of {self.path.name}", unit="rec", disable=None) as bar:
                 for start in range(0, len(labels), step):
                     found = self.reader.read_labels(self.keys[start : start + step])
-                    wrong = ~((found >= 0) & (found < (self.num_classes or np.inf)) & (np.mod(found, 1) == 0))
+                    wrong = ~((found >= 0) & (found < self._end_of_classes()) & (np.mod(found, 1) == 0))
                     for i in np.flatnonzero(wrong)[:1]:
                         self._checked(float(found[i]), self.keys[start + i])
                     labels[start : start + step] = found
                     self.reader.release()
                     bar.update(len(found))
+            self._refuse_sparse(labels)
             self._labels = labels
         return self._labels
+
+    def _refuse_sparse(self, labels):
+        """Ids such as a register's numbers, taken for classes, would train centres that no image ever comes near."""
+        used = np.zeros(max(self.num_classes, int(labels.max(initial=-1)) + 1), bool)
+        used[labels] = True
+        count = np.count_nonzero(used)
+        if 2 * count < len(used):
+            raise RecordError(
+                f"{self.path}: {len(labels)} images of {count} classes, labels up to {labels.max(initial=-1)}: most of "
+                f"the {len(used)} class centres would train without an image; write a set without gaps: "
+                f"python tools/split_dataset/dense_classes.py {shlex.quote(str(self.path))}"
+            )
+
+    def _refuse_one_hot(self):
+        """[0, 0, 1] would be read as class 0, followed by two other numbers. Records spread over the set tell."""
+        labels = []
+        for row in np.linspace(0, self.num_image - 1, min(self.num_image, 8)).astype(int):
+            with contextlib.suppress(RecordError):  # raised where the record is read
+                labels.append(np.ravel(self.reader.read_record(int(self.keys[row]))[0].label))
+        if labels and all(len(label) > 1 and np.count_nonzero(label) == 1 == label.max() for label in labels):
+            raise RecordError(f"{self.path}: one-hot labels; write the class itself, or the class before other numbers")
 
     def _load(self, key):
         label, data = self.reader.read_image(key)
@@ -134,12 +173,19 @@ class RecordDataset(_ImageSet):
         return bgr, self._checked(label, key)
 
     def _checked(self, label, key):
-        if label >= 0 and label % 1 == 0 and (label < self.num_classes or not self.num_classes):
+        end, why = self._end_of_classes(), ""
+        if 0 <= label < end and label % 1 == 0:
             return int(label)
+        if end == self.num_classes:
+            why = f"; there are {end}, 0 to {end - 1}"
+        elif label >= end:
+            why = f"; float32 tells labels apart only up to {end - 1}: number the classes from 0 where the set is made"
         raise RecordError(
-            f"{self.path}: key {key} at offset {self.reader.offset(key)}: label {label:.10g} is not a class"
-            + (f"; there are {self.num_classes}, 0 to {self.num_classes - 1}" if self.num_classes else "")
+            f"{self.path}: key {key} at offset {self.reader.offset(key)}: label {label:.10g} is not a class{why}"
         )
+
+    def _end_of_classes(self):
+        return min(self.num_classes or _EXACT_FLOAT32, _EXACT_FLOAT32)
 
     def _agree(self, name, stated, found):
         if stated and stated != found:
@@ -179,11 +225,6 @@ class SyntheticDataset(_ImageSet):
 # --- Which records are images -----------------------------------------------------------------------------------------
 
 
-def is_image(payload):
-    """Whether the bytes start like a JPEG or PNG."""
-    return payload[:3] == b"\xff\xd8\xff" or payload[:4] == b"\x89PNG"
-
-
 def image_layout(reader):
     """Which records of a training set are images, and its number of classes.
 
@@ -197,7 +238,7 @@ def image_layout(reader):
     the counts come from the index, and the labels must round to them.
     """
     header, payload = reader.read_record(0) if 0 in reader else (IRHeader(0, 0.0, 0, 0), b"")
-    if header.flag == 0 or is_image(payload):
+    if header.flag == 0 or image_format(payload):
         return ImageLayout(reader.keys, None)
     counts = [float(value) for value in header.label[:2]]
     says = f"{reader.path}: key 0 at offset {reader.offset(0)}: the header record has label = {counts}"
@@ -234,72 +275,85 @@ def _first_identity(reader, counts, end):
 # --- An encoded image -------------------------------------------------------------------------------------------------
 
 
-def image_size(data):
-    """`(width, height)` from the header of a JPEG or PNG, bytes or a uint8 array; None for anything else.
+def image_format(data):
+    """The name of the format by the first bytes: "JPEG", "PNG", "BMP", "GIF", "WebP", "TIFF", or None."""
+    first = bytes(data[:4])
+    return next((name for start, name in _FORMATS.items() if first.startswith(start)), None)
 
-    Nothing is decoded: it takes a few microseconds, whatever size the header declares.
+
+def image_header(data):
+    """What is known of a JPEG or PNG, bytes or a uint8 array, without decoding it: `ImageHeader(size, end, turned)`.
+
+    size: (width, height); end: the offset behind its end marker or last chunk; each None if it is not there. turned:
+    whether MXNet 1.9.1 turns the image as its EXIF says. Takes microseconds, whatever size the header declares.
     """
     view = memoryview(data)
-    if len(view) >= 24 and view[:16] == _PNG_BEGIN:
-        return _WIDTH_HEIGHT.unpack_from(view, 16)
-    return _jpeg_size(view) if view[:2] == b"\xff\xd8" else None
+    if view[:16] == _PNG_BEGIN and len(view) >= 24:
+        return ImageHeader(_WIDTH_HEIGHT.unpack_from(view, 16), _png_end(view), False)
+    return _jpeg_header(view) if view[:2] == b"\xff\xd8" else ImageHeader(None, None, False)
 
 
-def _jpeg_size(view):
-    """Walk the segments as strictly as the decoder, so that both find the same size; None for any other order."""
-    at = 2
+def _jpeg_header(view):
+    """Walk the segments as strictly as the decoder, to the end marker behind the scans: a thumbnail has one, too.
+
+    Cameras write EXIF directly after the start: obeyed. PIL and other re-encoders write it behind a JFIF segment:
+    ignored, as it is behind another APP1 segment or a fill byte. OpenCV answers otherwise, each version its own way.
+    """
+    at, size, exif = 2, None, None
     for _ in range(_MOST_SEGMENTS):
-        if at + 9 > len(view) or view[at] != 0xFF:
-            return None
+        if at + 4 > len(view) or view[at] != 0xFF:
+            break
         marker = view[at + 1]
-        if marker in _SIZED_SEGMENTS:
-            return _HEIGHT_WIDTH.unpack_from(view, at + 5)[::-1]
-        if marker in _SKIPPED_SEGMENTS:
-            at += 2 + (view[at + 2] << 8 | view[at + 3])
-        elif marker == 0xFF:  # a fill byte
-            at += 1
-        else:
-            return None
-    return None
+        if marker == _FILL:
+            at, exif = at + 1, exif or False
+            continue
+        if marker not in _SEGMENTS:
+            break
+        if marker in _FRAME_HEADERS and at + 9 <= len(view):
+            size = size or _HEIGHT_WIDTH.unpack_from(view, at + 5)[::-1]
+        elif marker == _APP1 and exif is None:
+            exif = view[at + 4 : at + 10] == b"Exif\0\0"
+        at += 2 + (view[at + 2] << 8 | view[at + 3])
+        if marker == _SCAN:
+            behind = _BEHIND_SCAN.search(view, at)
+            at = behind.start() if size and behind else len(view)
+    end = at + 2 if view[at : at + 2] == b"\xff\xd9" else None
+    return ImageHeader(size, end, exif is True and view[6:11] != b"JFIF\0")
 
 
-def decode_bgr(data):
-    """Decode a JPEG or PNG, a uint8 array: [112, 112, 3], BGR.
-
-    Raises `ValueError` for a truncated image (OpenCV would fill the missing end of a JPEG with grey), for more than
-    1 MiB and, before any pixel is allocated, for a header with another size.
+def _png_end(view):
+    """OpenCV allocates and fills the declared length of a chunk, up to 2 GB, before it notices a truncated file, and it
+    reads chunks beyond the last one.
     """
-    if len(data) > _MOST_BYTES:
-        raise ValueError(f"{len(data)} bytes are too many for 112 x 112 pixels: align the faces first")
-    size = image_size(data)
-    if size is not None and size != IMAGE_SHAPE[1::-1]:
-        raise ValueError(f"image is {size[0]} x {size[1]}, not 112 x 112: align the faces first")
-    whole = whole_image(data) if size else None
-    try:
-        image = cv2.imdecode(whole, cv2.IMREAD_COLOR) if whole is not None else None
-    except cv2.error:
-        image = None
-    if image is None or image.shape != IMAGE_SHAPE:
-        raise ValueError(f"{len(data)} bytes that do not decode as an image")
-    return image
-
-
-def whole_image(data):
-    """`data`, a JPEG or PNG, cut after a PNG's last chunk; None if a JPEG's end marker or that chunk is missing.
-
-    JPEG scan data cannot contain the marker: 0xff is always followed by a zero or a restart number. OpenCV allocates
-    and fills the declared length of a PNG chunk, up to 2 GB, before it notices a truncated file, and it reads chunks
-    beyond the last one.
-    """
-    if data[0] == 0xFF:
-        return data if b"\xff\xd9" in data[-64:].tobytes() or b"\xff\xd9" in data.tobytes() else None
-    view, at = memoryview(data), len(_PNG_SIGNATURE)
+    at = len(_PNG_SIGNATURE)
     while at + 12 <= len(view):
         length, kind = _CHUNK.unpack_from(view, at)
         at += 12 + length
         if kind == b"IEND":
-            return data[:at] if at <= len(view) else None
+            return at if at <= len(view) else None
     return None
+
+
+def decode_bgr(data):
+    """Decode a JPEG or PNG, a uint8 array: [112, 112, 3], BGR, turned or not as MXNet 1.9.1 does.
+
+    Raises `ValueError` for other formats, for a truncated image (OpenCV before 4.11 fills the rest of a JPEG with the
+    image decoded before it), for more than 1 MiB and, before any pixel is allocated, for a header with another size.
+    """
+    size, end, turned = image_header(data)
+    if size is not None and size != IMAGE_SHAPE[1::-1]:
+        raise ValueError(f"image is {size[0]} x {size[1]}, not 112 x 112: align the faces first")
+    if size is None and (kind := image_format(data)) not in (None, "JPEG", "PNG"):
+        raise ValueError(f"a {kind} image; only JPEG and PNG are read: convert it to PNG with OpenCV or Pillow")
+    if end is not None and end > _MOST_BYTES:
+        raise ValueError(f"{end} bytes are too many for 112 x 112 pixels: align the faces first")
+    image = None
+    if size is not None and end is not None:
+        with contextlib.suppress(cv2.error):
+            image = cv2.imdecode(data[:end], cv2.IMREAD_COLOR | (0 if turned else cv2.IMREAD_IGNORE_ORIENTATION))
+    if image is None or image.shape != IMAGE_SHAPE:
+        raise ValueError(f"{len(data)} bytes that do not decode as an image")
+    return image
 
 
 # --- The network's input ----------------------------------------------------------------------------------------------

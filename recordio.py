@@ -9,25 +9,30 @@ the reader puts it back. The `.idx` file has one line `key<TAB>offset` per recor
 `IRHeader` followed by the JPEG or PNG: see `pack`. All numbers are little-endian.
 """
 
+import argparse
 import mmap
 import numbers
 import os
 import pathlib
 import re
+import shlex
 import struct
 from collections import namedtuple
 
 import numpy as np
+from tqdm import tqdm
 
-from core.errors import UserError
-from core.files import open_temporary, publish
+from core.errors import UserError, report_errors
+from core.files import atomic_write, open_temporary, publish
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
+_MAGIC_WORD = re.compile(re.escape(_MAGIC_BYTES))
 _FRAME = struct.Struct("<II")
 _IR = struct.Struct("<IfQQ")
 _FRAME_AND_IR = struct.Struct("<IIIfQQ")
 _MAX_PAYLOAD = 1 << 29  # the length field's 29 bits; MXNet's writer refuses payloads of this size and above
+_AGAIN = "copy the index again, or delete it and write another with `python recordio.py index`"
 _INDEX_LINE = re.compile(rb"[0-9]{1,18}\t[0-9]{1,18}")
 
 IRHeader = namedtuple("IRHeader", ["flag", "label", "id", "id2"])
@@ -102,13 +107,9 @@ def _read_index(path, block=1 << 23):
             text = text.replace(b"\r\n", b"\n")
             table = _parse_index_lines(text if text.endswith(b"\n") else text + b"\n")
             if table is None:
-                number, line = next(
-                    (i, line) for i, line in enumerate(text.split(b"\n")) if not _INDEX_LINE.fullmatch(line)
-                )
-                raise RecordError(
-                    f"{path}: line {lines + number + 1} is {line[:60]!r}, not `key<TAB>offset`; "
-                    "copy the index again or rewrite the set"
-                )
+                numbered = enumerate(text.split(b"\n"), lines + 1)
+                number, line = next(each for each in numbered if not _INDEX_LINE.fullmatch(each[1]))
+                raise RecordError(f"{path}: line {number} is {line[:40]!r}, not `key<TAB>offset`; {_AGAIN}")
             tables.append(table)
             lines += len(table)
     table = np.concatenate(tables)
@@ -127,9 +128,11 @@ class RecordReader:
     def __init__(self, path, idx_path=None):
         self.path = pathlib.Path(path)
         self.idx_path = pathlib.Path(idx_path) if idx_path is not None else index_path(path)
-        for needed in (self.path, self.idx_path):
-            if not needed.is_file():
-                raise FileNotFoundError(f"{needed}: no such file; a record file needs its .rec and its .idx together")
+        if not os.path.isfile(self.path):
+            raise FileNotFoundError(f"{self.path}: no such file")
+        if not os.path.exists(self.idx_path):
+            command = f"python recordio.py index {shlex.quote(str(self.path))}"
+            raise FileNotFoundError(f"{self.idx_path}: no such file; copy it there too, or write it: {command}")
         self.keys, offsets = _read_index(self.idx_path)
         order = None if (np.diff(self.keys) > 0).all() else np.argsort(self.keys, kind="stable")
         self._sorted_keys = self.keys if order is None else self.keys[order]
@@ -137,7 +140,7 @@ class RecordReader:
         repeated = np.flatnonzero(np.diff(self._sorted_keys) == 0)
         if len(repeated):
             key = self._sorted_keys[repeated[0]]
-            raise RecordError(f"{self.idx_path}: duplicate key {key}; copy the index again or rewrite the set")
+            raise RecordError(f"{self.idx_path}: duplicate key {key}; {_AGAIN}")
         self._first = int(self._sorted_keys[0]) if len(self.keys) else 0
         self._dense = len(self.keys) > 0 and int(self._sorted_keys[-1]) - self._first + 1 == len(self.keys)
         self._rows = len(self.keys)
@@ -145,7 +148,6 @@ class RecordReader:
         with open(self.path, "rb") as file:
             self._size = os.fstat(file.fileno()).st_size
             self._end = self._size & ~3  # a payload that ends by here has its padding, too
-            self._last_start = self._end - _FRAME.size
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
 
     def __len__(self):
@@ -160,11 +162,8 @@ class RecordReader:
     def __exit__(self, *exc):
         self.close()
 
-    def __getstate__(self):
-        return {"path": self.path, "idx_path": self.idx_path}
-
-    def __setstate__(self, state):
-        self.__init__(**state)
+    def __reduce__(self):
+        return type(self), (self.path, self.idx_path)
 
     def close(self):
         if self._map:
@@ -185,7 +184,7 @@ class RecordReader:
     def read(self, key):
         """The payload of record `key`, as bytes."""
         offset = self.offset(key)
-        if not offset & 3 and offset <= self._last_start:  # fast path: nearly all records are one part
+        if not offset & 3 and offset + _FRAME.size <= self._end:  # fast path: nearly all records are one part
             magic, length = _FRAME.unpack_from(self._map, offset)
             stop = offset + 8 + length
             if magic == MAGIC and length < _MAX_PAYLOAD and stop <= self._end:
@@ -215,29 +214,17 @@ class RecordReader:
         header, payload = self.read_record(key)
         return class_label(header), np.frombuffer(payload, np.uint8)
 
-    def read_header(self, key):
-        """The `IRHeader` of record `key`; reads only its first bytes."""
-        offset = self.offset(key)
-        flag, start, stop = self._part(key, offset, offset)
-        if flag == 0 and stop - start >= _IR.size:
-            header = IRHeader(*_IR.unpack_from(self._map, start))
-            if header.flag == 0:
-                return header
-        return self.read_record(key)[0]
-
     def read_labels(self, keys):
         """Class labels (see `class_label`) of many image records at once: float32 [len(keys)]."""
         keys = np.asarray(keys, np.int64)
         rows = keys - self._first if self._dense else np.searchsorted(self._sorted_keys, keys)
         rows = np.clip(rows, 0, max(len(self) - 1, 0))
-        labels = np.empty(len(keys), np.float32)
+        labels, plain = np.empty(len(keys), np.float32), np.zeros(len(keys), bool)
         if len(keys) and len(self):
             plain, labels[:] = self._plain_labels(self._offsets[rows])
             plain &= self._sorted_keys[rows] == keys
-        else:
-            plain = np.zeros(len(keys), bool)
-        for i in np.flatnonzero(~plain):  # in several parts, or damaged: read_header raises then
-            labels[i] = class_label(self.read_header(int(keys[i])))
+        for i in np.flatnonzero(~plain):  # in several parts, or damaged: read_record raises then
+            labels[i] = class_label(self.read_record(int(keys[i]))[0])
         return labels
 
     def read_raw(self, key):
@@ -331,16 +318,14 @@ class RecordWriter:
             payload = memoryview(payload).tobytes()
         if len(payload) >= _MAX_PAYLOAD:
             raise RecordError(f"{self.path}: key {key}: {len(payload)} bytes, too long: the limit is 2**29 - 1")
-        cuts = _aligned_magic(payload)
-        if not cuts:
-            self.write_raw(key, _FRAME.pack(MAGIC, len(payload)) + payload + bytes(-len(payload) % 4))
-            return
-        pieces, begin = [], 0
-        for cut in cuts:  # omits the magic word; the reader puts it back
-            pieces += [_FRAME.pack(MAGIC, (1 if begin == 0 else 2) << 29 | cut - begin), payload[begin:cut]]
-            begin = cut + len(_MAGIC_BYTES)
-        pieces += [_FRAME.pack(MAGIC, 3 << 29 | len(payload) - begin), payload[begin:], bytes(-len(payload) % 4)]
-        self.write_raw(key, b"".join(pieces))
+        cuts = [word.start() for word in _MAGIC_WORD.finditer(payload) if word.start() % 4 == 0]
+        begins, ends = [0, *(cut + len(_MAGIC_BYTES) for cut in cuts)], [*cuts, len(payload)]
+        flags = [1, *[2] * (len(cuts) - 1), 3] if cuts else [0]
+        record = b"".join(  # omits the magic word; the reader puts it back
+            _FRAME.pack(MAGIC, flag << 29 | end - begin) + payload[begin:end]
+            for flag, begin, end in zip(flags, begins, ends)
+        )
+        self.write_raw(key, record + bytes(-len(payload) % 4))
 
     def write_raw(self, key, record):
         """Append a whole record as returned by `RecordReader.read_raw`."""
@@ -379,11 +364,35 @@ class RecordWriter:
                 part.unlink(missing_ok=True)
 
 
-def _aligned_magic(payload):
-    """Offsets, multiples of 4, of the magic word in `payload`."""
-    found, at = [], payload.find(_MAGIC_BYTES)
-    while at >= 0:
-        if at % 4 == 0:
-            found.append(at)
-        at = payload.find(_MAGIC_BYTES, at + 1)
-    return found
+def write_index(path):
+    """Write the `.idx` that a `.rec` has lost: keys 0, 1, 2, ... in file order, as MXNet's rec2idx.py gives them.
+
+    Returns the number of records. Raises `RecordError`, and writes nothing, if there is an index already, or where the
+    file is truncated or holds anything but records.
+    """
+    index, key, offset = index_path(path), 0, 0
+    if index.exists():
+        raise RecordError(f"{index}: exists already; delete it first if it is wrong")
+    with (
+        RecordReader(path, os.devnull) as reader,  # an index without keys
+        atomic_write(index) as file,
+        tqdm(total=reader._size, desc=index.name, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        while offset < reader._size:
+            file.write(b"%d\t%d\n" % (key, offset))
+            for _, stop in reader._parts(key, offset):  # noqa: B007
+                pass
+            bar.update(stop + -stop % 4 - offset)
+            key, offset = key + 1, stop + -stop % 4
+            if key % 4096 == 0:
+                reader.release()
+    return key
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the .idx of a .rec that has lost it.")
+    parser.add_argument("command", choices=["index"])
+    parser.add_argument("rec", help="such as dataset/ms1m-retinaface-t1/train.rec")
+    rec = parser.parse_args().rec
+    with report_errors():
+        print(f"{index_path(rec)}: {write_index(rec)} records")

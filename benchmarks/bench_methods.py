@@ -26,16 +26,16 @@ from core.distributed import to_device
 from engine.loader import Batch
 from train_old_arc import OldArc
 
-METHODS = "MixBCT,L2,BCT,UniBCT,AdvBCT,NCCL,NCCLdefinition"
+METHODS = "MixBCT,L2,BCT,UniBCT,AdvBCT,NCCL,NCCLdefinition,RACT,LCE"
 VARIANTS = {"NCCLdefinition": ("NCCL", {"alpha": 1.0, "beta": 0.01})}  # a method with keys other than its configs'
 EPOCH = 10  # UniBCT's prototype term is on
 
 
 class FreeClassifier:
-    """Real cosines, but a free classification loss that passes gradients to the embeddings."""
+    """Real centres and cosines, but a free classification loss that passes gradients to the embeddings."""
 
     def __init__(self, classifier):
-        self.cosines = classifier.cosines
+        self.cosines, self.weight = classifier.cosines, classifier.weight
 
     def __call__(self, embeddings, labels):
         return embeddings.sum()

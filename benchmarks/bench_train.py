@@ -77,7 +77,7 @@ def make_config(args, overrides, folder):
 
 def forget(old):
     """Evict the file of old features from the page cache (Linux)."""
-    old.features._mmap.madvise(mmap.MADV_DONTNEED)  # mapped pages are not evicted
+    old.features.array._mmap.madvise(mmap.MADV_DONTNEED)  # mapped pages are not evicted
     with open(old.path, "rb") as file:
         os.fsync(file)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -167,6 +167,7 @@ def measure(args, overrides):
             timed = TimedLoader(trainer, args)
             with contextlib.suppress(Done):
                 trainer.train()
+        distributed.barrier()  # a slower rank may still need its files
     finally:
         if distributed.is_main():
             shutil.rmtree(folder[0], ignore_errors=True)

@@ -112,7 +112,7 @@ def draw_jpeg(rng):
     return cv2.imencode(".jpg", np.clip(image + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
 
 
-def draw_record_set(path, pictures, records=None, num_classes=100):
+def draw_record_set(path, pictures, records=None, num_classes=10):
     """Write a training set; returns its JPEGs.
 
     path: the .rec file; pictures: number of different images; records: number of records, repeating the images

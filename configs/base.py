@@ -55,7 +55,9 @@ config.seed = 666                   # rank r seeds its generators with seed + r
 config.deterministic = False        # slower; bit-identical weights on the same machine, also resumed on 3+ ranks
 config.output = ""                  # directory of model.pt, logs and checkpoints; "" = work_dirs/<config name>
 config.resume = False               # resume from the newest complete checkpoint in `output`
+config.overwrite = False            # begin anew over an unfinished run in `output`, or one of other values
 config.save_all_states = True       # write a checkpoint (all ranks, full state) at the end of each epoch
 config.checkpoint_steps = 0         # also every so many steps within an epoch; 0 = off
-config.verbose = 2000               # steps between verifications on val_targets
+config.verbose = 2000               # steps between verifications on val_targets; model.pt is saved before each
+config.timeout = 30.0               # minutes that ranks wait for each other before they give up
 config.frequent = 10                # steps between log lines

@@ -3,15 +3,16 @@
 The layers of a run's config, each overriding the ones before:
 
 1. `configs/base.py` at the repo root, which declares every shared key;
-2. `base.py` in the nearest directory named `configs` above the file (a method's own keys and defaults);
-3. for a file in a sub-directory, such as `configs/demo/`: that sub-directory's `base.py` at the root, then the
-   method's;
+2. `configs/base.py` beside the train.py that is started, wherever the file lies (a method's own keys and defaults),
+   then `base.py` in the nearest directory named `configs` above the file;
+3. for a file in a sub-directory, such as `configs/demo/`: the `base.py` of that sub-directory, in the same order;
 4. the scenario that the file names, one of `configs/scenarios/`: the data, and the old model's files;
 5. the file itself;
 6. the environment variable BCT_OVERRIDES, such as `--network tiny --num_epoch 1`, to try a whole flow quickly;
 7. `--key value` from the command line.
 
-Only `base.py` files may declare keys. An undeclared key is an error that names the nearest declared one.
+Only `base.py` files may declare keys; the first declaration gives a key its type. An undeclared key is an error that
+names the nearest declared one.
 """
 
 import ast
@@ -19,6 +20,7 @@ import difflib
 import math
 import os
 import pathlib
+import re
 import runpy
 import shlex
 
@@ -67,9 +69,11 @@ RANGES = {
     "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
     "amp_dtype": (lambda v: v in ("float16", "bfloat16"), '"float16" or "bfloat16"'),
     "optimizer": (lambda v: v in ("sgd", "adamw"), '"sgd" or "adamw"'),
+    "val_targets": (lambda v: all(isinstance(name, str) for name in v), 'a list of names, like ["lfw"]'),
     "checkpoint_steps": (lambda v: v >= 0, "at least 0"),
     "verbose": (lambda v: v > 0, "above 0"),
     "frequent": (lambda v: v > 0, "above 0"),
+    "timeout": (lambda v: v > 0, "above 0"),
 }
 
 
@@ -93,33 +97,47 @@ class ConfigError(UserError):
     """An unusable config file, key or value. The message names the file and the key."""
 
 
-def load_config(path, overrides=()):
+def load_config(path, overrides=(), script=None):
     """Read the config file `path` over its bases and apply `overrides`.
 
     path: relative to the working directory or, if not found there, to the repo root.
-    overrides: command-line arguments, `["--lr", "0.02"]` or `["--lr=0.02"]`.
+    overrides: command-line arguments, `["--lr", "0.02"]` or `["--lr=0.02"]`; a flag alone, `["--resume"]`, means True.
+    script: the train.py that is started: a config anywhere has its method's keys. None: only those of its own place.
     Returns an EasyDict of all keys; paths are absolute strings, `name` is the file's stem and `config_file` its path.
     Raises ConfigError.
     """
     path = _find(path)
-    config = EasyDict()
-    bases = _bases(path)
+    config, declared = EasyDict(), {}
+    bases = _bases(path, script and pathlib.Path(script).resolve().parent)
     for base in bases:
-        config.update(_run(base))
+        for key, value in _run(base).items():
+            config[key] = _checked(key, value, declared.setdefault(key, value), base)
     layers = [] if path in bases else [(path, list(_run(path).items()))]
-    for where, words in (
-        ("BCT_OVERRIDES", shlex.split(os.environ.get("BCT_OVERRIDES", ""))),
-        ("the command line", overrides),
-    ):
-        layers.append((where, list(_parse_overrides(words, where))))
+    for where, words in (("BCT_OVERRIDES", _words_of_environment()), ("the command line", overrides)):
+        layers.append((where, list(_parse_overrides(words, where, declared))))
     for where, layer in [_scenario_layer(config, layers, path), *layers]:
         for key, value in layer:
-            _assign(config, key, value, where)
+            config[key] = _checked(key, value, _declared(key, declared, where), where)
     config.name = path.stem
     config.config_file = str(path)
     for key, (allowed, text) in RANGES.items():
         require(config, key, allowed(config[key]), text)
     return _resolve_paths(config)
+
+
+def expand(path):
+    """`path`, a text, with a leading ~ and $VARIABLES replaced, as a pathlib.Path; an argparse type, too.
+
+    Raises ConfigError for a variable that is not set.
+    """
+
+    def value(match):
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ConfigError(f"{path}: ${name} is not set in the environment")
+        return os.environ[name]
+
+    return pathlib.Path(os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, str(path))))
 
 
 def require(config, key, condition, text):
@@ -129,24 +147,27 @@ def require(config, key, condition, text):
 
 
 def _find(path):
-    for candidate in (pathlib.Path(path), REPO / path):
+    for candidate in (expand(path), REPO / path):
         if candidate.is_file():
             return candidate.resolve()
     raise ConfigError(f"{path}: no such config file, here or under {REPO}")
 
 
-def _bases(path):
-    """The base.py files that apply to `path`, outermost first; outside a `configs` directory only the root's."""
-    roots = [REPO / "configs"]
-    below = pathlib.Path()
+def _bases(path, method):
+    """The base.py files that apply to `path`, outermost first; method: directory of the started script, or None."""
+    roots, below = [REPO / "configs"], pathlib.Path()
+    if method is not None:
+        roots.append(method / "configs")
     for parent in path.parents:
         if parent.name == "configs":
+            other = parent.parent
+            if method not in (None, other) and other.parent == method.parent and (other / "train.py").is_file():
+                raise ConfigError(f"{path}: a config of {other.name}; start it with {other / 'train.py'}")
             below = path.parent.relative_to(parent)
-            if parent != roots[0]:
-                roots.append(parent)
+            roots.append(parent)
             break
     levels = [pathlib.Path(*below.parts[:depth]) for depth in range(len(below.parts) + 1)]
-    candidates = [root / level / "base.py" for level in levels for root in roots]
+    candidates = dict.fromkeys(root / level / "base.py" for level in levels for root in roots)
     return [base for base in candidates if base.is_file()]
 
 
@@ -172,37 +193,57 @@ def _run(path):
     return config
 
 
-def _parse_overrides(words, where):
+def _words_of_environment():
+    text = os.environ.get("BCT_OVERRIDES", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"BCT_OVERRIDES={text}: {error}; close the quote") from error
+
+
+def _parse_overrides(words, where, declared):
     words = list(words)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             raise ConfigError(f"{where}: unexpected {word!r}; write --key value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise ConfigError(f"{where}: --{key} has no value")
-            value = words.pop(0)
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass  # a bare word is a string
-        yield key, value
+        key, equals, text = word[2:].partition("=")
+        default = _declared(key, declared, where)
+        if equals or words and not words[0].startswith("--"):
+            yield key, _value(text if equals else words.pop(0), default)
+        elif isinstance(default, bool):
+            yield key, True
+        else:
+            raise ConfigError(f"{where}: --{key} has no value")
 
 
-def _assign(config, key, value, where):
-    if key not in config:
-        near = _USUAL_NAMES.get(key) or next(iter(difflib.get_close_matches(key, config, n=1, cutoff=0)))
+def _value(text, default):
+    """What `text` means for a key declared as `default`: a Python value, without its quotes if need be.
+
+    Shells take the quotes of --val_targets ['lfw'] away, and `lfw,agedb_30` is a list without any.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text
+    if isinstance(default, (tuple, list)) and not isinstance(value, (tuple, list)):
+        return [_value(part.strip(), None) for part in text.strip("[]()").split(",") if part.strip()]
+    return text if isinstance(default, str) and not isinstance(value, str) else value  # a run named 2024
+
+
+def _declared(key, declared, where):
+    if key not in declared:
+        near = _USUAL_NAMES.get(key) or next(iter(difflib.get_close_matches(key, declared, n=1, cutoff=0)))
         raise ConfigError(f"{where}: unknown key {key!r}; did you mean {near!r}? configs/base.py lists all keys")
-    config[key] = _checked(key, value, config[key], where)
+    return declared[key]
 
 
 def _checked(key, value, default, where):
-    """`value`, if it has the default's type; int is accepted for float, list and tuple for each other."""
+    """`value` in the default's type; an int is accepted for a float, list and tuple for each other."""
     kinds = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), list: (tuple, list)}
     allowed = kinds.get(type(default))
     if allowed is None or (isinstance(value, allowed) and (type(value) is not bool or bool in allowed)):
-        return value
+        return float(value) if type(default) is float else value
     if type(default) is int and isinstance(value, float) and value.is_integer():
         return int(value)
     raise ConfigError(
@@ -212,13 +253,13 @@ def _checked(key, value, default, where):
 
 
 def _resolve_paths(config):
-    workspace = REPO / config.workspace
+    workspace = REPO / expand(config.workspace)
     config.workspace = str(workspace)
-    config.output = config.output or f"work_dirs/{config.name}"
     for key in PATH_KEYS:
         value = config.get(key)
         if value and value != "synthetic":
-            config[key] = str(workspace / value)
+            config[key] = str(workspace / expand(value))
+    config.output = config.output or str(workspace / "work_dirs" / config.name)
     if not config.rec_val and config.rec != "synthetic":
         rec = pathlib.Path(config.rec)
         config.rec_val = str(rec if rec.is_dir() else rec.parent)

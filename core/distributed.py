@@ -22,12 +22,12 @@ import torch.distributed as dist
 from core.scheduler import adopt_ranks
 
 
-def init_distributed(backend=None, timeout_minutes=30):
+def init_distributed(timeout=30.0, backend=None):
     """Join the launcher's process group, if there is one. Returns `(rank, world_size, device)`.
 
     Ranks come from RANK/WORLD_SIZE/LOCAL_RANK, set by torchrun and torch.distributed.launch, or from Slurm's variables
     (core/scheduler.py); without them this is a single process. The device is `cuda:LOCAL_RANK` if torch can use the GPU
-    (`default_device`), else `cpu`; the backend is nccl or gloo accordingly.
+    (`default_device`), else `cpu`; the backend is nccl or gloo accordingly. timeout: minutes that a collective waits.
     """
     adopt_ranks()
     device = torch.device(default_device())
@@ -40,7 +40,7 @@ def init_distributed(backend=None, timeout_minutes=30):
             )
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = datetime.timedelta(minutes=timeout)
         dist.init_process_group(
             backend or ("nccl" if device.type == "cuda" else "gloo"),
             timeout=timeout,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import re
+import warnings
 import zipfile
 
 import torch
@@ -47,7 +48,8 @@ def load(path, map_location="cpu", mmap=False):
     Raises CheckpointError for a damaged file. System errors (no such file, no permission, network disk gone, out of
     memory) propagate, because the file may be intact.
     """
-    with _damage_named(path):
+    with _damage_named(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about the kind of file; what is wrong with it is said here
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
@@ -72,5 +74,7 @@ def _damage_named(path):
             raise type(error)(error.errno, error.strerror, str(path)) from error
         if from_system:
             raise
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from error
+        reason = "{}: {}".format(type(error).__name__, str(error).partition("\n")[0])
+        if re.search("weights.only", str(error), re.IGNORECASE):  # torch's advice is to let the file run code
+            reason = "damaged, or with objects other than tensors and plain values"
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error

@@ -6,6 +6,7 @@ the few names that plain data needs, mapped to functions of this module. None of
 opcodes are counted: memory and time stay proportional to the file size.
 """
 
+import contextlib
 import mmap
 import os
 import pathlib
@@ -16,13 +17,13 @@ import numpy as np
 
 from core.errors import UserError
 
-# What Python 2 and 3 write for bytes, booleans, small numbers, lists, tuples and NumPy arrays of these.
+# What Python 2 and 3 write for bytes, booleans, numbers, lists, tuples and NumPy arrays of these.
 # No dicts or sets: hashing a deeply nested key would overflow the stack.
 _OPCODES = """
     PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT BININT1
-    BININT2 LONG LONG1 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE
-    SHORT_BINUNICODE EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GLOBAL STACK_GLOBAL REDUCE
-    BUILD
+    BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
+    UNICODE BINUNICODE SHORT_BINUNICODE EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GLOBAL
+    STACK_GLOBAL REDUCE BUILD
 """.split()
 
 
@@ -38,10 +39,11 @@ def read_bin(path):
     """Read a .bin set without running any code in it.
 
     Returns `(images, same)`: a list of 2·N encoded images (bytes) and a bool array [N]. In the file, lists may also be
-    tuples or NumPy arrays, images bytearrays or uint8 arrays, booleans 0 or 1. Raises VerificationError.
+    tuples or NumPy arrays, images bytearrays, uint8 arrays or lists of numbers, booleans 0 or 1. Raises
+    VerificationError.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise VerificationError(f"{path}: no such verification set; copy it there or remove it from val_targets")
     try:
         with open(path, "rb") as file:
@@ -61,36 +63,58 @@ def read_bin(path):
 
 def _checked(content):
     """`(images, same)` as `read_bin` returns them. Checks types only: nested content could be endless."""
+    content = _values(content)
     if type(content) not in (tuple, list) or len(content) != 2:
         raise _NotASet("it is not a pair of lists")
-    images, same = (part.values() if type(part) is _Array else part for part in content)
+    images, same = map(_values, content)
+    same = list(same) if type(same) is bytes else same
     if type(images) not in (tuple, list) or type(same) not in (tuple, list):
         raise _NotASet("it is not a pair of lists")
     if len(images) != 2 * len(same) or not same:
         raise _NotASet(f"it needs 2·N images and N booleans, N > 0, not {len(images)} and {len(same)}")
-    images = [image.data if type(image) is _Array and image.dtype == "u1" else image for image in images]
-    for position, image in enumerate(images):
-        if type(image) is not bytes:
-            raise _NotASet(f"image {position} is not bytes")
     for position, value in enumerate(same):
-        if type(value) not in (bool, int) or value not in (0, 1):
+        if type(value) not in (bool, int, float) or value not in (0, 1):
             raise _NotASet(f"pair {position} has no boolean")
-    return images, np.array(same, dtype=bool)
+    once = {}  # an image that occurs again takes neither time nor memory
+    for position, image in enumerate(images):
+        if id(image) not in once:
+            once[id(image)] = _bytes(image, position)
+    return [once[id(image)] for image in images], np.array(same, dtype=bool)
+
+
+def _values(part):
+    """The list in a pickled array; anything else as it is."""
+    return part.values() if type(part) is _Array else part
+
+
+def _bytes(image, position):
+    if type(image) is _Array and (image.dtype == "u1" or image.dtype[0] == "S"):
+        image = image.data
+    if type(image) in (tuple, list):  # of numbers
+        with contextlib.suppress(TypeError, ValueError):
+            return bytes(image)
+    if type(image) is not bytes:
+        raise _NotASet(f"image {position} is not bytes")
+    return image
 
 
 class _Array:
     """A pickled NumPy array: `data` is its bytes, or a list for an array of objects."""
 
-    def __init__(self, data=None, dtype="", *_):
-        self.data, self.dtype = data, dtype
+    def __init__(self, data=None, dtype="", shape=(), *_):
+        self.data, self.dtype, self.shape = data, dtype, shape
 
     def values(self):
-        return self.data if type(self.data) is list else np.frombuffer(self.data, _dtype(self.dtype)).tolist()
+        if type(self.data) is list:
+            return self.data
+        if self.dtype == "u1" and len(self.shape) == 2:  # a row is an image
+            return [self.data[at : at + self.shape[1]] for at in range(0, len(self.data), self.shape[1])]
+        return np.frombuffer(self.data, _dtype(self.dtype)).tolist()
 
 
 def _dtype(name, *_):
     name = name.decode() if type(name) is bytes else name
-    if not re.fullmatch(r"b1|[ui][1248]|S[0-9]{1,9}|O[48]?", name):
+    if not re.fullmatch(r"b1|[ui][1248]|f[248]|S[0-9]{1,9}|O[48]?", name):
         raise _NotASet(f"it has a NumPy array of dtype {name[:20]}")
     return name
 
@@ -121,7 +145,8 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, file, size):
         super().__init__(file, encoding="bytes")  # a str of Python 2 is bytes
-        self.dispatch = _Counted(self.dispatch, 10_000 + size // 4)  # an image takes a few, and at least 100 bytes
+        # A list of small numbers takes an opcode for two bytes.
+        self.dispatch = _Counted(self.dispatch, 10_000 + size * 5 // 8)
         self.encode = _encoder(size)
 
     def find_class(self, module, name):
@@ -143,7 +168,7 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self):
         state, part = self.stack.pop(), self.stack[-1]
         if type(part) is _Array:
-            _, _, part.dtype, _, part.data = state
+            _, part.shape, part.dtype, _, part.data = state
         elif type(part) is not str:  # the name of a dtype, whose state is its byte order
             raise _NotASet("it sets an object's state")
 

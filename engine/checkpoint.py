@@ -1,8 +1,9 @@
-"""A run's checkpoints on disk: writing a set, finding the one to resume from, resharding it for other ranks.
+"""A run's files on disk: whose they are, writing a checkpoint set, finding the one to resume from, resharding it.
 
     <output>/checkpoints/000000061440/rank_0_of_2.pt    one file per rank: its whole state, see engine/run_state.py
                                       rank_1_of_2.pt
                                       DONE              written by rank 0 once all of them are on disk
+    <output>/run.json                                   method and values of the run, and who started it last
 
 A set is named by the images seen, so names sort in training order for any number of ranks and any batch size. A set
 without DONE is incomplete: it is never read, and deleted at the next start. Files are read with `weights_only`. All
@@ -10,13 +11,17 @@ ranks call these functions together, and all return or all raise; with several m
 disk, which `claim` checks.
 """
 
+import contextlib
 import copy
 import functools
+import json
 import operator
+import os
 import pathlib
 import re
 import secrets
 import shutil
+import socket
 import time
 
 import torch
@@ -28,7 +33,7 @@ from core.state_file import CheckpointError, check_whole, load, save_atomically,
 from engine.monitor import log
 
 KEEP = 2  # complete sets
-FOLDER, DONE = "checkpoints", "DONE"
+FOLDER, DONE, RUN = "checkpoints", "DONE", "run.json"
 DAMAGED = "damaged_"  # prefix of a set that could not be resumed from
 SECONDS_TO_APPEAR = 10  # until a new file is visible to all machines that share the disk
 
@@ -39,10 +44,12 @@ SECONDS_TO_APPEAR = 10  # until a new file is visible to all machines that share
 def claim(output):
     """Lock `output` for this run while the returned file is open (on rank 0), and check that all ranks share it.
 
-    Raises CheckpointError if another run writes there, if it has checkpoints of an earlier version of this code, or if
-    not all ranks see the same directory: every machine would write parts of sets that never become complete.
+    Creates the directory, and removes it again if not all see it. Raises CheckpointError if another run writes there,
+    if it has checkpoints of an earlier version of this code, or if not all ranks see the same directory: every machine
+    would write parts of sets that never become complete.
     """
     output = pathlib.Path(output)
+    new = not output.exists()
     lock, refusal = _lock(output) if is_main() else (None, None)
     _raise_on_all_ranks(refusal)
     probe = output / gather_objects(f".shared.{secrets.token_hex(8)}.tmp")[0]
@@ -55,6 +62,10 @@ def claim(output):
         if is_main():
             probe.unlink()
     if blind:
+        if is_main() and new:
+            (output / ".lock").unlink()
+            with contextlib.suppress(OSError):  # NFS keeps a deleted file while it is open
+                output.rmdir()
         raise CheckpointError(
             f"{output}: not shared, ranks {', '.join(blind)} do not see rank 0's files; "
             "set `output` to a directory on a disk that all machines share"
@@ -65,9 +76,12 @@ def claim(output):
 def _lock(output):
     """`(open file, why this run must not write here, or None)`. The lock ends with the process."""
     try:
+        output.mkdir(parents=True, exist_ok=True)
         file = lock(output / ".lock")
     except UserError as error:
         return None, f"{error}, or choose another `output`"
+    except OSError as error:
+        return None, f"{output}: not a directory to write in ({error.strerror}); choose another `output`"
     for path in sorted(output.glob("checkpoint_step_*_gpu_*_of_*.pt"))[:1]:
         return file, (
             f"{path}: written by an earlier version of this code, cannot be resumed; finish the run with that version, "
@@ -85,6 +99,63 @@ def _raise_on_all_ranks(refusal):
     """Raise rank 0's `refusal`, a text, as a CheckpointError on every rank; None: do nothing."""
     if refusal := gather_objects(refusal)[0]:
         raise CheckpointError(refusal)
+
+
+# --- whose run it is --------------------------------------------------------------------------------------------------
+
+
+def _agent():
+    """This rank's torchrun, "host pid start time", which stays the same when it restarts its ranks; "" without one.
+
+    A rank that a wrapper script starts sees that script instead, another one at each restart.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    try:
+        stat = pathlib.Path(f"/proc/{os.getppid()}/stat").read_text()
+    except OSError:  # not Linux
+        stat = ""
+    # Field 22 of proc(5); the second one, the command in brackets, may have spaces of its own.
+    return f"{socket.gethostname()} {os.getppid()} {' '.join(stat.rpartition(')')[2].split()[19:20])}"
+
+
+def _launch():
+    """The agents of all ranks, sorted. Nodes may come and go: launches that share an agent are the same one."""
+    return sorted(set(gather_objects(_agent())) - {""})
+
+
+def sign(output, settings):
+    """Note in run.json what is run now, and by whom.
+
+    settings: of engine/run_state.py. Call it after resuming or `start_afresh`, before the first step.
+    """
+    launch = _launch()
+    if is_main():
+        text = json.dumps({**settings, "launch": launch}, indent=1)
+        write_atomically(lambda file: file.write(text.encode()), pathlib.Path(output) / RUN)
+
+
+def _signed(output):
+    """The content of run.json; {} without one, or if it is damaged."""
+    try:
+        signed = json.loads((pathlib.Path(output) / RUN).read_text())
+    except (OSError, ValueError):
+        return {}
+    return signed if isinstance(signed, dict) else {}
+
+
+def continues(output, restarted, overwrite):
+    """Whether this start goes on with the run in `output` although `resume` is not set; the same on all ranks.
+
+    It does if the same launch began that run: torchrun has restarted its ranks, or another node has joined them. Where
+    its agents are not known, a restart goes on with an unfinished run, unless that was to be overwritten.
+
+    restarted: whether torchrun counts a restart. overwrite: of the config.
+    """
+    launch, sets = set(_launch()), complete_sets(output)
+    ours = not launch.isdisjoint(_signed(output).get("launch", []))
+    unfinished = restarted and not overwrite and sets and _unfinished(output, sets[-1])
+    return gather_objects(bool(ours or unfinished))[0]
 
 
 # --- sets -------------------------------------------------------------------------------------------------------------
@@ -144,27 +215,44 @@ def _agree_on_sets(output):
     return [output / FOLDER / name for name in complete]
 
 
-def start_afresh(output):
+def start_afresh(output, settings, overwrite=False):
     """Before the first step of a new run: delete a finished run's checkpoints in `output`.
 
-    Raises CheckpointError if that run is unfinished: forgetting `--resume True` must not cost days of work.
+    settings: this run's, as for `sign`; overwrite: of the config.
+    Raises CheckpointError, unless with `overwrite`, if that run is unfinished (forgetting `--resume True` must not cost
+    days of work), or if it was of another method or had other values.
     """
+    output = pathlib.Path(output)
     sets = _agree_on_sets(output)
-    _raise_on_all_ranks(_unfinished(output, sets[-1]) if sets and is_main() else None)
+    _raise_on_all_ranks(_occupied(output, sets, settings) if is_main() and not overwrite else None)
     if is_main():
-        shutil.rmtree(pathlib.Path(output) / FOLDER, ignore_errors=True)
+        shutil.rmtree(output / FOLDER, ignore_errors=True)
     barrier()
 
 
+def _occupied(output, sets, settings):
+    """Why a new run must not replace the one in `output`, or None."""
+    if sets and (unfinished := _unfinished(output, sets[-1])):
+        return unfinished
+    if not sets and not (output / "model.pt").exists():
+        return None
+    signed, how = _signed(output), "choose another `output`, or overwrite it with --overwrite True"
+    if not signed:
+        return f"{output}: has a run whose method and values are unknown, for want of {RUN}; {how}"
+    for key, now in settings.items():
+        if signed.get(key, now) != now:
+            return f"{output}: has a run with {key} = {signed[key]!r}, this one has {now!r}; {how}"
+
+
 def _unfinished(output, newest):
-    """Why a new run must not delete the set `newest`, or None."""
-    options = f"--resume True, choose another `output`, or delete {output}/{FOLDER}"
+    """Why the run whose newest set is `newest` must be resumed, or None."""
+    how = "resume it with --resume True, choose another `output`, or begin anew with --overwrite True"
     try:
         step, total, _ = read_done(newest)
     except (CheckpointError, OSError) as error:
-        return f"{error}; resume the run with {options}"
+        return f"{error}; if it belongs to a run, {how}"
     if step < total:
-        return f"{output}: has checkpoints of an unfinished run (step {step} of {total}); resume it with {options}"
+        return f"{output}: has checkpoints of an unfinished run (step {step} of {total}); {how}"
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------

@@ -11,12 +11,15 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from core.distributed import to_device
+from core.distributed import is_main, to_device
 from core.errors import UserError
 from dataset import IMAGE_SHAPE, to_input
+from engine.monitor import log
 from engine.order import RowsInOrder, ShuffledRows
 from engine.workers import FileSize, WorkerError, Workers, start_worker
 from recordio import RecordError
+
+NO_LENGTH = 1e-12  # of an old feature: torch's normalize divides by no less
 
 
 class Batch(NamedTuple):
@@ -112,7 +115,7 @@ class _Loader:
         if plan.batch_size < 1:
             raise ValueError(f"batch_size = {plan.batch_size} must be at least 1")
         self.dataset, self.device = dataset, torch.device(device)
-        self._plan, self._stream = plan, None
+        self._plan, self._stream, self._told = plan, None, False
         # A DataLoader keeps `prefetch` batches per worker in progress; one more is in use here.
         slots = num_workers * prefetch + 1
         file = FileSize(dataset.path)
@@ -141,7 +144,7 @@ class _Loader:
 
     def _filled(self):
         try:
-            for batch in self._received():
+            for batch in self._workers.received(self._batches):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
@@ -152,20 +155,6 @@ class _Loader:
             traceback.clear_frames(error.__traceback__)
             raise
 
-    def _received(self):
-        """The workers' results. A dead worker is reported here, between two batches, and nowhere else."""
-        self._workers.check()
-        try:
-            with self._workers.starting():
-                batches = iter(self._batches)
-            for batch in batches:
-                yield batch
-                self._workers.check()
-        except RuntimeError:
-            if not self._workers.dead():
-                raise
-        self._workers.check()
-
     def _on_device(self, filled):
         """The Batch, copied out of its slot, which the workers will overwrite."""
         slot, labels, rows, mirrored, credible = filled
@@ -173,10 +162,23 @@ class _Loader:
         mirrored = to_device(torch.from_numpy(mirrored), self.device) if len(mirrored) else None
         index, old = torch.from_numpy(rows), None
         if credible is not None:
-            old = self._shared.old_rows[slot, : len(rows)]
+            old, credible = self._shared.old_rows[slot, : len(rows)], torch.from_numpy(credible)
+            self._warn_of_zeros(old, credible, rows)
             old = to_device(old, self.device) if self.device.type == "cuda" else old.clone()
-            credible = torch.from_numpy(credible)
         return Batch(to_input(images, mirrored), to_device(torch.from_numpy(labels), self.device), index, old, credible)
+
+    def _warn_of_zeros(self, old, credible, rows):
+        """Log once, on rank 0, that an old feature in use has no direction."""
+        if self._told or not is_main():
+            return
+        zero = (torch.linalg.vector_norm(old, dim=1) < NO_LENGTH) & credible
+        if zero.any():
+            self._told = True
+            log.warning(
+                "%s: row %d is zero, as are %d of its batch of %d: it has no direction to be compatible with; "
+                "write the features again, or mark such rows in credible_old_feature",
+                *(self._shared.old.old.path, rows[int(zero.int().argmax())], int(zero.sum()), len(rows)),
+            )
 
     def _one_ahead(self):
         """Copy and prepare each batch on a separate stream while the previous one trains."""

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import logging
+import logging.handlers
 import math
 import pathlib
 import sys
@@ -28,18 +29,34 @@ class _TerminalHandler(logging.StreamHandler):
             super().emit(record)
 
 
-def init_logging(output, main):
-    """Log to the terminal and, on the main rank, to `output`/training.log; other ranks log only warnings."""
+def init_logging(main):
+    """Log to the terminal; other ranks than the main one log only warnings. `log_to_file` adds a file."""
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if main else logging.WARNING)
-    handlers = [_TerminalHandler(sys.stdout)]
+    _add_handler(_TerminalHandler(sys.stdout))
     if main:
-        pathlib.Path(output).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(pathlib.Path(output) / "training.log"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("Training: %(asctime)s-%(message)s", "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(handler)
+        log.addHandler(logging.handlers.MemoryHandler(0))  # keeps the lines until there is a file
+
+
+def log_to_file(output):
+    """On the main rank: write what was logged so far, and from now on, to `output`/training.log as well."""
+    *_, waiting = log.handlers
+    log.removeHandler(waiting)
+    _add_handler(logging.FileHandler(pathlib.Path(output) / "training.log", encoding="utf-8"))
+    waiting.setTarget(log.handlers[-1])
+    waiting.close()
+
+
+def _add_handler(handler):
+    handler.setFormatter(logging.Formatter("Training: %(asctime)s-%(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+
+
+def warn(form, *words):
+    """Log a warning that is the same on all ranks, once."""
+    if is_main():
+        log.warning(form, *words)
 
 
 class NonFiniteLoss(UserError):

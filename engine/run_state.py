@@ -4,12 +4,14 @@ A checkpoint has what training produced. Settings (learning rate, weight decay, 
 config of the resumed run, so that they can be changed; differences are logged.
 """
 
+import json
 import os
 import random
 
 import numpy as np
 import torch
 
+from core.agreement import MAY_DIFFER
 from core.distributed import all_reduce_
 from core.state_file import CheckpointError
 from engine.build import unwrap
@@ -21,7 +23,10 @@ from losses.classifier import sharded_tensors
 # A resumed run must not change these.
 SAME_RUN = ("network", "embedding_size", "num_classes", "num_image", "optimizer", "sample_rate", "seed")
 # Differences that are not logged.
-UNLOGGED = ("resume", "config_file", "name", "workspace", "batch_size", "gradient_acc")
+UNLOGGED = ("resume", "overwrite", "config_file", "name", "workspace", "batch_size", "gradient_acc")
+# Keys without effect on model.pt: a run that differs in them alone is the same one. Of files the contents count.
+WITHOUT_EFFECT = MAY_DIFFER | {"scenario", "resume", "overwrite", "verbose", "val_targets", "save_all_states"}
+WITHOUT_EFFECT |= {"checkpoint_steps", "timeout"}
 
 
 def seed_everything(seed, deterministic):
@@ -36,6 +41,13 @@ def seed_everything(seed, deterministic):
 
 
 # --- collecting -------------------------------------------------------------------------------------------------------
+
+
+def settings_of(run):
+    """The method, and all values and files that decide what the Trainer `run` trains, as JSON has them."""
+    values = {key: value for key, value in run.cfg.items() if key not in WITHOUT_EFFECT and _is_plain(value)}
+    files = {f"digest of {key}": digest for key, digest in run.made_from.items()}
+    return json.loads(json.dumps({"method": type(run).__name__, "ranks": run.world_size, **values, **files}))
 
 
 def state_of(run):
@@ -131,18 +143,28 @@ def restore(run, state, path):
 
     Raises CheckpointError for a checkpoint of another run.
     """
-    _check_same_run(run, state, path)
     try:
-        unwrap(run.backbone).load_state_dict(state["backbone"])
-        run.classifier.load_state_dict(state["classifier"])
-        run.classifier.set_sampling_state(state["sampling"])
-        run.extra.load_state_dict(state["extra"])
-        _load_optimizer(run.optimizer, state["optimizer"])
+        _check_same_run(run, state, path)
+        _restore(run, state)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path}: has no {error}, so another version of this code wrote it; resume with that version, or choose "
+            "another `output`"
+        ) from error
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).replace("\n", " ")[:300]
         raise CheckpointError(f"{path}: does not fit this run ({reason}); choose another `output`") from error
+    _log_differences(run, state)
+
+
+def _restore(run, state):
+    unwrap(run.backbone).load_state_dict(state["backbone"])
+    run.classifier.load_state_dict(state["classifier"])
+    run.classifier.set_sampling_state(state["sampling"])
+    run.extra.load_state_dict(state["extra"])
+    _load_optimizer(run.optimizer, state["optimizer"])
     if run.scaler.is_enabled() and state["scaler"]:  # empty: written with another amp_dtype
         run.scaler.load_state_dict(state["scaler"])
         run.scaler.skipped = None if state["skipped"] is None else torch.tensor(state["skipped"], device=run.device)
@@ -154,7 +176,6 @@ def restore(run, state, path):
     done = -(-(state["images"] - run.epoch * run.cfg.num_image) // run.global_batch)
     run.step = run.epoch * run.steps_per_epoch + min(done, run.steps_per_epoch)
     set_step(run.schedule, run.step)
-    _log_differences(run, state)
 
 
 def _check_same_run(run, state, path):
@@ -170,11 +191,12 @@ def _check_same_run(run, state, path):
                 f"{path}: written with another {name} than {run.cfg[name]}, by its contents; "
                 "put that one back to resume, or choose another `output`"
             )
-    for key in SAME_RUN:
-        if state["config"][key] != run.cfg[key]:
+    for key in (*SAME_RUN, *run.same_run):
+        before, now = state["config"].get(key, run.cfg[key]), run.cfg[key]
+        if before != now:
             raise CheckpointError(
-                f"{path}: written with {key} = {state['config'][key]!r}, this run has {run.cfg[key]!r}; "
-                f"restore {key} to resume, or choose another `output`"
+                f"{path}: written with {key} = {before!r}, this run has {now!r}; restore {key} to resume, "
+                "or choose another `output`"
             )
     if state["global_batch"] == run.global_batch:
         return

@@ -2,6 +2,8 @@
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from engine.monitor import warn
+
 
 def learning_rate_factor(step, steps_per_epoch, num_epoch, warmup_epoch=0.0, decay_epoch=()):
     """Factor on the base learning rate for `step`, counted from 0.
@@ -24,10 +26,19 @@ def learning_rate_factor(step, steps_per_epoch, num_epoch, warmup_epoch=0.0, dec
 
 def make_schedule(optimizer, cfg, steps_per_epoch):
     """LambdaLR of `learning_rate_factor`; call `.step()` once per optimiser step."""
+    warn_of_unreached(cfg, "warmup_epoch", [cfg.warmup_epoch])
+    warn_of_unreached(cfg, "decay_epoch", cfg.decay_epoch)
     return LambdaLR(
         optimizer,
         lambda step: learning_rate_factor(step, steps_per_epoch, cfg.num_epoch, cfg.warmup_epoch, cfg.decay_epoch),
     )
+
+
+def warn_of_unreached(cfg, key, epochs):
+    """Log the `epochs`, of the config's `key`, that the run never reaches."""
+    late = [f"{epoch:g}" for epoch in epochs if epoch >= cfg.num_epoch]
+    if late:
+        warn("%s: %s %s is never reached with num_epoch = %d", cfg.config_file, key, ", ".join(late), cfg.num_epoch)
 
 
 def set_step(schedule, step):

@@ -16,6 +16,7 @@ Gradients are summed over the ranks, except those of class shards, which are eac
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import os
 import pathlib
@@ -27,19 +28,19 @@ from torch.utils.tensorboard import SummaryWriter
 import backbones
 from core import distributed
 from core.agreement import check_ranks_agree
-from core.config import ConfigError, load_config
-from core.errors import UserError, report_errors
+from core.config import ConfigError, load_config, require
+from core.errors import LostRank, UserError, lost_rank, report_errors
 from core.manifest import write_manifest
 from core.state_file import save_atomically, write_atomically
 from dataset import open_train_set
 from engine import checkpoint
 from engine.build import make_optimizer, make_scaler, margin_loss, replicate, scales_loss, set_precision, unwrap
 from engine.loader import OldRows, TrainLoader
-from engine.monitor import Monitor, NonFiniteLoss, init_logging, log
+from engine.monitor import Monitor, NonFiniteLoss, init_logging, log, log_to_file, warn
 from engine.post_mortem import explain
-from engine.run_state import refuse_non_finite_weights, restore, seed_everything, state_of
+from engine.run_state import refuse_non_finite_weights, restore, seed_everything, settings_of, state_of
 from engine.schedule import make_schedule
-from engine.stop import StopRequest, resume_command
+from engine.stop import StopRequest, resume_command, warn_of_static_rendezvous
 from engine.verification import Verifier
 from losses import PartialFC
 from losses.classifier import replicated_parameters
@@ -51,7 +52,7 @@ class Trainer:
     """One training run of one config.
 
     A method sets `old_features`: "rows" (batches have old features and credible flags; labels are checked), "labels"
-    (only checked) or None.
+    (only checked) or None; and `same_run`: those of its own keys that a resumed run must not change.
 
     It uses `cfg`, `train_set`, `old` (the OldFeatures, or None), `backbone` (images [B, 3, 112, 112] -> embeddings
     [B, D]), `classifier` (embeddings, labels -> loss; PartialFC), `generator` (seeded, on the CPU), `device`, `rank`,
@@ -61,13 +62,14 @@ class Trainer:
     """
 
     old_features = None
+    same_run = ()
 
     def __init__(self, cfg):
-        self.rank, self.world_size, self.device = distributed.init_distributed()
+        self.rank, self.world_size, self.device = distributed.init_distributed(cfg.timeout)
         if self.world_size > 1 and (problem := distributed.gpu_problem()):
             raise UserError(f"{self.world_size} ranks would train on the CPU: {problem}")
         self.cfg = cfg
-        init_logging(cfg.output, self.rank == 0)
+        init_logging(self.rank == 0)
         set_precision(cfg, self.device)
         seed_everything(cfg.seed + self.rank, cfg.deterministic)
         self.generator = torch.Generator().manual_seed(cfg.seed + self.rank)
@@ -110,6 +112,8 @@ class Trainer:
         self.best = {"accuracy": -1.0, "step": 0}  # of the verifications so far
 
         self.backbone = replicate(self.build_backbone(), cfg, self.device, self.world_size)
+        alone = cfg.batch_size == 1 and any(isinstance(one, torch.nn.BatchNorm1d) for one in self.backbone.modules())
+        require(cfg, "batch_size", not alone, "at least 2: BatchNorm has no statistics of one image")
         self.classifier = self.build_classifier().train().to(self.device)
         self.extra = torch.nn.ModuleDict()
         self.setup()
@@ -173,12 +177,18 @@ class Trainer:
         """Train to the end, or until a stop signal: then finish the step and write a checkpoint."""
         cfg = self.cfg
         self.claimed = checkpoint.claim(cfg.output)
+        if self.rank == 0:
+            log_to_file(cfg.output)
         # By torchrun --max-restarts, whose agents on different machines may disagree on the count.
         restarted = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
-        if distributed.all_reduce_(restarted, torch.distributed.ReduceOp.MAX) or cfg.resume:
-            self.resume()
-        else:
-            checkpoint.start_afresh(cfg.output)
+        restarted = bool(distributed.all_reduce_(restarted, torch.distributed.ReduceOp.MAX))
+        again = cfg.resume or checkpoint.continues(cfg.output, restarted, cfg.overwrite)
+        if not (again and self.resume()):
+            checkpoint.start_afresh(cfg.output, settings_of(self), cfg.overwrite)
+        checkpoint.sign(cfg.output, settings_of(self))
+        if self.epoch >= cfg.num_epoch:
+            warn("nothing to do: %d epochs are done; to train longer, raise num_epoch = %d", self.epoch, cfg.num_epoch)
+        warn_of_static_rendezvous()
         writer = SummaryWriter(f"{cfg.output}/tensorboard", purge_step=self.step) if self.rank == 0 else None
         self.log_start()
         self.monitor = Monitor(self.total_steps, self.global_batch, self.step, writer)
@@ -189,6 +199,10 @@ class Trainer:
                     stopped = self.train_epoch()
             except NonFiniteLoss as error:
                 explain(self, error)  # inside StopRequest: the launcher's SIGTERM must not end ranks that still write
+                raise
+            except RuntimeError as error:
+                if lost := lost_rank(error):
+                    raise LostRank(f"step {self.step}: {lost}") from error
                 raise
         if stopped and self.epoch < cfg.num_epoch:
             log.info("stopped by %s at step %d; resume with: %s", stopped, self.step, resume_command())
@@ -250,7 +264,7 @@ class Trainer:
         self.step += 1
 
     def verify(self):
-        self.check_weights()
+        self.save_models()  # first: nothing that fails in here may cost the model
         distributed.broadcast_buffers(self.backbone)  # every rank verifies the model that is saved, rank 0's
         accuracies = self.verifier.run(unwrap(self.backbone))
         for name, value in accuracies.items():
@@ -308,12 +322,14 @@ class Trainer:
         checkpoint.save_set(self.cfg.output, state_of(self))
 
     def resume(self):
+        """Restore the newest set; False if there is none."""
         found = checkpoint.load_newest(self.cfg.output, self.device)
         if found is None:
-            log.warning("resume = True, but no checkpoint in %s: starting from scratch", self.cfg.output)
-            return
+            warn("no checkpoint in %s: starting from scratch", self.cfg.output)
+            return False
         restore(self, *found)
         log.info("resumed from %s: epoch %d, step %d", found[1], self.epoch, self.step)
+        return True
 
     # --- the command line -----------------------------------------------------------------------------------------
 
@@ -329,9 +345,9 @@ class Trainer:
         parser.add_argument("config", help="config file, such as configs/f128_r18_softmax_class30.py; it comes first")
         # Passed by old launchers as --local_rank, by new ones as --local-rank; ranks come from the environment.
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-        args, overrides = parser.parse_known_args(argv)
-        if not args.config.endswith(".py"):
-            parser.error(f"{args.config} is not a config file; put the config first, then --key value")
         with report_errors():
-            cls(load_config(args.config, overrides)).train()
+            args, overrides = parser.parse_known_args(argv)
+            if not args.config.endswith(".py"):
+                parser.error(f"{args.config} is not a config file; put the config first, then --key value")
+            cls(load_config(args.config, overrides, inspect.getfile(cls))).train()
         distributed.shutdown()

@@ -8,7 +8,7 @@ import torch
 from sklearn.model_selection import KFold
 
 from core import distributed
-from dataset import IMAGE_SHAPE, decode_bgr, image_size
+from dataset import decode_bgr
 from engine.bin_files import VerificationError, read_bin
 
 THRESHOLDS = np.arange(0, 4, 0.01)  # squared Euclidean distance of unit vectors, as is usual
@@ -18,9 +18,12 @@ def k_fold_accuracy(first, second, same, folds=10):
     """Mean accuracy over `folds` folds, each with the best threshold of the others.
 
     first, second: float [N, D], rows of unit norm; same: bool [N]. A pair matches if its squared distance is below the
-    threshold. Returns a float in [0, 1]. Protocol: LFW (Huang et al., 2007), image-restricted.
+    threshold. Returns a float in [0, 1], or NaN if a row is not finite: compared, its pair would count as different.
+    Protocol: LFW (Huang et al., 2007), image-restricted.
     """
     distance = np.square(first - second).sum(1)
+    if not np.isfinite(distance).all():
+        return float("nan")
     correct = (distance[:, None] < THRESHOLDS) == same[:, None]  # [N, T]
     scores = []
     for train, test in KFold(n_splits=min(folds, len(same))).split(same):
@@ -29,24 +32,21 @@ def k_fold_accuracy(first, second, same, folds=10):
     return float(np.mean(scores))
 
 
-def _check_headers(path, images):
-    """Check what the headers tell before the first step, long before any image is decoded."""
-    for position, image in enumerate(images):
-        size = image_size(image)
-        if size != IMAGE_SHAPE[1::-1]:
-            what = f"{size[0]} x {size[1]}, not 112 x 112: align the faces first" if size else "neither JPEG nor PNG"
-            raise VerificationError(f"{path}: image {position} is {what}")
-
-
 class Verifier:
-    """Evaluates a backbone on the .bin sets `names` in `directory`, all ranks together. Falsy without names."""
+    """Evaluates a backbone on the .bin sets `names` in `directory`, all ranks together. Falsy without names.
+
+    Every image is decoded once here: a set that cannot be verified is a VerificationError now, not after hours.
+    """
 
     def __init__(self, directory, names, batch_size, device):
         self.batch_size, self.device = batch_size, device
         self.paths = {name: pathlib.Path(directory) / f"{name}.bin" for name in names}
         self.sets = {name: read_bin(path) for name, path in self.paths.items()}
-        for name, (images, _) in self.sets.items():
-            _check_headers(self.paths[name], images)
+        for name, (images, same) in self.sets.items():
+            if len(same) < 2:
+                raise VerificationError(f"{self.paths[name]}: one pair; the accuracy over folds needs two or more")
+            for position in self._share(images):
+                self._decode(name, position, images[position])
 
     def __bool__(self):
         return bool(self.sets)
@@ -63,13 +63,9 @@ class Verifier:
         return accuracies
 
     def _embed(self, backbone, name, images):
-        start, stop = distributed.rows_of_rank(len(images), distributed.rank(), distributed.world_size())
-        mine = []
-        for low in range(start, stop, self.batch_size):
-            batch = [
-                self._decode(name, position, images[position])
-                for position in range(low, min(low + self.batch_size, stop))
-            ]
+        share, mine = self._share(images), []
+        for low in range(0, len(share), self.batch_size):
+            batch = [self._decode(name, position, images[position]) for position in share[low : low + self.batch_size]]
             pixels = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2).float()
             pixels = (pixels / 255 - 0.5) / 0.5
             mine.append((backbone(pixels) + backbone(pixels.flip(3))).float())
@@ -78,9 +74,13 @@ class Verifier:
         width = int(distributed.all_reduce_(width, torch.distributed.ReduceOp.MAX))
         table = torch.zeros(len(images), width, device=self.device)
         if mine:
-            table[start:stop] = torch.cat(mine)
+            table[share.start : share.stop] = torch.cat(mine)
         distributed.all_reduce_(table)
         return torch.nn.functional.normalize(table).cpu().numpy()
+
+    def _share(self, images):
+        """The positions of this rank's share, a range."""
+        return range(*distributed.rows_of_rank(len(images), distributed.rank(), distributed.world_size()))
 
     def _decode(self, name, position, data):
         try:

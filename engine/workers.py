@@ -66,13 +66,31 @@ def _end_with_parent():
 
 
 class Workers:
-    """The processes of one loader. file: FileSize of their record file; count: num_workers of the config."""
+    """The processes of one loader.
 
-    def __init__(self, file, count):
-        self.file, self.count, self.processes = file, count, []
+    file: FileSize of their record file. count: how many, as the user sets it by `option`, a config key or the command
+    line's.
+    """
+
+    def __init__(self, file, count, option="num_workers ="):
+        self.file, self.count, self.option, self.processes = file, count, option, []
+
+    def received(self, loader):
+        """The results of a DataLoader. A dead worker is reported here, between two batches, and nowhere else."""
+        self.check()
+        try:
+            with self._starting():
+                batches = iter(loader)
+            for batch in batches:
+                yield batch
+                self.check()
+        except RuntimeError:
+            if not self.dead():
+                raise
+        self.check()
 
     @contextlib.contextmanager
-    def starting(self):
+    def _starting(self):
         """Wraps the code that starts them, and restores the SIGCHLD handler.
 
         A DataLoader's handler raises its error about a dead worker anywhere in the main program, perhaps in the middle
@@ -100,16 +118,16 @@ class Workers:
         if killer == signal.SIGBUS:
             raise WorkerError(
                 f"a data worker died of SIGBUS, but {self.file.path} has not changed in size: either shared memory is "
-                f"too small (enlarge /dev/shm, docker: --shm-size=8g, or lower num_workers = {self.count}), "
+                f"too small (enlarge /dev/shm, docker: --shm-size=8g, or lower {self.option} {self.count}), "
                 f"or the disk is failing (see dmesg)"
             )
         if killer == signal.SIGKILL:
             raise WorkerError(
                 f"a data worker was killed by SIGKILL, probably out of memory (see dmesg): "
-                f"lower num_workers = {self.count}, or give the machine or container more memory"
+                f"lower {self.option} {self.count}, or give the machine or container more memory"
             )
         how = f"of {signal.Signals(killer).name}" if killer else f"with exit code {dead.exitcode}"
         raise WorkerError(
-            f"a data worker died {how}; its own message is above. Set num_workers = 0 (now {self.count}) to decode in "
-            f"the training process and see more"
+            f"a data worker died {how}; its own message is above. Set {self.option} 0 (now {self.count}) to decode in "
+            f"the main process and see more"
         )

@@ -3,6 +3,15 @@
 from losses.classifier import Classifier, Softmax
 from losses.margin import ArcFace, CombinedMarginLoss, CosFace
 from losses.partial_fc import PartialFC
-from losses.prototype import old_prototype_loss
+from losses.prototype import OldPrototypes, old_prototype_loss
 
-__all__ = ["ArcFace", "Classifier", "CombinedMarginLoss", "CosFace", "PartialFC", "Softmax", "old_prototype_loss"]
+__all__ = [
+    "ArcFace",
+    "Classifier",
+    "CombinedMarginLoss",
+    "CosFace",
+    "OldPrototypes",
+    "PartialFC",
+    "Softmax",
+    "old_prototype_loss",
+]

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from core.distributed import gather, gather_with_grad, rank, rows_of_rank, world_size
 from losses.classifier import Classifier
 from losses.row_optimizer import RowOptimizer
+from losses.sharded import local_labels, sharded_cross_entropy
 
 INIT_STD = 0.01  # of the initial coordinates of the centres
 INIT_BLOCK = 1024  # classes per generator of initial centres
@@ -82,8 +83,7 @@ class PartialFC(Classifier):
             )
         labels = gather(labels)
         self._check(labels)
-        local = labels - self.class_start
-        local = torch.where((local >= 0) & (local < self.num_local), local, -1)
+        local = local_labels(labels, self.class_start, self.num_local)
 
         with torch.autocast(self.weight.device.type, enabled=False):
             embeddings = gather_with_grad(F.normalize(embeddings.to(self.weight.dtype)))
@@ -92,7 +92,7 @@ class PartialFC(Classifier):
                 index, local = self._sample(local)
                 weight = _SelectRows.apply(weight, index)
             logits = self.margin_loss(self._cosines(embeddings, weight), local)
-            return _ShardedCrossEntropy.apply(logits, local)
+            return sharded_cross_entropy(logits, local)
 
     def cosines(self, embeddings):
         """Cosines [N, num_local] of embeddings [N, D], any scale, to all centres of this rank, with gradient to both.
@@ -242,33 +242,3 @@ class _SelectRows(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         index = index.unsqueeze(0)
         return torch.sparse_coo_tensor(index, grad, ctx.shape, check_invariants=False, is_coalesced=True), None
-
-
-class _ShardedCrossEntropy(torch.autograd.Function):
-    """Mean of -log softmax at the target, over logits [N, C_local] whose classes are sharded over the ranks.
-
-    One pass for the local softmax p and its log-sum-exp, one collective of two numbers per sample; the softmax over all
-    ranks is then p * exp(local log-sum-exp - global), a factor that the backward applies in its single pass.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        here = labels >= 0
-        column = labels.clamp(min=0).unsqueeze(1)
-        probability = logits.softmax(1)
-        # From the largest entry, with probability at least 1 / C_local: no overflow, no log of zero.
-        log_sum = logits.amax(1) - probability.amax(1).log()
-        target = torch.where(here, logits.gather(1, column).squeeze(1), 0)
-        parts = gather(torch.stack([log_sum, target])[None])  # [world, 2, N]
-        total = parts[:, 0].logsumexp(0)
-        ctx.save_for_backward(probability, (log_sum - total).exp(), column, here)
-        return (total - parts[:, 1].sum(0)).mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        probability, share, column, here = ctx.saved_tensors
-        grad = grad / len(share)
-        out = probability * (share * grad).unsqueeze(1)
-        target = out.gather(1, column) - torch.where(here, grad, 0).unsqueeze(1)
-        return out.scatter_(1, column, target), None

@@ -3,23 +3,45 @@
 import numpy as np
 from scipy import sparse
 
-from old_model.feature_set import FeatureError
+from old_model.feature_set import FeatureError, rewrite
 
 CHUNK = 1 << 15  # rows handled at once: 32 MB in float64 at 128 dimensions
 
 
-def chunks(features, labels):
-    """Yield `(slice, rows float64 [n, D], labels [n])` in order, n <= CHUNK; the rows are a copy.
+def row_chunks(features, rows=None):
+    """Yield `(part, values float64 [n, D])` of the rows int64 [R] (None: all) in order, n <= CHUNK; copies.
 
-    Raises FeatureError for a non-finite row.
+    part: indices of these rows, or a slice if all are read. Raises FeatureError for a non-finite row, with the file of
+    memory-mapped features.
     """
-    for start in range(0, len(features), CHUNK):
-        part = slice(start, min(start + CHUNK, len(features)))
-        rows = np.array(features[part], dtype=np.float64)
-        if not np.isfinite(rows.sum()):
-            row = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-            raise FeatureError(f"row {row} of the features is not finite; run get_feature again")
+    count = len(features) if rows is None else len(rows)
+    for start in range(0, count, CHUNK):
+        part = slice(start, min(start + CHUNK, count))
+        part = part if rows is None else rows[part]
+        values = np.array(features[part], dtype=np.float64)
+        if not np.isfinite(values.sum()):
+            wrong = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+            row = start + wrong if rows is None else part[wrong]
+            path = getattr(features, "path", getattr(features, "filename", "the features"))
+            raise FeatureError(f"{path}: row {row} is not finite; {rewrite(path)}")
+        yield part, values
+
+
+def chunks(features, labels):
+    """As `row_chunks` of all rows, with their labels [n]: yields `(slice, rows, labels)`."""
+    for part, rows in row_chunks(features):
         yield part, rows, np.asarray(labels[part])
+
+
+def check_labels(features, labels, num_classes):
+    """Raise FeatureError unless there is a label per row of `features`, 0 … num_classes − 1."""
+    if len(labels) != len(features):
+        raise FeatureError(f"{len(features)} features, but {len(labels)} labels; run get_feature again")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise FeatureError(
+            f"labels go from {labels.min()} to {labels.max()}, but there are {num_classes} classes; "
+            "run get_feature again"
+        )
 
 
 def normalise(rows):

@@ -24,7 +24,7 @@ class OldFeatures:
     credible_path: bool [N], such as …_credible_ratio_90_feature.npy; "" or None = every row is credible.
     embedding_size: the new model's; None = any.
 
-    `features` and `labels` are memory-mapped: the ranks of a machine share one copy.
+    `features` and `labels` are RowFiles: nothing is read before it is needed, and a file cut meanwhile is an error.
     Raises FeatureError, with the command to run, for files that are missing or of another training set;
     old_model/provenance.py compares their manifests.
     """
@@ -34,14 +34,14 @@ class OldFeatures:
             raise FeatureError("old_embedding is empty; set it in the config to a …_feature.npy of get_feature.py")
         self.path, self.record = pathlib.Path(feature_path), train_set.path
         labels_path = pathlib.Path(labels_path or label_path(feature_path))
-        self._rows, self._labels = RowFile(self.path, 2, np.floating), RowFile(labels_path, 1, np.integer)
-        self.features, self.labels, self.width = self._rows.array, self._labels.array, self._rows.array.shape[1]
+        self.features, self.labels = RowFile(self.path, 2, np.floating), RowFile(labels_path, 1, np.integer)
+        self.width = self.features.shape[1]
         self._credible = RowFile(credible_path, 1, np.bool_) if credible_path else None
-        for file in filter(None, (self._rows, self._labels, self._credible)):
-            if len(file.array) != len(train_set):
+        for file in filter(None, (self.features, self.labels, self._credible)):
+            if len(file) != len(train_set):
                 remedy = rewrite_from_images(file.path) if file is self._credible else rewrite(self.path)
                 raise FeatureError(
-                    f"{file.path}: {len(file.array)} rows, but {self.record} has {len(train_set)} images: "
+                    f"{file.path}: {len(file)} rows, but {self.record} has {len(train_set)} images: "
                     f"made from another record file; {remedy}"
                 )
         if embedding_size is not None and self.width != embedding_size:
@@ -60,7 +60,7 @@ class OldFeatures:
 
     def compare_labels(self, rows, labels):
         """Raise FeatureError if a row's stored class differs from `labels` [B], the record file's."""
-        stored = self._labels.read(np.asarray(rows, np.int64))
+        stored = self.labels.read(np.asarray(rows, np.int64))
         wrong = np.flatnonzero(stored != np.asarray(labels))
         if len(wrong):
             raise FeatureError(
@@ -69,11 +69,16 @@ class OldFeatures:
             )
 
     def read(self, rows, out=None):
-        """The rows int64 [B] as stored: float32 [B, D], in `out` if given. FeatureError for a non-finite row."""
-        out = self._rows.read(rows, np.empty((len(rows), self.width), np.float32) if out is None else out)
-        finite = np.isfinite(out).all(axis=1)
+        """The rows int64 [B] as stored: float32 [B, D], in `out` if given.
+
+        FeatureError for a row that is not finite, or too long to be normalised in float32.
+        """
+        out = self.features.read(rows, np.empty((len(rows), self.width), np.float32) if out is None else out)
+        finite = np.isfinite(np.einsum("nd,nd->n", out, out))
         if not finite.all():
-            raise FeatureError(f"{self.path}: NaN or infinity in row {rows[~finite][0]}; {rewrite(self.path)}")
+            raise FeatureError(
+                f"{self.path}: NaN, infinity or a length beyond 1e19 in row {rows[~finite][0]}; {rewrite(self.path)}"
+            )
         return out
 
     def read_credible(self, rows):
@@ -84,32 +89,37 @@ class OldFeatures:
 class RowFile:
     """Reads rows of a .npy file (`ndim`, `kind`: see `open_array`) by system calls; `array` is its memory map.
 
-    Through the map, a truncated file or a failing disk would kill the process with SIGBUS, and each uncached row would
-    cost 128 KB of readahead. Unpickled (in a spawned worker) it reopens the file.
-    Raises FeatureError with the command that writes the file.
+    `file[rows]`, rows int64 [B] or a slice, is an array of them. Through the map, a truncated file or a failing disk
+    would kill the process with SIGBUS, and each uncached row would cost 128 KB of readahead. Unpickled (in a spawned
+    worker) it reopens the file.
+    Raises FeatureError with `remedy`, the next step; default: the command that writes the file.
     """
 
-    def __init__(self, path, ndim, kind):
-        self.path, self.expected, self.array = path, (ndim, kind), open_array(path, ndim, kind)
+    def __init__(self, path, ndim, kind, remedy=None):
+        self.path, self.expected, self.array = path, (ndim, kind, remedy), open_array(path, ndim, kind)
+        self.dtype, self.shape, self.remedy = self.array.dtype, self.array.shape, remedy or rewrite(path)
         self.file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.file)
 
     def __reduce__(self):
         return RowFile, (self.path, *self.expected)
 
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, rows):
+        return self.read(np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows)
+
     def read(self, rows, out=None):
         """The rows int64 [B], in the file's dtype, or in `out` [B, …] and its dtype."""
-        outside = (rows < 0) | (rows >= len(self.array))
+        outside = (rows < 0) | (rows >= len(self))
         if outside.any():
-            raise IndexError(
-                f"{self.path}: row {rows[outside][0]} is out of range, the file has {len(self.array)} rows"
-            )
-        shape = len(rows), *self.array.shape[1:]
+            raise IndexError(f"{self.path}: row {rows[outside][0]} is out of range, the file has {len(self)} rows")
         if not self.array.flags.c_contiguous:  # Fortran order, as np.save writes a transposed array
             stored = self.array[rows]
         else:
-            direct = out is not None and out.dtype == self.array.dtype
-            stored = self._read_stored(rows, out if direct else np.empty(shape, self.array.dtype))
+            direct = out is not None and out.dtype == self.dtype
+            stored = self._read_stored(rows, out if direct else np.empty((len(rows), *self.shape[1:]), self.dtype))
         if out is None:
             return stored
         if stored is not out:
@@ -117,27 +127,29 @@ class RowFile:
         return out
 
     def _read_stored(self, rows, values):
-        """Fill `values` [B, …], contiguous and of the file's dtype, and return it."""
+        """Fill `values` [B, …], contiguous, of the file's dtype, and return it. Consecutive rows are read at once."""
         size = self.array[:1].nbytes
-        offsets = (self.array.offset + rows * size).tolist()
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()
+        runs = [(rows[start], start * size, stop * size) for start, stop in zip(starts, [*starts[1:], len(rows)])]
         if hasattr(os, "posix_fadvise"):
-            for offset in offsets:  # all requests reach the disk at once
-                os.posix_fadvise(self.file, offset, size, os.POSIX_FADV_WILLNEED)
+            for row, begin, end in runs:  # all requests reach the disk at once
+                os.posix_fadvise(self.file, self.array.offset + row * size, end - begin, os.POSIX_FADV_WILLNEED)
         memory = memoryview(values.reshape(-1).view(np.uint8))
-        for place, (row, offset) in enumerate(zip(rows, offsets)):
-            self._read_row(row, offset, memory[place * size : (place + 1) * size])
+        for row, begin, end in runs:
+            self._read_run(row, size, memory[begin:end])
         return values
 
-    def _read_row(self, row, offset, memory):
-        try:
-            read = os.preadv(self.file, [memory], offset)
-            while 0 < read < len(memory):  # network disks may return less than asked for
-                more = os.preadv(self.file, [memory[read:]], offset + read)
-                read = read + more if more else 0
-        except OSError as error:
-            raise FeatureError(
-                f"{self.path}: row {row} cannot be read ({error.strerror}); check the disk. "
-                f"If the file is lost, {rewrite(self.path)}"
-            ) from error
-        if not read and len(memory):
-            raise FeatureError(f"{self.path}: truncated before the end of row {row}; {rewrite(self.path)}")
+    def _read_run(self, row, size, memory):
+        """Fill `memory` with the rows from `row` on, of `size` bytes each."""
+        begin, done = self.array.offset + row * size, 0
+        while done < len(memory):  # network disks may return less than asked for
+            try:
+                read = os.preadv(self.file, [memory[done:]], begin + done)
+            except OSError as error:
+                raise FeatureError(
+                    f"{self.path}: row {row + done // size} cannot be read ({error.strerror}); check the disk. "
+                    f"If the file is lost, {self.remedy}"
+                ) from error
+            if not read:
+                raise FeatureError(f"{self.path}: truncated before the end of row {row + done // size}; {self.remedy}")
+            done += read

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in; inherited by the processes that tests start
 
 import pathlib
+import signal
 
 import cv2
 import numpy as np
@@ -20,6 +21,11 @@ _VISIBLE, _is_available = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if GPUS:
     torch.cuda.is_available = lambda: False
+
+
+# A script's background jobs have SIGINT ignored, those of nohup SIGHUP; tests of stops, and what they start, need both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ WAITS_WITHIN = {
     "engine/trainer.py:save_models",
     "engine/trainer.py:verify",
     "engine/monitor.py:line",
-    *(f"BCT_methods/{method}/train.py:begin_epoch" for method in METHODS),
+    *(f"BCT_methods/{method}/train.py:{name}" for method in METHODS for name in ("begin_epoch", "resume")),
 }
 # … and in this one itself, before the first step: whether a launcher has restarted the ranks.
 WAITS_AT = {"engine/trainer.py:train"}

@@ -28,6 +28,17 @@ def rewrite(path, change):
                 writer.write(key, payload)
 
 
+def relabel(path, labels):
+    """Give the images, in record order, other labels."""
+    labels = iter(labels)
+
+    def change(key, payload):
+        header, image = unpack(payload)
+        return pack(header._replace(label=next(labels)), image) if image else payload
+
+    rewrite(path, change)
+
+
 def expected_image(path, key):
     """RGB uint8 [112, 112, 3], decoded here."""
     with RecordReader(path) as reader:
@@ -57,8 +68,30 @@ def test_every_form_of_a_path_opens_the_set(tmp_path, make_record_set):
     make_record_set(tmp_path, LABELS[:5])
     for name, images in (("set.v2.rec", 11), ("set.v2", 11), ("train", 5), ("", 5), (".", 5)):
         assert len(open_train_set(tmp_path / name)) == len(open_train_set(str(tmp_path / name))) == images
-    with pytest.raises(FileNotFoundError, match="absent"):
-        open_train_set(tmp_path / "absent")
+    for absent in ("absent", "absent/" * 9, "a" * 300):
+        with pytest.raises(FileNotFoundError, match="neither a .rec file"):
+            open_train_set(tmp_path / absent)
+
+
+@pytest.mark.parametrize(
+    "name, ratio",
+    [
+        ("train_part_30_class.rec", ""),
+        ("train_part_70_data", ""),
+        ("train_part_80_class.rec", " --ratio 0.2"),
+        ("train_part_5_data.rec", " --ratio 0.05"),
+    ],
+)
+def test_a_missing_part_names_the_split(tmp_path, name, ratio):
+    command = f"python tools/split_dataset/split_dataset_ms1mv3.py --root {tmp_path}{ratio}"
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such part of the training set; write it: {command}$"):
+        open_train_set(tmp_path / name)
+
+
+def test_a_missing_index_names_the_command(path):
+    path.with_suffix(".idx").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"train\.idx: no such file; .*python recordio\.py index {path}$"):
+        open_train_set(path)
 
 
 def test_counts_in_the_config_must_match_the_file(path):
@@ -81,22 +114,56 @@ def test_without_a_header_the_config_may_state_more_classes(tmp_path, make_recor
 
 
 def test_labels_may_be_vectors(path):
-    rewrite(
-        path,
-        lambda key, payload: (
-            payload if key == 0 else pack(IRHeader(0, [LABELS[key - 1], 0.5], key, 0), unpack(payload)[1])
-        ),
-    )
+    relabel(path, [[label, 0.5] for label in LABELS])
     dataset = RecordDataset(path)
     assert dataset.labels().tolist() == [dataset.label(row) for row in range(11)] == LABELS
     assert [label for _, label, _ in dataset] == LABELS
 
 
-@pytest.mark.parametrize("label", [4, -1, 1.5, float("nan"), 1e9])
+@pytest.mark.parametrize("header", [True, "insightface"])
+def test_some_classes_without_images_are_legal(tmp_path, make_record_set, header):
+    dataset = open_train_set(make_record_set(tmp_path, LABELS, num_classes=8, header=header))
+    assert dataset.num_classes == 8 and dataset.labels().tolist() == LABELS
+
+
+@pytest.mark.parametrize("header", [True, "insightface", False])
+def test_sparse_labels_are_refused(tmp_path, make_record_set, header):
+    path = make_record_set(tmp_path, [0, 7, 8, 7], header=header)
+    why = rf"{path}: 4 images of 3 classes, labels up to 8: most of the 9 class centres .*dense_classes\.py {path}$"
+    with pytest.raises(RecordError, match=why):
+        open_train_set(path)
+    path = make_record_set(tmp_path, [0] * 10 + [18], header=header)  # only all labels tell
+    with pytest.raises(RecordError, match="11 images of 2 classes, labels up to 18: most of the 19 class centres"):
+        open_train_set(path).labels()
+
+
+@pytest.mark.parametrize("label", [2.0**24, 2.0**24 + 2, [1e9, 0.5]])
+def test_labels_that_float32_cannot_tell_apart_are_refused(tmp_path, make_record_set, label):
+    path = make_record_set(tmp_path, LABELS, header=False)
+    relabel(path, [*LABELS[:-1], label])
+    why = r"train\.rec: key 10 at offset \d+: label \d+ is not a class; float32 tells labels apart only up to 16777215"
+    with pytest.raises(RecordError, match=why):
+        RecordDataset(path)
+
+
+@pytest.mark.parametrize("header", [True, "insightface", False])
+def test_one_hot_labels_are_refused(tmp_path, make_record_set, header):
+    path = make_record_set(tmp_path, LABELS, header=header)
+    relabel(path, np.eye(4)[LABELS].tolist())
+    with pytest.raises(RecordError, match=r"train\.rec: one-hot labels; write the class itself"):
+        RecordDataset(path)
+    for numbers in ([1, 0], [0, 0], [-1, 1, 1]):  # may look one-hot behind the classes 0 and 1
+        relabel(path, [[label, *numbers] for label in LABELS])
+        assert RecordDataset(path).labels().tolist() == LABELS
+    relabel(path, [[label % 2, 1, 0.5] for label in LABELS])
+    assert RecordDataset(path).labels().tolist() == [label % 2 for label in LABELS]
+
+
+@pytest.mark.parametrize("label", [4, -1, 1.5, [0.25, 0.75], float("nan"), 1e9])
 def test_a_label_outside_the_range_is_named(path, label):
     rewrite(path, lambda key, payload: pack(IRHeader(0, label, 3, 0), unpack(payload)[1]) if key == 3 else payload)
     dataset = RecordDataset(path)
-    why = rf"train\.rec: key 3 at offset \d+: label {label:.10g} is not a class; there are 4, 0 to 3"
+    why = rf"train\.rec: key 3 at offset \d+: label {np.ravel(label)[0]:.10g} is not a class; there are 4, 0 to 3"
     loader = TrainLoader(dataset, 11, "cpu", 0)
     for use in (dataset.labels, lambda: dataset[2], lambda: dataset.label(2), lambda: list(loader)):
         with pytest.raises(RecordError, match=why):
@@ -178,7 +245,7 @@ def test_a_header_that_contradicts_the_index_is_refused(path, counts, why):
 
 
 def test_more_classes_than_images_is_not_read_as_identity_records(path):
-    for classes in (12, 13, 100):
+    for classes in (12, 13, 22):
         write_header(path, [12, classes])
         assert (len(RecordDataset(path)), RecordDataset(path).num_classes) == (11, classes)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from core.config import load_config
+from tests.ranks import run_session
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 OVERRIDES = "--network tiny --num_epoch 1 --batch_size 16 --num_workers 1"
@@ -57,9 +58,7 @@ def run_in_one_shell(commands, root):
         "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     script = "set -e\n" + "\n".join(map(at_demo_scale, commands))
-    result = subprocess.run(
-        ["bash", "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=600
-    )
+    result = run_session(["bash", "-c", script], cwd=root, env=environment)
     assert result.returncode == 0, f"{script}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
     return result.stdout
 

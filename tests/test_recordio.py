@@ -5,12 +5,15 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from recordio import MAGIC, IRHeader, RecordError, RecordReader, RecordWriter, class_label, pack, unpack
+import recordio
+from recordio import MAGIC, IRHeader, RecordError, RecordReader, RecordWriter, class_label, pack, unpack, write_index
 
 WORD = struct.pack("<I", MAGIC)
 
@@ -147,14 +150,14 @@ def test_missing_files_are_named(tmp_path, three):
     with pytest.raises(FileNotFoundError, match=r"b\.rec"):
         RecordReader(tmp_path / "b.rec")
     three.with_suffix(".idx").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a\.idx"):
+    with pytest.raises(FileNotFoundError, match=r"a\.idx: no such file; .*: python recordio\.py index .*a\.rec$"):
         RecordReader(three)
 
 
 def refuses(path, key, offset, why):
     """Each way of reading names file, key and offset."""
     with RecordReader(path) as reader:
-        ways = [reader.read, reader.read_raw, reader.read_record, reader.read_header, reader.read_image]
+        ways = [reader.read, reader.read_raw, reader.read_record, reader.read_image]
         for read in [*ways, lambda its: reader.read_labels([its])]:
             with pytest.raises(RecordError, match=rf"a\.rec: key {key} at offset {offset}: .*{why}"):
                 read(key)
@@ -210,7 +213,7 @@ def test_a_record_with_a_truncated_header_is_named(tmp_path):
     path = write(tmp_path / "a.rec", {0: b"short", 1: struct.pack("<IfQQ", 10**9, 0, 0, 0)})
     with RecordReader(path) as reader:
         for key, offset in ((0, 0), (1, 16)):
-            for read in (reader.read_record, reader.read_header, reader.read_image, lambda k: reader.read_labels([k])):
+            for read in (reader.read_record, reader.read_image, lambda k: reader.read_labels([k])):
                 with pytest.raises(RecordError, match=rf"a\.rec: key {key} at offset {offset}: .*bytes long"):
                     read(key)
 
@@ -227,10 +230,12 @@ def test_headers_and_labels_without_images(tmp_path):
     path = write(tmp_path / "a.rec", {key: pack(header, b"image") for key, header in zip((0, 4, 3, 2, 1), headers)})
     with RecordReader(path) as reader:
         for key in range(5):
-            ours, both = reader.read_header(key), reader.read_record(key)[0]
-            assert ours._replace(label=0) == both._replace(label=0) and np.array_equal(ours.label, both.label)
             label, image = reader.read_image(key)
-            assert label == class_label(ours) and image.tobytes() == b"image" and image.dtype == np.uint8
+            assert (
+                label == class_label(reader.read_record(key)[0])
+                and image.tobytes() == b"image"
+                and image.dtype == np.uint8
+            )
             del image  # else the file could not be closed
         assert reader.read_labels([4, 4, 0, 1, 2, 3]).tolist() == [4, 4, 3, 7, 6, 5]
         assert reader.read_labels(range(5)).dtype == np.float32
@@ -268,6 +273,49 @@ def test_keys_and_payloads_beyond_the_format_are_refused(tmp_path):
     with pytest.raises(RecordError, match="key 3: .*too long"):
         write(tmp_path / "a.rec", {3: bytes(1 << 29)})
     assert os.listdir(tmp_path) == []
+
+
+# --- an index that was lost -----------------------------------------------------------------------------------------
+
+
+def index_command(path, cwd):
+    """`python recordio.py index PATH`: `(exit status, stdout, stderr)`."""
+    command = [sys.executable, recordio.__file__, "index", str(path)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_lost_index_is_written_again(tmp_path):
+    payloads = {key: bytes(key) + WORD * (key % 3) for key in range(50)}
+    path = write(tmp_path / "a.rec", payloads)
+    index = path.with_suffix(".idx")
+    before = index.read_bytes()
+    index.unlink()
+    status, said, _ = index_command("a.rec", tmp_path)
+    assert (status, said) == (0, "a.idx: 50 records\n") and index.read_bytes() == before
+    status, said, errors = index_command("a.rec", tmp_path)
+    assert (status, said) == (1, "") and errors.endswith("a.idx: exists already; delete it first if it is wrong\n")
+    write(path, {})
+    index.unlink()
+    assert write_index(path) == 0 and index.read_bytes() == b""
+
+
+def test_no_index_is_written_for_a_damaged_file(three):
+    index, whole = three.with_suffix(".idx"), three.read_bytes()
+    index.unlink()
+    for data, why in (
+        (whole[:-1], "key 2 at offset 100: .*truncated"),
+        (whole + b"\0\0\0\0", r"key 3 at offset 152: no record can start"),
+        (whole + bytes(12), "key 3 at offset 152: found 0x00000000"),
+        (whole[:48] + b"?" + whole[49:], "key 1 at offset 48: found"),
+    ):
+        three.write_bytes(data)
+        with pytest.raises(RecordError, match=why):
+            write_index(three)
+    for path in (three.parent / "absent.rec", three.parent):
+        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such file"):
+            write_index(path)
+    assert os.listdir(three.parent) == ["a.rec"]
 
 
 def read_some(reader, keys):

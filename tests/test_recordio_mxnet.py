@@ -1,4 +1,4 @@
-"""recordio.py against MXNet's, run in a separate process; skipped if it cannot be imported."""
+"""recordio.py and decode_bgr against MXNet, run in a separate process; skipped if it cannot be imported."""
 
 import json
 import random
@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import recordio
+from dataset import decode_bgr
+from tests.test_dataset_image import PLACES, TURNED, png_with_orientation, with_orientation
 
 # MXNet 1.9.1 asks NumPy for `bool`, a name that NumPy 1.24 took away.
-IMPORT = "import numpy\nif 'bool' not in vars(numpy):\n    numpy.bool = bool\nfrom mxnet import recordio\n"
+IMPORT = "import numpy\nif 'bool' not in vars(numpy):\n    numpy.bool = bool\nfrom mxnet import image, recordio\n"
 
 PROGRAM = (
     IMPORT
@@ -38,6 +40,9 @@ for record in packed:
     unpacked.append([header.flag, numpy.ravel(header.label).tolist(), header.id, header.id2, payload.hex()])
 json.dump({"read": read, "packed": [record.hex() for record in packed], "unpacked": unpacked},
           open(folder / "answer.json", "w"))
+
+images = {path.name: image.imdecode(path.read_bytes()).asnumpy() for path in (folder / "images").iterdir()}
+numpy.savez(folder / "images.npz", **images)
 """
 )
 
@@ -63,6 +68,15 @@ def payloads():
     return cases
 
 
+def oriented():
+    """An image with each EXIF orientation in each place, `{name: encoded}`."""
+    images = {f"{each}.png": png_with_orientation(each) for each in TURNED}
+    for order in "<>":
+        for place in PLACES:
+            images |= {f"{place} {order} {each}.jpg": with_orientation(place, each, order) for each in TURNED}
+    return images
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     if subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, timeout=120).returncode:
@@ -71,6 +85,9 @@ def folder(tmp_path_factory):
     with recordio.RecordWriter(folder / "ours.rec") as writer:
         for place, payload in enumerate(payloads()):
             writer.write(3 * place % 1000, payload)
+    (folder / "images").mkdir()
+    for name, data in oriented().items():
+        (folder / "images" / name).write_bytes(data)
     (folder / "headers.json").write_text(json.dumps(HEADERS))
     run = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -106,3 +123,9 @@ def test_unpack_equals_mxnets(answer):
     for packed, theirs in zip(answer["packed"], answer["unpacked"], strict=True):
         header, payload = recordio.unpack(bytes.fromhex(packed))
         assert [header.flag, np.ravel(header.label).tolist(), header.id, header.id2, payload.hex()] == theirs
+
+
+def test_images_are_decoded_and_turned_as_by_mxnet(folder):
+    theirs = np.load(folder / "images.npz")
+    for name, data in oriented().items():
+        assert np.array_equal(decode_bgr(np.frombuffer(data, np.uint8))[..., ::-1], theirs[name]), name

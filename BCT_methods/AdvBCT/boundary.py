@@ -23,7 +23,7 @@ from core.distributed import barrier, is_main, sum_over_ranks
 from core.files import atomic_write
 from core.manifest import ManifestError, digest, read_manifest, write_manifest
 from engine.monitor import log
-from old_model.by_class import squared_distances_to_means, unit_class_means
+from old_model.by_class import check_labels, squared_distances_to_means, unit_class_means
 from old_model.feature_set import FeatureError
 
 WHISKER = 1.5  # outliers lie this many interquartile ranges outside the quartiles
@@ -42,13 +42,7 @@ def class_boundaries(features, labels, num_classes):
     Raises FeatureError for labels out of range or rows that are not finite.
     """
     labels = np.asarray(labels)
-    if len(labels) != len(features):
-        raise FeatureError(f"{len(features)} features, but {len(labels)} labels; run get_feature again")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise FeatureError(
-            f"labels go from {labels.min()} to {labels.max()}, but there are {num_classes} classes; "
-            "run get_feature again"
-        )
+    check_labels(features, labels, num_classes)
     centers = unit_class_means(features, labels, num_classes)
     distance = np.sqrt(squared_distances_to_means(features, labels, centers))
     radius, count = _radii(distance, labels, np.bincount(labels, minlength=num_classes))
@@ -83,7 +77,7 @@ def load_boundaries(path, old, num_classes):
     path = pathlib.Path(path)
     if is_main() and (reason := _why_redo(path, old)):
         log.info("computing the boundaries: %s", reason)
-        _save(path, digest(old.path), *class_boundaries(old.features, old.labels, num_classes))
+        _save(path, digest(old.path), *class_boundaries(old.features, old.labels[:], num_classes))
     barrier()
     try:
         with np.load(path) as file:

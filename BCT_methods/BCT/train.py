@@ -9,11 +9,10 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
-from BCT_methods.BCT.loss import old_prototype_loss
 from BCT_methods.BCT.prototypes import load_prototypes
 from core.config import require
-from core.distributed import global_mean
 from engine.trainer import Trainer
+from losses import OldPrototypes
 
 
 class BCT(Trainer):
@@ -22,13 +21,13 @@ class BCT(Trainer):
     def setup(self):
         cfg = self.cfg
         require(cfg, "scale", cfg.scale > 0, "above 0")
-        prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size)
-        self.prototypes = prototypes.to(self.device)
+        old = self.extra["old_classifier"] = OldPrototypes(cfg.num_classes, cfg.embedding_size, stored=False)
+        old.prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size, old.classes)
 
     def losses(self, batch):
         new = self.backbone(batch.images)
-        old_cls = old_prototype_loss(new, batch.labels, self.prototypes, self.cfg.scale)
-        return {"cls": self.classifier(new, batch.labels), "old_cls": global_mean(old_cls)}
+        old_cls = self.extra["old_classifier"](new, batch.labels, self.cfg.scale)
+        return {"cls": self.classifier(new, batch.labels), "old_cls": old_cls}
 
 
 if __name__ == "__main__":

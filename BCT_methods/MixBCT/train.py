@@ -11,6 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 
 from BCT_methods.MixBCT.mix import mix_old_features
 from core.config import require
+from engine.monitor import warn
 from engine.trainer import Trainer
 
 
@@ -20,7 +21,10 @@ class MixBCT(Trainer):
     old_features = "rows"
 
     def setup(self):
-        require(self.cfg, "mix_ratio", 0 <= self.cfg.mix_ratio <= 1, "in [0, 1]")
+        ratio, batch = self.cfg.mix_ratio, self.cfg.batch_size
+        require(self.cfg, "mix_ratio", 0 <= ratio <= 1, "in [0, 1]")
+        if int(batch * ratio) == 0:
+            warn("mix_ratio = %g of batch_size = %d is less than one image: no old feature is mixed in", ratio, batch)
 
     def losses(self, batch):
         new = self.backbone(batch.images)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
 from core.config import require
 from core.distributed import gather, gather_with_grad, to_device
+from engine.monitor import warn
 from engine.trainer import Trainer
 
 
@@ -27,6 +28,9 @@ class NCCL(Trainer):
         every_class = f"1 with beta = {cfg.beta}: the logit loss needs all classes; set sample_rate = 1 or beta = 0"
         require(cfg, "sample_rate", cfg.sample_rate == 1 or cfg.beta == 0, every_class)
         require(cfg, "queue_size", cfg.queue_size >= 1, "at least 1")
+        batch = cfg.batch_size * self.world_size
+        if cfg.queue_size < batch:
+            warn("queue_size = %d is less than a step's %d images: only the last of them count", cfg.queue_size, batch)
         require(cfg, "temperature", cfg.temperature > 0, "above 0")
         for weight in ("alpha", "beta"):
             require(cfg, weight, cfg[weight] >= 0, "at least 0")

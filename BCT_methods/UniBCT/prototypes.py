@@ -30,8 +30,8 @@ def refine_prototypes(
 ):
     """Refined prototypes of the classes; the formula is at the top of this file.
 
-    old_features, new_features: float [N, D] and [N, D'], tensors or arrays, np.memmap too; rows are read a few classes
-        at a time, never copied as a whole. labels: int [N], 0 … C − 1 in any order.
+    old_features, new_features: float [N, D] and [N, D'], tensors, arrays or RowFiles; rows are read a few classes at a
+        time, never copied as a whole. labels: int [N], 0 … C − 1 in any order.
     damping: λ in [0, 1); 0 gives the plain class means. temperature: τ above 0, divides cosines.
     normalize: L2-normalise the prototypes. The published code does not: a class that the old model knows well has a
         longer mean and weighs more.

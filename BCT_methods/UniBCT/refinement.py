@@ -10,9 +10,12 @@ import torch
 from BCT_methods.UniBCT.prototypes import refine_prototypes
 from core import distributed
 from core.config import require
-from engine.extract import extract_features
+from engine.extract import SharedArray, extract_features
 from engine.monitor import log
-from old_model.feature_set import FeatureError, rewrite, save_array
+from engine.schedule import warn_of_unreached
+from losses import OldPrototypes
+from old_model.feature_set import FeatureError, rewrite
+from old_model.old_features import RowFile
 
 SHORT = 2.0  # median norm of old features below which raw class means hardly pull
 CLASSES_SAMPLED = 64  # evenly spread, for that median
@@ -28,29 +31,22 @@ def check_config(cfg):
     # Before the first step BatchNorm's statistics are those of no data, and deep networks give infinity in float16.
     whole = all(isinstance(epoch, int) and epoch >= 1 for epoch in cfg.refine_epochs)
     require(cfg, "refine_epochs", whole, "a list of whole numbers, each at least 1")
-    for epoch in sorted({cfg.compat_start_epoch, *cfg.refine_epochs}):
-        if epoch >= cfg.num_epoch:
-            log.warning(
-                "%s: epoch %d (compat_start_epoch, refine_epochs) is never reached with num_epoch = %d",
-                cfg.config_file,
-                epoch,
-                cfg.num_epoch,
-            )
+    warn_of_unreached(cfg, "compat_start_epoch", [cfg.compat_start_epoch])
+    warn_of_unreached(cfg, "refine_epochs", cfg.refine_epochs)
 
 
-class Refinement(torch.nn.Module):
-    """Computes a run's prototypes, float32 [num_classes, embedding_size] in the buffer `prototypes`.
+class Refinement(OldPrototypes):
+    """Computes a run's prototypes, each rank those of its classes, and the softmax loss over them.
 
-    old: the training set's OldFeatures; cfg: the run's config. The buffer is zero until `refine` or `take_class_means`
-    has run, on all ranks together; each also writes `<output>/prototypes_epoch_<e>.npy`.
-    Raises FeatureError for a class without images.
+    old: the training set's OldFeatures; cfg: the run's config. The prototypes are zero until `refine` or
+    `take_class_means` has run, on all ranks together; each also writes `<output>/prototypes_epoch_<e>.npy`, float32
+    [num_classes, embedding_size]. Raises FeatureError for a class without images.
     """
 
     def __init__(self, old, cfg, device):
-        super().__init__()
+        super().__init__(cfg.num_classes, cfg.embedding_size, stored=True)
         self.old, self.cfg, self.device = old, cfg, device
-        self.register_buffer("prototypes", torch.zeros(cfg.num_classes, cfg.embedding_size, device=device))
-        empty = np.flatnonzero(np.bincount(old.labels, minlength=cfg.num_classes) == 0)
+        empty = np.flatnonzero(np.bincount(old.labels[:], minlength=cfg.num_classes) == 0)
         if len(empty):
             raise FeatureError(
                 f"{old.path}: class {empty[0]} has no image ({len(empty)} of {cfg.num_classes} classes have none) and "
@@ -73,7 +69,8 @@ class Refinement(torch.nn.Module):
             num_workers=cfg.num_workers,
         )
         embedded = time.perf_counter()
-        self._set(np.load(path, mmap_mode="r"), cfg.damping, epoch)
+        new = RowFile(path, 2, np.floating, remedy="resume the run with --resume True")
+        self._set(new, cfg.damping, epoch)
         distributed.barrier()
         if distributed.is_main():
             path.unlink()
@@ -94,8 +91,9 @@ class Refinement(torch.nn.Module):
         """Log the effective scale if the old features are as short as unit vectors; reads a few thousand rows."""
         old, cfg = self.old, self.cfg
         classes = np.unique(np.linspace(0, cfg.num_classes - 1, CLASSES_SAMPLED).astype(np.int64))
-        rows = np.flatnonzero(np.isin(old.labels, classes))
-        parts = [rows[old.labels[rows] == label][:ROWS_SAMPLED] for label in classes]
+        labels = old.labels[:]
+        rows = np.flatnonzero(np.isin(labels, classes))
+        parts = [rows[labels[rows] == label][:ROWS_SAMPLED] for label in classes]
         parts = [old.features[part].astype(np.float64) for part in parts]
         norm = np.median(np.linalg.norm(np.concatenate(parts), axis=1))
         if norm < SHORT:
@@ -112,26 +110,25 @@ class Refinement(torch.nn.Module):
             )
 
     def _set(self, new_features, damping, epoch):
-        """Each rank solves its share of the classes; an all-reduce combines the shares."""
+        """Compute the prototypes of this rank's classes; the ranks write the file together."""
         cfg = self.cfg
-        start, stop = distributed.rows_of_rank(cfg.num_classes, distributed.rank(), distributed.world_size())
         try:
             share = refine_prototypes(
                 self.old.features,
                 new_features,
-                self.old.labels,
+                self.old.labels[:],
                 damping,
                 cfg.temperature,
                 cfg.normalize_prototypes,
-                classes=(start, stop),
+                classes=(self.classes.start, self.classes.stop),
                 device=self.device,
             )
+        except FeatureError:  # a ValueError, too
+            raise
         except ValueError as error:
             raise FeatureError(f"{self.old.path}: {error}; {rewrite(self.old.path)}") from error
-        self.prototypes.zero_()
-        self.prototypes[start:stop] = share.to(self.device, torch.float32)
-        distributed.all_reduce_(self.prototypes)
-        scales = cfg.scale * self.prototypes.norm(dim=1)
+        self.prototypes = share.to(self.device, torch.float32)
+        scales = cfg.scale * torch.cat(distributed.gather_objects(self.prototypes.norm(dim=1).cpu()))
         log.info(
             "epoch %d: effective scale of the prototype term, scale × norm of a prototype: median %.2f (%.2f to %.2f)",
             epoch,
@@ -139,5 +136,13 @@ class Refinement(torch.nn.Module):
             scales.min(),
             scales.max(),
         )
-        if distributed.is_main():
-            save_array(pathlib.Path(cfg.output) / f"prototypes_epoch_{epoch}.npy", self.prototypes.cpu().numpy())
+        path = pathlib.Path(cfg.output) / f"prototypes_epoch_{epoch}.npy"
+        file = SharedArray(path, (cfg.num_classes, cfg.embedding_size), np.float32)
+        try:
+            file.write(self.classes.start, self.prototypes.cpu().numpy())
+            file.finish()
+            distributed.barrier()
+            if distributed.is_main():
+                file.publish()
+        finally:
+            file.discard()

@@ -10,34 +10,42 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 from BCT_methods.UniBCT.refinement import Refinement, check_config
-from core.distributed import global_mean
 from engine.build import unwrap
 from engine.trainer import Trainer
-from losses import old_prototype_loss
 
 
 class UniBCT(Trainer):
     """Classify by the new class centres and, from `compat_start_epoch` on, by refined means of the old features."""
 
     old_features = "labels"  # batches need only these; the refinement reads all rows itself
+    same_run = ("normalize_prototypes",)  # a checkpoint's prototypes stay in use until the next refinement
 
     def setup(self):
         check_config(self.cfg)
         self.extra["refinement"] = Refinement(self.old, self.cfg, self.device)
 
+    def resume(self):
+        resumed = super().resume()
+        if self.step > self.epoch * self.steps_per_epoch:  # this epoch began, perhaps with another compat_start_epoch
+            self.ensure_prototypes()
+        return resumed
+
     def begin_epoch(self):
-        cfg, refinement = self.cfg, self.extra["refinement"]
-        if self.epoch in cfg.refine_epochs:
-            refinement.refine(unwrap(self.backbone), self.train_set, self.epoch)
-        elif self.epoch >= cfg.compat_start_epoch and not refinement.prototypes.any():
+        if self.epoch in self.cfg.refine_epochs:
+            self.extra["refinement"].refine(unwrap(self.backbone), self.train_set, self.epoch)
+        else:
+            self.ensure_prototypes()
+
+    def ensure_prototypes(self):
+        refinement = self.extra["refinement"]
+        if self.epoch >= self.cfg.compat_start_epoch and not refinement.prototypes.any():
             refinement.take_class_means(self.epoch)
 
     def losses(self, batch):
         new = self.backbone(batch.images)
         terms = {"cls": self.classifier(new, batch.labels)}
         if self.epoch >= self.cfg.compat_start_epoch:
-            old_cls = old_prototype_loss(new, batch.labels, self.extra["refinement"].prototypes, self.cfg.scale)
-            terms["old_cls"] = global_mean(old_cls)
+            terms["old_cls"] = self.extra["refinement"](new, batch.labels, self.cfg.scale)
         return terms
 
 

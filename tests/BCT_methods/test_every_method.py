@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from core.config import ConfigError, load_config
+from core.errors import UserError
+from core.errors import _line as one_line
 from old_model.feature_set import FeatureError
 from tests.BCT_methods.whole_runs import METHODS, REPO, WIDTH, launch, without_batch_norm, write_old_features
 
@@ -40,7 +42,7 @@ def start(method, folder, **keys):
         "old_prototype": str(folder / "old_avg_feature.npy"),
         "credible_old_feature": str(folder / "credible.npy"),
     }
-    cfg.update({key: value for key, value in usual.items() if key in cfg})
+    cfg.update({key: cfg[key] if key in keys else value for key, value in usual.items() if key in cfg})
     return plain(cfg)
 
 
@@ -77,6 +79,13 @@ def test_a_method_whose_base_config_declares_no_old_features_is_told_what_to_wri
         )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_old_features_of_another_width_are_refused(method, folder):
+    write_old_features(folder, LABELS, width=WIDTH + 2)
+    with pytest.raises(FeatureError, match=f"of width {WIDTH + 2}, but embedding_size is {WIDTH}; set embedding_size"):
+        start(method, folder)
+
+
 @pytest.mark.parametrize(
     "method, key, value, text",
     [
@@ -86,12 +95,17 @@ def test_a_method_whose_base_config_declares_no_old_features_is_told_what_to_wri
         ("AdvBCT", "adv_weight", -0.5, "at least 0"),
         ("BCT", "scale", 0.0, "above 0"),
         ("L2", "threshold", -0.1, "in .0, 2."),
+        ("LCE", "align_weight", -1.0, "at least 0"),
+        ("LCE", "boundary_weight", -1.0, "at least 0"),
         ("MixBCT", "mix_ratio", -0.1, "in .0, 1."),
         ("MixBCT", "mix_ratio", 1.1, "in .0, 1."),
         ("NCCL", "queue_size", 0, "at least 1"),
         ("NCCL", "temperature", 0.0, "above 0"),
         ("NCCL", "alpha", -1.0, "at least 0"),
         ("NCCL", "beta", -1.0, "at least 0"),
+        ("RACT", "ract_weight", -1.0, "at least 0"),
+        ("RACT", "temperature", 0.0, "above 0"),
+        ("RACT", "negatives", 0, "at least 1"),
         ("UniBCT", "damping", 1.0, "at least 0 and below 1"),
         ("UniBCT", "temperature", -0.1, "above 0"),
         ("UniBCT", "scale", -1.0, "above 0"),
@@ -102,8 +116,54 @@ def test_values_out_of_range_are_named_with_file_and_key(method, key, value, tex
         start(method, folder, **{key: value})
 
 
+@pytest.mark.parametrize(
+    "method, keys, line",
+    [
+        ("MixBCT", {"mix_ratio": 0.24}, "mix_ratio = 0.24 of batch_size = 4 is less than one image"),
+        ("NCCL", {"queue_size": 3}, "queue_size = 3 is less than a step's 4 images"),
+        ("L2", {"warmup_epoch": 35}, "warmup_epoch 35 is never reached with num_epoch = 35"),
+        ("BCT", {"decay_epoch": "[20,35,36]"}, "decay_epoch 35, 36 is never reached with num_epoch = 35"),
+        ("UniBCT", {"refine_epochs": "[34,40]"}, "refine_epochs 40 is never reached with num_epoch = 35"),
+        ("UniBCT", {"compat_start_epoch": 35}, "compat_start_epoch 35 is never reached with num_epoch = 35"),
+    ],
+)
+def test_a_value_that_comes_to_nothing_is_said_at_the_start(method, keys, line, folder, capsys):
+    start(method, folder, **({"mix_ratio": 0.25} if method == "MixBCT" else {}))
+    capsys.readouterr()
+    start(method, folder)
+    usual = capsys.readouterr().out
+    start(method, folder, **keys)
+    assert capsys.readouterr().out.count(line) == 1 and line.split(" ")[0] not in usual
+
+
+@pytest.mark.parametrize(
+    "method, key",
+    [
+        ("L2", "rec"),
+        ("L2", "rec_val"),
+        ("L2", "output"),
+        ("L2", "old_embedding"),
+        ("L2", "old_embedding_label"),
+        ("MixBCT", "credible_old_feature"),
+        ("BCT", "old_prototype"),
+        ("AdvBCT", "center_radius"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["directory", "file", "below a file", "too long"])
+def test_a_path_of_another_kind_is_one_line(method, key, kind, folder):
+    (folder / "directory").mkdir()
+    (folder / "file").write_bytes(b"")
+    path = {"below a file": folder / "file/x/y", "too long": folder / ("x" * 300)}.get(kind, folder / kind)
+    if (key, kind) == ("output", "directory"):
+        return  # as it should be
+    with pytest.raises((UserError, OSError)) as caught:
+        start(method, folder, **{key: path, **({"val_targets": "lfw"} if key == "rec_val" else {})}).train()
+    line = one_line(caught.value)
+    assert line and path.name[:5] in line and "\n" not in line
+
+
 # AdvBCT's and NCCL's launcher tests stand with their own tests, and look into what these runs leave behind.
-@pytest.mark.parametrize("method", ["BCT", "L2", "MixBCT", "UniBCT"])
+@pytest.mark.parametrize("method", ["BCT", "L2", "LCE", "MixBCT", "RACT", "UniBCT"])
 def test_train_script_on_two_ranks(method, folder, make_record_set):
     make_record_set(folder / "set.rec", LABELS.tolist())
     keys = {

@@ -12,7 +12,6 @@ from BCT_methods.L2.train import L2
 from core.config import ConfigError, load_config
 from dataset import RecordDataset
 from engine.loader import ExtractLoader
-from old_model.feature_set import FeatureError
 from old_model.old_features import OldFeatures
 from tests.BCT_methods.whole_runs import train, without_batch_norm, write_config
 
@@ -116,7 +115,7 @@ def test_a_run_draws_new_features_to_old_ones_as_far_as_the_threshold_says(folde
     assert strong < weak - 0.05 < classified - 0.1
 
 
-def test_values_and_files_that_do_not_fit(folder):
+def test_values_that_do_not_fit(folder):
     for keys, message in [
         ({"loss_weight": [1, 10, 1]}, "two numbers"),
         ({"loss_weight": [1, -1]}, "each at least 0"),
@@ -125,5 +124,3 @@ def test_values_and_files_that_do_not_fit(folder):
     ]:
         with pytest.raises(ConfigError, match=message):
             L2(load_config(write_config(folder, "L2", "run", **keys)))
-    with pytest.raises(FeatureError, match="embedding_size is 6"):
-        L2(load_config(write_config(folder, "L2", "run", embedding_size=6)))

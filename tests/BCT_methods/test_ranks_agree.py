@@ -23,7 +23,7 @@ from tests.conftest import draw_record_set
 from tests.ranks import run_ranks
 from train_old_arc import OldArc
 
-GLOBAL_BATCH, IMAGES, EPOCHS, SEED = 12, 38, 2, 5  # two images are left over in each epoch
+GLOBAL_BATCH, IMAGES, EPOCHS, SEED = 12, 38, 2, 11  # two images are left over in each epoch
 COMMON, ALONE = 4, 6  # classes; ten cannot be shared equally by four ranks
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
@@ -59,6 +59,8 @@ CASES = {
     "BCT": method("BCT", scale=16.0),
     # A mean over as many images as lie outside, and BatchNorm in the discriminator.
     "AdvBCT": method("AdvBCT", ("p2s", "adv")),
+    # The hardest negatives are those of the whole batch.
+    "RACT": method("RACT", ("ract",), temperature=0.2, negatives=3, negative_grad=True),
     "L2": method("L2"),
     "weakened L2": method("L2", threshold=1.4),
 }
@@ -87,8 +89,8 @@ def trained(case, path, *overrides):
     replicated = {f"backbone.{name}": value for name, value in unwrap(trainer.backbone).state_dict().items()}
     replicated.update({f"extra.{name}": value for name, value in trainer.extra.state_dict().items()})
     sharded = {name: tensor.detach() for name, tensor, _ in sharded_tensors(trainer.classifier)}
-    if "extra.consensus.queue_logits" in replicated:
-        sharded["queue_logits"] = replicated.pop("extra.consensus.queue_logits").T
+    for name, _, dim in sharded_tensors(trainer.extra):
+        sharded[name] = replicated.pop(f"extra.{name}").movedim(dim, 0)
     return {"terms": seen, "replicated": replicated, "sharded": sharded}
 
 
@@ -102,8 +104,9 @@ def folder(tmp_path_factory):
     """Record set, old features and credible rows, with the first global batch as the head of this file says."""
     folder = tmp_path_factory.mktemp("ranks_agree")
     first, _ = next(iter(ShuffledRows(IMAGES, GLOBAL_BATCH, SEED, 0, 1)))
-    labels, credible = np.arange(IMAGES) % COMMON, np.random.default_rng(0).random(IMAGES) < 0.6
+    labels, credible = np.arange(IMAGES) % COMMON, np.random.default_rng(1).random(IMAGES) < 0.6
     labels[first[-ALONE:]], credible[first[-ALONE:]] = COMMON + np.arange(ALONE), False
+    credible[first[[0, GLOBAL_BATCH // 4]]] = True  # a row of each of the other ranks
     draw_record_set(folder / "set.rec", labels.tolist())
     write_old_features(folder, labels)
     np.save(folder / "credible.npy", credible)
@@ -151,7 +154,7 @@ def assert_same_end(results, expected):
     for result in results:
         assert result["replicated"].keys() == expected[0]["replicated"].keys()
         for name, value in expected[0]["replicated"].items():
-            torch.testing.assert_close(result["replicated"][name], value, rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(result["replicated"][name], value, rtol=0, atol=2e-5, msg=name)
     for name in expected[0]["sharded"]:
         first, second = (torch.cat([result["sharded"][name] for result in run]) for run in (results, expected))
         torch.testing.assert_close(first, second, rtol=0, atol=1e-5, msg=name)
@@ -259,7 +262,7 @@ def test_batch_norm_has_the_statistics_of_each_ranks_own_rows(folder):
         torch.testing.assert_close(terms, one[0], **TOLERANCE)
         for name, value in one[1].items():
             if "running" not in name:
-                torch.testing.assert_close(backbone[name], value, rtol=0, atol=1e-5, msg=name)
+                torch.testing.assert_close(backbone[name], value, rtol=0, atol=2e-5, msg=name)
     torch.testing.assert_close(torch.cat([result[2] for result in two]), one[2], rtol=0, atol=1e-5)
     for name in ("1.running_mean", "1.running_var"):
         torch.testing.assert_close(two[0][1][name], one[1][name], rtol=0, atol=1e-5)
@@ -284,5 +287,5 @@ def test_sync_bn_makes_two_ranks_one(folder):
     for terms, backbone, _ in two:
         torch.testing.assert_close(terms, one[0], **TOLERANCE)
         for name, value in one[1].items():
-            torch.testing.assert_close(backbone[name], value, rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(backbone[name], value, rtol=0, atol=2e-5, msg=name)
     torch.testing.assert_close(torch.cat([result[2] for result in two]), one[2], rtol=0, atol=1e-5)

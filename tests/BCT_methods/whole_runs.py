@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from core.config import load_config
 from engine.checkpoint import complete_sets, read_done
+from tests.ranks import run_session
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 WIDTH = 8
@@ -99,13 +99,7 @@ def launch(method, path, *overrides, ranks=2):
         str(path),
         *overrides,
     ]
-    done = subprocess.run(
-        command,
-        cwd=REPO / "BCT_methods" / method,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_session(command, cwd=REPO / "BCT_methods" / method, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from core.config import REPO, ConfigError, load_config
+from core.config import PATH_KEYS, REPO, ConfigError, expand, load_config
 from old_model.feature_set import FeatureSet
 
 CONFIGS = sorted(
@@ -83,16 +83,47 @@ def test_unknown_key_names_the_nearest(tmp_path):
         (["--margin_list", "(1, 0, 0.4)"], "margin_list", (1, 0, 0.4)),
         (["--val_targets=['lfw']"], "val_targets", ["lfw"]),
         (["--resume", "True"], "resume", True),
+        (["--resume"], "resume", True),
+        (["--resume", "--lr", "0.02"], "resume", True),
         (["--num_epoch", "3.0"], "num_epoch", 3),
+        (["--val_targets", "lfw"], "val_targets", ["lfw"]),
+        (["--val_targets", "lfw,agedb_30"], "val_targets", ["lfw", "agedb_30"]),
+        (["--val_targets", "[lfw, agedb_30]"], "val_targets", ["lfw", "agedb_30"]),  # a shell has taken the quotes
+        (["--val_targets", "[]"], "val_targets", []),
+        (["--decay_epoch", "20,26.5"], "decay_epoch", [20, 26.5]),
+        (["--decay_epoch", "20"], "decay_epoch", [20]),
+        (["--network", "2024"], "network", "2024"),
     ],
 )
 def test_overrides(tmp_path, words, key, value):
     cfg = load_config(write(tmp_path, ""), words)
-    assert cfg[key] == value
+    assert cfg[key] in (value, tuple(value) if isinstance(value, list) else value)
+
+
+def test_a_key_keeps_the_type_of_its_declaration(tmp_path):
+    """Whatever the layers above it gave."""
+    write(tmp_path / "configs", "config.knob = 1\nconfig.weight_decay = 0\n", "base.py")
+    run = write(tmp_path / "configs", "config.lr = 1\nconfig.margin_scale = 30\n")
+    cfg = load_config(run, ["--lr", "0.05", "--warmup_epoch", "2"])
+    values = (cfg.lr, cfg.margin_scale, cfg.warmup_epoch, cfg.weight_decay, cfg.knob)
+    assert values == (0.05, 30.0, 2.0, 0.0, 1) and list(map(type, values)) == [float] * 4 + [int]
+    write(tmp_path / "configs", "config.lr = 'fast'\n", "base.py")
+    with pytest.raises(ConfigError, match=r"base\.py: lr = 'fast' is a str; it must be a float"):
+        load_config(run)
 
 
 @pytest.mark.parametrize(
-    "words", [["--lr", "fast"], ["--resume", "1"], ["--num_epoch", "2.5"], ["--num_epoch", "True"], ["lr"], ["--lr"]]
+    "words",
+    [
+        ["--lr", "fast"],
+        ["--lr", "[0.1]"],
+        ["--resume", "1"],
+        ["--num_epoch", "2.5"],
+        ["--num_epoch", "True"],
+        ["lr"],
+        ["--lr"],
+        ["--lr", "--resume"],
+    ],
 )
 def test_values_of_the_wrong_type_are_refused(tmp_path, words):
     with pytest.raises(ConfigError, match="command line"):
@@ -106,6 +137,9 @@ def test_the_command_line_overrides_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("BCT_OVERRIDES", "--netwrk tiny")
     with pytest.raises(ConfigError, match="BCT_OVERRIDES: unknown key 'netwrk'"):
         load_config(write(tmp_path, ""))
+    monkeypatch.setenv("BCT_OVERRIDES", "--network 'tiny")
+    with pytest.raises(ConfigError, match="BCT_OVERRIDES=--network 'tiny: No closing quotation; close the quote"):
+        load_config(write(tmp_path, ""))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +152,8 @@ def test_the_command_line_overrides_the_environment(tmp_path, monkeypatch):
         ["--batch_size", "0"],
         ["--seed", "-1"],
         ["--lr", "0"],
+        ["--val_targets", "lfw,30"],
+        ["--decay_epoch", "20,last"],
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path, words):
@@ -132,6 +168,42 @@ def test_paths_are_relative_to_the_workspace(tmp_path):
     cfg = load_config(write(tmp_path, "config.rec = 'data/set.rec'\n"), ["--workspace", str(tmp_path)])
     assert (cfg.rec, cfg.rec_val) == (str(tmp_path / "data/set.rec"), str(tmp_path / "data"))
     assert load_config(write(tmp_path, "config.rec = 'synthetic'\n")).rec == "synthetic"
+
+
+def test_home_and_variables_in_paths(tmp_path, monkeypatch):
+    """In every path: in configs no shell expands them."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DISK", str(tmp_path / "disk"))
+    assert (expand("~/a"), expand("${DISK}2/$DISK"), expand("a~/b")) == (
+        tmp_path / "home/a",
+        tmp_path / f"disk2/{tmp_path}/disk",
+        pathlib.Path("a~/b"),
+    )
+    write(tmp_path / "home/configs", "".join(f"config.{key} = ''\n" for key in PATH_KEYS), "base.py")
+    run = write(tmp_path / "home/configs", "".join(f"config.{key} = '$DISK/{key}'\n" for key in PATH_KEYS))
+    cfg = load_config("~/configs/run.py", ["--workspace=~/work", "--output=out"])
+    assert {key: cfg[key] for key in PATH_KEYS} == {
+        **{key: str(tmp_path / "disk" / key) for key in PATH_KEYS},
+        "output": str(tmp_path / "home/work/out"),
+    }
+    assert cfg.config_file == str(run)
+    with pytest.raises(ConfigError, match=r"\$SCRATCH/set: \$SCRATCH is not set in the environment"):
+        load_config(run, ["--rec", "$SCRATCH/set"])
+
+
+def test_a_config_anywhere_has_the_keys_of_the_method_that_is_started(tmp_path):
+    script = REPO / "BCT_methods/MixBCT/train.py"
+    for folder in (tmp_path, tmp_path / "configs" / "demo"):
+        run = write(folder, "config.mix_ratio = 0.4\n")
+        cfg = load_config(run, (), script)
+        assert cfg.mix_ratio == 0.4 and "queue_size" not in cfg
+        assert (cfg.num_epoch == 24) == (folder != tmp_path), "configs/demo/base.py holds there, too"
+        with pytest.raises(ConfigError, match="unknown key 'mix_ratio'"):
+            load_config(run, (), REPO / "train_old_arc.py")
+    another = next((REPO / "BCT_methods/NCCL/configs").glob("OP*.py"))
+    with pytest.raises(ConfigError, match=f"{another}: a config of NCCL; start it with .*/BCT_methods/NCCL/train.py"):
+        load_config(another, (), script)
+    assert load_config(another, (), REPO / "train_old_arc.py").queue_size
 
 
 def test_broken_files_are_named(tmp_path):

@@ -79,15 +79,29 @@ def test_reads_what_python_2_wrote(path, protocol):
         (np.array(IMAGES), [1, 0]),
         (np.array(IMAGES, object), [np.int32(1), np.uint8(0)]),
         (list(np.array(IMAGES)), SAME),
+        ([list(image) for image in IMAGES], [1.0, 0.0]),
+        ([tuple(IMAGES[0]), np.array(IMAGES[1]), *IMAGES[2:]], np.array([1.0, 0.0], np.float32)),
+        (IMAGES, bytearray(SAME)),
     ],
-    ids=["tuples", "bytearrays", "uint8", "opencv", "bytes array", "objects", "bytes scalars"],
+    ids="tuples bytearrays uint8 opencv bytes_array objects scalars numbers mixed array".split(),
 )
 def test_reads_plain_data_in_other_containers(path, images, same, protocol):
     assert read(path, pickle.dumps((images, same), protocol)) == (IMAGES, SAME)
     assert read(path, pickle.dumps([images, same], protocol)) == (IMAGES, SAME)
+    pair = np.empty(2, object)
+    pair[0], pair[1] = images, same
+    assert read(path, pickle.dumps(pair, protocol)) == (IMAGES, SAME)
     if protocol < 4:  # before strings with a length field
         numpy_2 = pickle.dumps((images, same), protocol).replace(b"numpy.core.", b"numpy._core.")
         assert read(path, numpy_2) == (IMAGES, SAME)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_reads_one_array_with_a_row_for_each_image(path, protocol):
+    rows = [image[:10] for image in IMAGES]
+    stacked = np.stack([np.frombuffer(row, np.uint8) for row in rows])
+    assert read(path, pickle.dumps((stacked, SAME), protocol)) == (rows, SAME)
+    refused(path, pickle.dumps((stacked[:2], SAME), protocol), "2·N images and N booleans, N > 0, not 2 and 2")
 
 
 # --- what is no set --------------------------------------------------------------------------------------------------
@@ -106,8 +120,10 @@ def test_reads_plain_data_in_other_containers(path, images, same, protocol):
         (([b"x", b"y"], [-1]), "pair 0 has no boolean"),
         (([b"x", b"y"], np.array([2])), "pair 0 has no boolean"),
         (([b"x", b"y"], [None]), "pair 0 has no boolean"),
-        (([b"x", b"y"], [1.0]), "is not allowed"),
-        (([b"x", b"y"], np.array([1.0])), "NumPy array of dtype f8"),
+        (([b"x", b"y"], [0.5]), "pair 0 has no boolean"),
+        (([b"x", b"y"], np.array([1j])), "NumPy array of dtype c16"),
+        (([b"x", [256]], [True]), "image 1 is not bytes"),
+        ((np.zeros((2, 9), np.uint16), [True]), "not 18 and 1"),
         ((b"x", b"y", True), "not a pair of lists"),
         ((b"xy", [True]), "not a pair of lists"),
         ({"images": [b"x", b"y"], "same": [True]}, "is not allowed"),
@@ -218,6 +234,13 @@ def test_text_encoded_repeatedly_is_bounded_by_the_file_size(path):
     again = b"\x80\x02](B" + struct.pack("<I", len(image)) + image + b"q\0" + b"h\0" * 1999 + b"e](" + b"\x88" * 1000
     assert read(path, again + b"e\x86.") == ([image] * 2000, [True] * 1000)
     assert len({id(each) for each in read_bin(path)[0]}) == 1, "an image that occurs again is not copied"
+
+
+def test_a_list_of_numbers_that_occurs_again_is_converted_once(path, monkeypatch):
+    converted, convert = [], bin_files._bytes
+    monkeypatch.setattr(bin_files, "_bytes", lambda *its: converted.append(its[1]) or convert(*its))
+    numbers = b"\x80\x02]]q\0(" + b"K\1" * 10_000 + b"ea(" + b"h\0" * 1999 + b"e](" + b"\x88" * 1000 + b"e\x86."
+    assert read(path, numbers) == ([b"\1" * 10_000] * 2000, [True] * 1000) and converted == [0]
 
 
 # --- anything --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,7 @@
-"""Checkpoint files and sets: completeness, deletion, resuming, and agreement between ranks."""
+"""Checkpoint sets: completeness, deletion, resuming, and agreement between ranks."""
 
 import errno
 import logging
-import multiprocessing
-import os
-import resource
 import time
 
 import pytest
@@ -12,81 +9,13 @@ import torch
 
 from core.distributed import rank, world_size
 from engine import checkpoint
-from engine.checkpoint import DAMAGED, CheckpointError, claim, complete_sets, load_newest, save_set, start_afresh
+from engine.checkpoint import DAMAGED, CheckpointError, complete_sets, load_newest, save_set
 from engine.monitor import log
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 BATCH, TOTAL = 8, 99  # images a step, steps of a whole run
 RENAMED = "renamed the set to"
-
-
-# --- one file --------------------------------------------------------------------------------------------------------
-
-
-class Unsavable:
-    def __reduce__(self):
-        raise RuntimeError("an error of its own")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    checkpoint.save_atomically({"a": 1}, path)
-
-    def disk_full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(CheckpointError, match="model.pt: cannot be written .No space left"):
-        checkpoint.save_atomically({"a": 2}, path)
-    assert checkpoint.load(path) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
-
-
-@pytest.mark.parametrize("values", [10, 10**6])  # fewer than Python's buffer takes, and more: torch fails otherwise
-def test_a_file_size_limit_is_named(tmp_path, values):
-    path, limits = tmp_path / "model.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="model.pt: cannot be written .File too large"):
-            checkpoint.save_atomically({"a": torch.zeros(values)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_unpicklable_state_is_not_reported_as_a_full_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="of its own"):
-        checkpoint.save_atomically(Unsavable(), tmp_path / "model.pt")
-    assert not list(tmp_path.iterdir())
-
-
-def test_damaged_files_are_named(tmp_path):
-    path = tmp_path / "model.pt"
-    checkpoint.save_atomically({"a": torch.arange(100)}, path)
-    whole = path.read_bytes()
-    for size in (0, 10, len(whole) // 2):
-        path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="model.pt: not a readable checkpoint"):
-            checkpoint.load(path)
-    with pytest.raises(FileNotFoundError):
-        checkpoint.load(tmp_path / "none.pt")
-
-
-class Harmful:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_file_runs_no_code(tmp_path):
-    torch.save({"a": Harmful(tmp_path / "ran")}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="model.pt: not a readable checkpoint"):
-        checkpoint.load(tmp_path / "model.pt")
-    assert not (tmp_path / "ran").exists()
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
@@ -324,73 +253,3 @@ def test_leftovers_of_killed_processes_are_deleted(tmp_path):
     (tmp_path / "checkpoints/000000000096/.rank_0_of_2.pt.123.tmp").touch()
     assert run_ranks(newest, 2, tmp_path)[0] == (5, [])
     assert names(tmp_path) == before and len(list((tmp_path / "checkpoints").iterdir())) == 1
-
-
-# --- starting afresh -------------------------------------------------------------------------------------------------
-
-
-def refusal(function, output):
-    try:
-        function(output)
-    except CheckpointError as error:
-        return str(error)
-
-
-def test_all_ranks_refuse_to_overwrite_an_unfinished_run(tmp_path):
-    write_set(tmp_path, 5, 2)
-    for said in run_ranks(refusal, 2, start_afresh, tmp_path):
-        assert "unfinished run (step 5 of 99); resume it with --resume True" in said
-    (complete_sets(tmp_path)[0] / "DONE").write_text("")
-    assert "DONE: damaged" in refusal(start_afresh, tmp_path) and len(names(tmp_path)) == 3
-
-
-def test_checkpoints_of_a_finished_run_are_deleted(tmp_path):
-    write_set(tmp_path, TOTAL, 2)
-    folder = write_set(tmp_path, 50, 1)
-    folder.rename(folder.with_name(DAMAGED + folder.name))
-    assert run_ranks(refusal, 3, start_afresh, tmp_path) == [None] * 3
-    assert not names(tmp_path)
-
-
-def claimed(output):
-    if not output.exists():
-        output = output.with_name(str(rank()))
-        output.mkdir()
-    checkpoint.SECONDS_TO_APPEAR = 0
-    return refusal(claim, output)
-
-
-def test_an_unshared_disk_is_detected_at_the_start(tmp_path):
-    for message in run_ranks(claimed, 3, tmp_path / "nowhere"):
-        assert "ranks 1, 2 do not see rank 0's files; set `output`" in message
-    assert [path.name for number in range(3) for path in (tmp_path / str(number)).iterdir()] == [".lock"]
-    assert run_ranks(claimed, 2, tmp_path) == [None, None]
-
-
-def hold(output, ready, end):
-    lock = claim(output)
-    ready.set()
-    end.wait(60)
-    del lock
-
-
-def test_two_runs_cannot_share_an_output(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, end = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path, ready, end))
-    other.start()
-    assert ready.wait(60)
-    for message in run_ranks(claimed, 2, tmp_path):
-        assert "held by process" in message and "choose another `output`" in message
-    other.kill()
-    other.join()
-    assert run_ranks(claimed, 1, tmp_path) == [None]
-
-
-def test_checkpoints_of_an_earlier_version_are_named_and_kept(tmp_path):
-    for number in range(2):
-        (tmp_path / f"checkpoint_step_5_gpu_{number}_of_2.pt").write_bytes(b"never opened")
-    for message in run_ranks(claimed, 2, tmp_path):
-        assert message.startswith(f"{tmp_path}/checkpoint_step_5_gpu_0_of_2.pt: written by an earlier version")
-        assert f"delete {tmp_path}/checkpoint_step_*.pt" in message
-    assert len(list(tmp_path.glob("checkpoint_step_*"))) == 2

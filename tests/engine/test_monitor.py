@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from engine import monitor as monitor_module
-from engine.monitor import RECENT, Monitor, NonFiniteLoss, init_logging, log
+from engine.monitor import RECENT, Monitor, NonFiniteLoss, init_logging, log, log_to_file, warn
 from tests.engine.test_trainer import close_log_files  # noqa: F401
 
 
@@ -166,6 +166,30 @@ def test_a_full_disk_ends_only_tensorboard(clock, lines):
         raise KeyError("the cause")
 
 
+# --- the file ------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_has_what_was_logged_before_it(tmp_path, capsys):
+    """A start that fails leaves no file; θ and × are written whatever the locale."""
+    init_logging(main=True)
+    warn("s × cos(%s)", "θ")
+    assert not list(tmp_path.iterdir()) and "-s × cos(θ)\n" in capsys.readouterr().out
+    log_to_file(tmp_path)
+    log.info("later")
+    lines = (tmp_path / "training.log").read_text(encoding="utf-8").splitlines()
+    assert [line.partition("-s")[2] or line[-5:] for line in lines] == [" × cos(θ)", "later"]
+    assert capsys.readouterr().out.count("\n") == 1, "the earlier line is not printed again"
+
+
+def test_a_warning_that_all_ranks_share_is_logged_once(monkeypatch, capsys):
+    monkeypatch.setattr(monitor_module, "is_main", lambda: False)
+    init_logging(main=False)
+    warn("of the config")
+    log.warning("of this rank")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("-of this rank")
+
+
 # --- the terminal --------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +225,8 @@ def on_terminal(monkeypatch, tmp_path, watched=(True, True)):
     err = out if all(watched) else Terminal(watched[1])  # one screen shows both
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    init_logging(tmp_path, main=True)
+    init_logging(main=True)
+    log_to_file(tmp_path)
     return out, err
 
 

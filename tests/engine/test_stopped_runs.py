@@ -47,7 +47,7 @@ def signalled(where, after):
         ("begin_epoch", 12, [12, 13]),
         ("losses", 5, [4, 6]),  # stopped at the end of an epoch
         ("save_checkpoint", 8, [8, 9]),
-        ("save_models", 12, [12, 13]),
+        ("save_models", 6, [6, 7]),
     ],
 )
 def test_a_signal_stops_after_a_whole_step_with_a_checkpoint(where, after, sets, path, tmp_path):

@@ -1,10 +1,13 @@
 """Runs under torchrun: restarted when a rank dies, stopped by its SIGTERM, resumed by the command in the log."""
 
+import json
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,12 +23,22 @@ import os, signal, sys, time
 sys.path.insert(0, {repo!r})
 from BCT_methods.MixBCT.train import MixBCT
 
+DEATHS = os.environ.get("DIES", "").split()  # the step after which rank 1 dies, in each attempt
+
 class Disturbed(MixBCT):
+    def train(self):
+        self.die()
+        super().train()
+
+    def die(self):
+        if self.rank == 1 and [str(self.step)] == DEATHS[int(os.environ["TORCHELASTIC_RESTART_COUNT"]) :][:1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def update(self):
         super().update()
-        if os.environ.get("DIES") and self.step == 8 and self.rank == 1 and not self.cfg.resume:
-            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                os.kill(os.getpid(), signal.SIGKILL)
+        self.die()
+        if os.environ.get("SLOW"):
+            time.sleep(float(os.environ["SLOW"]))
         if os.environ.get("WAITS") and self.step == 5:
             open(f"{{self.cfg.output}}/waits_{{self.rank}}", "w").close()
             while not self.stop.received:
@@ -85,16 +98,22 @@ def assert_same_end(whole, output):
 
 
 def test_max_restarts_resumes_from_the_last_checkpoint(folder, whole):
-    process = start(folder, "restarted", "--max-restarts=1", DIES="1")
-    printed, _ = process.communicate(timeout=120)
+    """The first death is before the first step, while another launch's finished run still lies in `output`."""
+    output = shutil.copytree(whole, folder / "restarted")
+    before, earlier = json.loads((output / "run.json").read_text()), (output / "training.log").read_text()
+    process = start(folder, "restarted", "--max-restarts=2", DIES="0 8")
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
-    log = (folder / "restarted/training.log").read_text()
-    assert re.findall(r"resumed from .*: epoch (\d), step (\d)", log) == [("0", "6")]
-    assert_same_end(whole, folder / "restarted")
+    log = (output / "training.log").read_text().removeprefix(earlier)
+    assert re.findall(r"resumed from .*: epoch (\d), step (\d)", log) == [("0", "6")] and "Global Step: 1 " in log
+    assert_same_end(whole, output)
+    now = json.loads((output / "run.json").read_text())
+    (launch,), (another,) = now.pop("launch"), before.pop("launch")
+    assert now == before and launch.split()[:2] == [socket.gethostname(), str(process.pid)] and launch != another
 
 
 def test_without_restarts_the_run_fails(folder):
-    process = start(folder, "dead", DIES="1")
+    process = start(folder, "dead", DIES="8")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
     assert [step for step, _ in sets_of(folder / "dead")] == [3, 6]
@@ -132,3 +151,22 @@ def test_two_gpus(folder):
     process = start(folder, "gpus", keys={**keys, "num_epoch": 4, "resume": True})
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "resumed from" in printed and "Global Step: 40 " in printed, printed
+
+
+def test_ranks_stop_when_torchrun_is_killed(folder, whole):
+    """By SIGUSR1, which it passes on only with --signals-to-handle and else dies of."""
+    process = start(folder, "orphaned", SLOW="0.2")
+    log = folder / "orphaned" / "training.log"
+    wait_for(lambda: log.exists() and "Global Step: 2" in log.read_text())
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) != 0
+    wait_for(lambda: "stopped by the end of torchrun at step" in log.read_text())
+    step = int(re.search(r"stopped by the end of torchrun at step (\d+)", log.read_text())[1])
+    assert sets_of(folder / "orphaned")[-1] == (step, 2) and step < 30
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)

@@ -10,6 +10,7 @@ import torch
 
 import backbones
 from backbones.vit import SIZES as VIT_SIZES
+from BCT_methods.MixBCT.train import MixBCT
 from core.config import ConfigError, load_config
 from core.distributed import rank
 from core.errors import UserError
@@ -171,11 +172,29 @@ def test_margins_of_a_config(tmp_path):
 )
 def test_wrong_values_stop_before_the_first_step(tmp_path, rec, keys, message):
     with pytest.raises(ConfigError, match=message):
-        Plain(load_config(config(tmp_path, **{"rec": rec, **keys})))
+        Plain(load_config(config(tmp_path, **{"rec": rec, **keys}))).train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_of_one_image_is_refused_where_batch_norm_needs_two(tmp_path, rec):
+    path = config(tmp_path, rec, batch_size=1, num_epoch=1)
+    run(path)  # without BatchNorm
+    with pytest.raises(ConfigError, match="batch_size = 1; it must be at least 2: BatchNorm has no statistics of one"):
+        Trainer(load_config(path))
+
+
+def test_a_script_is_started_with_a_config_from_anywhere(tmp_path, rec, monkeypatch):
+    """`main` takes the keys of the method's own folder, wherever the config lies."""
+    seen = []
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    monkeypatch.setattr(Trainer, "__init__", lambda self, cfg: seen.append(cfg))
+    monkeypatch.setattr("core.distributed.shutdown", lambda: None)
+    MixBCT.main([str(config(tmp_path, rec, mix_ratio=0.4)), "--resume"])
+    assert seen[0].mix_ratio == 0.4 and seen[0].resume is True
 
 
 def test_more_ranks_than_classes_stop_before_the_first_step(tmp_path, rec, monkeypatch):
-    monkeypatch.setattr("core.distributed.init_distributed", lambda: (0, 6, torch.device("cpu")))
+    monkeypatch.setattr("core.distributed.init_distributed", lambda timeout: (0, 6, torch.device("cpu")))
     with pytest.raises(ConfigError, match="set.rec has 5 classes, fewer than the 6 ranks; start fewer"):
         Plain(load_config(config(tmp_path, rec)))
 
@@ -263,7 +282,7 @@ def test_networks_that_compute_activations_again_are_not_compiled(network):
 def test_ranks_on_a_gpu_that_torch_cannot_use_do_not_train(tmp_path, rec, monkeypatch):
     monkeypatch.setattr("core.distributed.gpu_problem", lambda: "the driver is too old")
     run(config(tmp_path, rec, num_epoch=1))
-    monkeypatch.setattr("core.distributed.init_distributed", lambda: (0, 2, torch.device("cpu")))
+    monkeypatch.setattr("core.distributed.init_distributed", lambda timeout: (0, 2, torch.device("cpu")))
     with pytest.raises(UserError, match="2 ranks would train on the CPU: the driver is too old"):
         run(config(tmp_path, rec))
 
@@ -273,6 +292,22 @@ def test_another_run_is_not_resumed(tmp_path, rec):
     for key, value in (("batch_size", 8), ("optimizer", "adamw"), ("sample_rate", 0.5)):
         with pytest.raises(CheckpointError, match=f"written with {key} = .*restore {key}"):
             run(config(tmp_path, rec, save_all_states=True, resume=True, **{key: value}))
+
+
+def test_verification_that_fails_costs_no_model(tmp_path, rec, monkeypatch):
+    def fail(verifier, backbone):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr("engine.verification.Verifier.__bool__", lambda self: True)
+    monkeypatch.setattr("engine.verification.Verifier.run", fail)
+    for verbose in (2, 3, 100):  # within the first epoch's three steps, at its end, at the end of training
+        trainer = Plain(load_config(config(tmp_path, rec, f"run{verbose}", batch_size=8, verbose=verbose)))
+        with pytest.raises(RuntimeError, match="say"):
+            trainer.train()
+        output = tmp_path / f"run{verbose}"
+        saved = torch.load(output / "model.pt", weights_only=True)
+        assert_same(saved, trainer.backbone.state_dict(), 0)
+        assert trainer.step == min(verbose, 6) and (output / "softmax_fc_gpu_0.pt").is_file()
 
 
 class WithBatchNorm(Plain):

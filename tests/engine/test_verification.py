@@ -22,28 +22,42 @@ def test_a_missing_set_is_an_error_before_training(tmp_path):
         Verifier(tmp_path, ["none"], 2, torch.device("cpu"))
 
 
+WHOLE = {
+    kind: cv2.imencode(kind, np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8))[1].tobytes()
+    for kind in (".png", ".jpg", ".bmp")
+}
+
+
 @pytest.mark.parametrize(
     "image, why",
     [
         (cv2.imencode(".png", np.zeros((113, 112, 3), np.uint8))[1].tobytes(), "112 x 113, not 112 x 112"),
         (cv2.imencode(".jpg", np.zeros((250, 251, 3), np.uint8))[1].tobytes(), "251 x 250, not 112 x 112"),
-        (b"", "neither JPEG nor PNG"),
-        (b"no image", "neither JPEG nor PNG"),
+        (b"", "0 bytes that do not decode"),
+        (b"no image", "8 bytes that do not decode"),
+        (WHOLE[".bmp"], "a BMP image; only JPEG and PNG are read"),
+        (WHOLE[".jpg"][: len(WHOLE[".jpg"]) // 2], "bytes that do not decode"),
+        (WHOLE[".png"][: len(WHOLE[".png"]) // 2], "bytes that do not decode"),
+        (WHOLE[".png"][:50] + WHOLE[".png"][90:], "bytes that do not decode"),  # damaged inside
     ],
 )
-def test_an_image_with_a_wrong_header_is_named_before_training(tmp_path, image, why):
+def test_an_image_that_cannot_be_verified_is_named_before_training(tmp_path, image, why):
     write_set(tmp_path / "set.bin", [png(0), png(1), png(2), image], [True, False])
-    with pytest.raises(VerificationError, match=rf"set\.bin: image 3 is .*{why}"):
+    with pytest.raises(VerificationError, match=rf"set\.bin: image 3: .*{why}"):
         Verifier(tmp_path, ["set"], 2, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kind", [".png", ".jpg"])
-def test_a_truncated_image_is_named(tmp_path, kind):
-    whole = cv2.imencode(kind, np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8))[1].tobytes()
-    write_set(tmp_path / "set.bin", [png(0), whole[: len(whole) // 2]], [True])
-    verifier = Verifier(tmp_path, ["set"], 2, torch.device("cpu"))
-    with pytest.raises(VerificationError, match=r"set\.bin: image 1: \d+ bytes that do not decode as an image"):
-        verifier.run(torch.nn.Flatten())
+def test_one_pair_is_refused_before_training(tmp_path):
+    write_set(tmp_path / "set.bin", [png(0), png(1)], [True])
+    with pytest.raises(VerificationError, match=r"set\.bin: one pair; .* needs two or more"):
+        Verifier(tmp_path, ["set"], 2, torch.device("cpu"))
+
+
+def test_embeddings_that_are_not_finite_have_no_accuracy():
+    rows = np.ones((4, 2), np.float32)
+    assert k_fold_accuracy(rows, rows, np.array([True] * 4)) == 1
+    rows[2, 1] = np.nan
+    assert np.isnan(k_fold_accuracy(rows, np.ones((4, 2)), np.array([True] * 4)))
 
 
 def test_accuracy_equals_a_plain_loop():

@@ -189,11 +189,11 @@ def _leave_workers_behind(rec, killed):
 
 
 def test_workers_end_with_the_training_process(rec):
-    run_ranks(_leave_workers_behind, 1, rec, False, timeout=60)
+    run_ranks(_leave_workers_behind, 1, rec, False)
     assert all(ended(pid) for pid in np.load(rec.with_name("workers.npy")))
 
 
 def test_workers_end_when_the_training_process_was_killed(rec):
     with pytest.raises(RuntimeError, match="exit code -9"):
-        run_ranks(_leave_workers_behind, 1, rec, True, timeout=60)
+        run_ranks(_leave_workers_behind, 1, rec, True)
     assert all(ended(pid) for pid in np.load(rec.with_name("workers.npy")))

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses import old_prototype_loss
+from core.distributed import rank, rows_of_rank
+from losses import OldPrototypes, old_prototype_loss
+from losses.classifier import sharded_tensors
+from tests.ranks import run_ranks
 
 
 def batch(size=6, classes=4, width=5, seed=0, lengths=(1.0,)):
@@ -67,3 +70,41 @@ def test_arguments_that_do_not_fit():
         old_prototype_loss(embeddings, labels, prototypes[:, :4])
     with pytest.raises(ValueError, match="scale"):
         old_prototype_loss(embeddings, labels, prototypes, 0.0)
+
+
+# --- sharded ----------------------------------------------------------------------------------------------------
+
+
+def _sharded(world_size, scale, lengths):
+    """Loss and this rank's gradient, of its share of the global batch of twelve."""
+    embeddings, labels, prototypes = batch(12, 7, lengths=lengths)
+    start, stop = rows_of_rank(12, rank(), world_size)
+    mine = embeddings[start:stop].requires_grad_()
+    old = OldPrototypes(7, 5, stored=True).double()
+    old.prototypes = prototypes[old.classes]
+    loss = old(mine, labels[start:stop], scale)
+    loss.backward()
+    return loss.item(), mine.grad, len(old.prototypes)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_sharded_over_ranks_it_is_the_loss_of_the_global_batch(world_size):
+    scale, lengths = 16.0, (6.0, 0.5)
+    embeddings, labels, prototypes = batch(12, 7, lengths=lengths)
+    whole = old_prototype_loss(embeddings.requires_grad_(), labels, prototypes, scale)
+    whole.backward()
+    ranks = (
+        [_sharded(1, scale, lengths)]
+        if world_size == 1
+        else run_ranks(_sharded, world_size, world_size, scale, lengths)
+    )
+    assert [loss for loss, _, _ in ranks] == pytest.approx([whole.item()] * world_size, abs=1e-12)
+    torch.testing.assert_close(torch.cat([gradient for _, gradient, _ in ranks]), embeddings.grad, rtol=0, atol=1e-12)
+    assert sum(count for _, _, count in ranks) == 7
+
+
+def test_only_stored_prototypes_are_in_checkpoints():
+    for stored in (True, False):
+        old = OldPrototypes(4, 5, stored)
+        assert list(old.state_dict()) == ["prototypes"] * stored
+        assert [name for name, _, _ in sharded_tensors(old)] == ["prototypes"] * stored

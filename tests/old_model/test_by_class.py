@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from old_model import by_class
-from old_model.by_class import squared_distances_to_means, unit_class_means
+from old_model.by_class import row_chunks, squared_distances_to_means, unit_class_means
 from old_model.feature_set import FeatureError
 
 CLASSES, WIDTH = 6, 4
@@ -65,3 +65,18 @@ def test_a_non_finite_row_is_named():
     features[16, 1] = np.nan
     with pytest.raises(FeatureError, match="row 16 .*not finite"):
         unit_class_means(features, labels, 1)
+    with pytest.raises(FeatureError, match="row 16 .*not finite"):
+        list(row_chunks(features, np.arange(0, 20, 2)))
+
+
+def test_some_rows_of_a_file(tmp_path):
+    features, picked = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32), np.arange(1, 40, 2)
+    features[[0, 5]] = np.nan
+    np.save(tmp_path / "x_feature.npy", features)
+    mapped = np.load(tmp_path / "x_feature.npy", mmap_mode="r")
+    with pytest.raises(FeatureError, match=r"x_feature.npy: row 5 is not finite; rewrite it: python .*get_feature.py"):
+        list(row_chunks(mapped, picked))
+    picked = np.delete(picked, 2)
+    parts = list(row_chunks(mapped, picked))
+    assert np.concatenate([part for part, _ in parts]).tolist() == picked.tolist() and len(parts) == 3
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in parts]), features[picked].astype(np.float64))

@@ -10,6 +10,7 @@ import torch
 
 from dataset import SyntheticDataset
 from engine.loader import OldRows, TrainLoader
+from engine.monitor import init_logging
 from old_model import old_features
 from old_model.feature_set import FeatureError, FeatureSet
 from old_model.old_features import LABELS_SAMPLED, OldFeatures
@@ -37,7 +38,7 @@ def test_rows_are_returned_as_stored(stored):
     rows = old.read(index)
     assert rows.dtype == np.float32 and len(old) == 11
     assert rows.tobytes() == np.arange(11.0 * WIDTH, dtype=np.float32).reshape(11, WIDTH)[index].tobytes()
-    assert isinstance(old.features, np.memmap) and isinstance(old.labels, np.memmap)
+    assert isinstance(old.features.array, np.memmap) and isinstance(old.labels.array, np.memmap)
     rows[:] = 0  # a copy: the file stays
     assert np.load(stored.feature)[7, 0] == 7 * WIDTH
 
@@ -94,13 +95,16 @@ def test_labels_of_a_large_set_are_sampled_on_opening(stored):
         old.compare_labels(np.array([2, 3]), np.array([2, 0]))
 
 
-def test_a_non_finite_row(stored):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e25])
+def test_a_row_that_has_no_length(stored, value):
+    """In float32 the square of 1e25 is infinite: normalised, the row would be zero."""
     rows = np.load(stored.feature)
-    rows[5, 1] = np.nan
+    rows[5, 1] = value
+    rows[6] = 1e18
     np.save(stored.feature, rows)
     old = OldFeatures(training_set(), stored.feature)
     assert np.isfinite(old.read(np.array([4, 6]))).all()
-    with pytest.raises(FeatureError, match="row 5.*get_feature.py"):
+    with pytest.raises(FeatureError, match="NaN, infinity or a length beyond 1e19 in row 5; .*get_feature.py"):
         old.read(np.array([4, 5]))
 
 
@@ -146,6 +150,20 @@ def test_any_dtype_and_order_is_read_as_float32(stored, form):
     assert old.read(np.array([], np.int64)).shape == (0, WIDTH)
 
 
+@pytest.mark.parametrize("form", ["C", "F"])
+def test_rows_and_slices_as_of_an_array(stored, form):
+    """Single rows, runs of consecutive ones, backwards, twice the same, none."""
+    rows = np.load(stored.feature)
+    np.save(stored.feature, np.asarray(rows, order=form))
+    features = OldFeatures(training_set(), stored.feature).features
+    assert (len(features), features.shape, features.dtype) == (11, (11, WIDTH), np.float32)
+    for index in ([3], [2, 3, 4, 9, 10], [10, 9, 0, 1, 2], [4, 4, 5], []):
+        index = np.array(index, np.int64)
+        assert np.array_equal(features[index], rows[index])
+    for part in (slice(None), slice(3, 7), slice(8, 99), slice(5, 5), slice(None, None, 3)):
+        assert np.array_equal(features[part], rows[part])
+
+
 def test_rows_outside_the_file(stored):
     old = OldFeatures(training_set(), stored.feature)
     for row in (11, -1):
@@ -156,13 +174,13 @@ def test_rows_outside_the_file(stored):
 def test_a_file_truncated_during_the_run(stored):
     old = OldFeatures(training_set(), stored.feature)
     expected = old.read(np.array([2, 4]))
-    os.truncate(stored.feature, old.features.offset + 5 * WIDTH * 4 + 7)
+    os.truncate(stored.feature, old.features.array.offset + 5 * WIDTH * 4 + 7)
     assert np.array_equal(old.read(np.array([2, 4])), expected)
-    for row in (5, 9):
+    for rows, row in (([2, 5], 5), ([2, 9], 9), ([3, 4, 5, 6], 5)):
         with pytest.raises(
             FeatureError, match=f"class70_feature.npy: truncated before the end of row {row}.*get_feature.py"
         ):
-            old.read(np.array([2, row]))
+            old.read(np.array(rows))
 
 
 def test_a_failing_disk(stored, monkeypatch):
@@ -214,6 +232,24 @@ def test_without_credible_flags_every_row_is_credible(stored):
     assert all(batch.credible.tolist() == [True] * 4 for batch in loader)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_of_zeros_is_said_once(tmp_path, workers, capsys):
+    """Unless its credible flag tells that it is not to be used."""
+    rows, credible = np.ones((96, WIDTH), np.float32), np.ones(96, bool)
+    rows[[11, 12, 70]], rows[13], credible[11] = 0, 1e-30, False
+    for name, array in (("feature", rows), ("label", training_set(96).labels()), ("credible", credible)):
+        np.save(tmp_path / f"a_{name}.npy", array)
+    old = OldFeatures(training_set(96), tmp_path / "a_feature.npy", credible_path=tmp_path / "a_credible.npy")
+    init_logging(main=True)
+    loader = TrainLoader(training_set(96), 96, "cpu", workers, seed=3, old=OldRows(old))
+    loader.set_epoch(0)
+    (order,) = (batch.index.tolist() for batch in loader)
+    list(loader)
+    (line,) = capsys.readouterr().out.splitlines()
+    first = min((12, 13, 70), key=order.index)
+    assert f"a_feature.npy: row {first} is zero, as are 3 of its batch of 96" in line
+
+
 def test_no_rows_are_read_for_a_method_without_them(many, monkeypatch):
     monkeypatch.setattr(OldFeatures, "read", lambda *_: pytest.fail("rows were read"))
     loader = TrainLoader(training_set(96), 8, "cpu", 0, old=OldRows(many[0], rows=False))
@@ -238,7 +274,7 @@ def test_a_file_truncated_under_the_workers_is_reported(many, workers):
     loader = TrainLoader(training_set(96), 8, "cpu", workers, old=OldRows(old))
     batches = iter(loader)
     next(batches)
-    os.truncate(old.path, old.features.offset + 5 * WIDTH * 4)
+    os.truncate(old.path, old.features.array.offset + 5 * WIDTH * 4)
     with pytest.raises(FeatureError, match="a_feature.npy: truncated before the end of row.*get_feature.py"):
         list(batches)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,17 +13,24 @@ import pytest
 from dataset import RecordDataset
 from recordio import MAGIC, IRHeader, RecordError, RecordReader, RecordWriter, pack, unpack
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "tools" / "split_dataset" / "split_dataset_ms1mv3.py"
-spec = importlib.util.spec_from_file_location("split_dataset_ms1mv3", SCRIPT)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "tools" / "split_dataset"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool, dense_classes = load("split_dataset_ms1mv3"), load("dense_classes")
 
 
 def records(path):
     """`[(label, id, image bytes)]` of the images of a written part, in order, and its header's label."""
     with RecordReader(path) as reader:
         assert reader.keys.tolist() == list(range(len(reader)))
-        header = reader.read_header(0)
+        header, _ = reader.read_record(0)
         images = [unpack(reader.read(key)) for key in range(1, len(reader))]
     return [(float(np.ravel(its.label)[0]), its.id, image) for its, image in images], header.label.tolist()
 
@@ -141,26 +149,103 @@ def test_an_error_while_copying_leaves_the_old_parts(tmp_path, make_record_set, 
 @pytest.mark.parametrize("ratio", [0, 1, -0.3, 1.3, 0.5, 0.001, 0.999, float("nan")])
 def test_ratios_that_name_no_two_parts_are_refused(tmp_path, make_record_set, ratio):
     make_record_set(tmp_path, LABELS["mixed"])
-    with pytest.raises(ValueError, match="ratio"):
+    with pytest.raises(tool.SplitError, match="--ratio"):
         tool.split(tmp_path, ratio)
     assert sorted(os.listdir(tmp_path)) == ["train.idx", "train.rec"]
 
 
 def test_a_ratio_that_leaves_a_part_without_classes_is_refused(tmp_path, make_record_set):
     make_record_set(tmp_path, [0, 1])
-    with pytest.raises(ValueError, match="--ratio 0.1 of 2 classes"):
+    with pytest.raises(tool.SplitError, match="--ratio 0.1 of 2 classes"):
         tool.split(tmp_path, 0.1)
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
-
-
-def test_the_command_works_from_any_directory(tmp_path, make_record_set):
+def test_the_commands_work_from_any_directory(tmp_path, make_record_set):
     make_record_set(tmp_path, LABELS["sorted"])
-    done = run("--root", ".", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "train_part_30_class.rec: 6 images, 2 classes" in done.stdout and len(done.stdout.splitlines()) == 4
-    failed = run("--root", "absent", cwd=tmp_path)
-    assert failed.returncode == 1 and failed.stderr.startswith("error: absent") and "Traceback" not in failed.stderr
+    for script, *options in (("split_dataset_ms1mv3", "--root", "."), ("dense_classes", "train_part_30_class")):
+        command = [sys.executable, str(FOLDER / f"{script}.py"), *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and "train_part_30_class.rec: 6 images, 2 classes\n" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def failure(tmp_path, monkeypatch, capsys):
+    """A function that runs `module.main()` with options in tmp_path and returns what it prints as it fails."""
+
+    def failure(module, *options):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module.__name__, *options])
+        with pytest.raises(SystemExit, match="1"):
+            module.main()
+        return capsys.readouterr().err
+
+    return failure
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (["--root", "absent"], "--root absent: not a directory; name the one of train.rec"),
+        (["--root", "train.rec"], "--root train.rec: not a directory"),
+        (["--root", "a" * 300], "--root a{300}: not a directory"),
+        (["--root", "empty"], "empty/train.rec: neither a .rec file"),
+        (["--root", ".", "--ratio", "2"], "--ratio 2.0 must be between 0 and 1"),
+        (["--root", "$NOWHERE/x"], ".NOWHERE/x: .NOWHERE is not set in the environment"),
+    ],
+)
+def test_a_wrong_command_is_one_line(tmp_path, make_record_set, failure, options, why):
+    make_record_set(tmp_path, LABELS["sorted"])
+    (tmp_path / "empty").mkdir()
+    assert re.fullmatch(rf"\w+Error: {why}.*\n", failure(tool, *options))
+
+
+# --- labels with gaps ---------------------------------------------------------------------------------------------
+
+
+def test_a_set_with_gaps_is_not_split(tmp_path, make_record_set):
+    make_record_set(tmp_path, [0, 1, 2, 90, 91] * 100)
+    with pytest.raises(RecordError, match="500 images of 5 classes, labels up to 91: .*/dense_classes.py .*train.rec$"):
+        tool.split(tmp_path)
+    make_record_set(tmp_path, [0, 1, 2, 3, 4, 9])
+    with pytest.raises(tool.SplitError, match="70_class.rec: would have images of 3 of its 7 classes; .*dense_classes"):
+        tool.split(tmp_path)
+    make_record_set(tmp_path, [*range(10)] * 2)  # no gaps, but nine tenths of two images are both
+    with pytest.raises(tool.SplitError, match="10_data.rec: would have images of 0 of its 10 classes; .* --ratio"):
+        tool.split(tmp_path, 0.9)
+    assert sorted(os.listdir(tmp_path)) == ["train.idx", "train.rec"]
+
+
+def images_of(path):
+    """`[(labels, id, image bytes)]` of all records that have an image."""
+    with RecordReader(path) as reader:
+        found = [reader.read_record(key) for key in reader.keys.tolist()]
+    return [(np.ravel(header.label).tolist(), header.id, image) for header, image in found if image]
+
+
+@pytest.mark.parametrize("header", [True, "insightface", False])
+def test_classes_are_renumbered_without_gaps(tmp_path, make_record_set, header):
+    path = make_record_set(tmp_path, [7, 900, 7, 90, 5, 900], header=header)
+    assert dense_classes.write_dense(path) == (tmp_path / "dense" / "train.rec", 6, 4)
+    found, counts = records(tmp_path / "dense" / "train.rec")
+    assert counts == [7, 4] and [label for label, *_ in found] == [1, 3, 1, 2, 0, 3]
+    assert [image[1:] for image in found] == [image[1:] for image in images_of(path)]
+    assert RecordDataset(tmp_path / "dense").num_classes == 4
+    tool.split(tmp_path / "dense")
+
+
+def test_numbers_behind_the_class_are_kept(tmp_path):
+    with RecordWriter(tmp_path / "faces.rec") as writer:
+        for key, label in enumerate([8.0, 2.0, 8.0]):
+            writer.write(key, pack(IRHeader(0, [label, 0.25, -1.0], key, 0), b"\xff\xd8\xff"))
+    dense_classes.write_dense(tmp_path / "faces")
+    assert [image[0] for image in images_of(tmp_path / "dense" / "faces.rec")] == [
+        [1, 0.25, -1],
+        [0, 0.25, -1],
+        [1, 0.25, -1],
+    ]
+
+
+def test_labels_that_cannot_be_told_apart_are_not_renumbered(tmp_path, make_record_set, failure):
+    make_record_set(tmp_path, [0, 2**24], header=False)
+    assert re.fullmatch(r"RecordError: train\.rec: .*float32.*\n", failure(dense_classes, "train.rec"))
+    assert sorted(os.listdir(tmp_path)) == ["train.idx", "train.rec"]

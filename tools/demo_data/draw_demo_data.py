@@ -18,6 +18,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -28,6 +29,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from core.config import expand
+from core.errors import report_errors
 from core.files import atomic_write, lock
 from tools.demo_data import ijb, records
 
@@ -42,7 +45,7 @@ def parse_arguments(argv=None):
     def option(name, kind, default, text):
         parser.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})")
 
-    option("--root", pathlib.Path, pathlib.Path("demo/dataset"), "directory to write")
+    option("--root", expand, pathlib.Path("demo/dataset"), "directory to write")
     option("--seed", _at_least(0), 0, "random seed")
     option("--identities", _at_least(2), 1000, "people in the training set")
     option("--images", _at_least(1), 10, "images per person")
@@ -52,7 +55,7 @@ def parse_arguments(argv=None):
     option("--verification-pairs", _at_least(0), 300, "pairs in demo.bin; 0: no such file")
     option("--variation", _at_least(0.0), 1.0, "how much images of one person differ, a factor")
     option("--processes", _at_least(1), os.cpu_count() or 1, "worker processes")
-    parser.add_argument("--sheet", type=pathlib.Path, metavar="FILE.png", help="draw a contact sheet only")
+    parser.add_argument("--sheet", type=expand, metavar="FILE.png", help="draw a contact sheet only")
     return parser.parse_args(argv)
 
 
@@ -81,11 +84,15 @@ def _workers(processes):
     # Spawn, not fork: OpenCV's and BLAS's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker) as pool:
-        yield lambda function, tasks: bar(pool.map(function, tasks, chunksize=4), tasks)
+        try:
+            yield lambda function, tasks: bar(pool.map(function, tasks, chunksize=4), tasks)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C
 
 
 def _start_worker():
     """Draw with one thread; a second one ends the worker when its parent is gone, even if that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends the workers
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -180,4 +187,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

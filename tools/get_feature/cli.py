@@ -9,7 +9,7 @@ import shlex
 import backbones
 from core import distributed
 from core.agreement import check_ranks_agree
-from core.config import REPO, load_config
+from core.config import REPO, expand, load_config
 from core.errors import UserError
 from core.files import lock
 from core.manifest import ManifestError, digest, read_manifest
@@ -30,8 +30,13 @@ def make_parser(description, config_needed=True):
     )
     parser.add_argument("config", nargs=None if config_needed else "?", help="the old model's config; it comes first")
     parser.add_argument("--SD", required=True, help="<old model>_<set>, such as f128_r18_softmax_class70")
-    parser.add_argument("--feature_save", help="output directory (default: feature_save/ beside work_dirs/)")
+    parser.add_argument(
+        "--feature_save", type=expand, help="output directory (default: feature_save/ beside work_dirs/)"
+    )
     parser.add_argument("-f", "--force", action="store_true", help="extract even if the features are up to date")
+    parser.add_argument(
+        "--unfinished", choices=["True", "False"], default="False", help="True: take the model of an unfinished run"
+    )
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -105,20 +110,23 @@ def why_redo(cfg, files, model_path, train_set):
             return f"{files.feature}: made with {key} = {features.get(name)}, not {cfg[key]}"
 
 
-def extract(cfg, files, force=False):
-    """Write the features and labels of `files` with the model of `cfg`, unless up to date; call it on all ranks."""
+def extract(cfg, files, args):
+    """Write the features and labels of `files` with the model of `cfg`, unless up to date; call it on all ranks.
+
+    args: of `parse`; force and unfinished are used.
+    """
     model_path, rec = pathlib.Path(cfg.output) / "model.pt", record_path(cfg, files)
     _, _, device = distributed.init_distributed()
     train_set = open_train_set(rec)
     model_digest = digest(model_path) if model_path.is_file() else None
     check_ranks_agree(cfg, device, model=model_digest, records=train_set.digest())
-    reason = "-f" if force else why_redo(cfg, files, model_path, train_set)
+    reason = "-f" if args.force else why_redo(cfg, files, model_path, train_set)
     reason = distributed.gather_objects(reason)[0]  # rank 0 decides: the others may not yet see the newest files
     if reason is None:
         say(f"{files.feature}: kept, it is of {model_path} and {rec}; -f extracts it again")
         return
     say(f"extracting: {reason}")
-    model = _load_model(cfg, model_path, device)
+    model = _load_model(cfg, model_path, device, args.unfinished == "True")
     with _locked(files):
         extract_features(
             model,
@@ -133,13 +141,18 @@ def extract(cfg, files, force=False):
     say(f"wrote {files.feature}")
 
 
-def _load_model(cfg, path, device):
+def _load_model(cfg, path, device, unfinished):
     if not path.is_file():
         script = "train_old_softmax.py" if "softmax" in cfg.name else "train_old_arc.py"
         raise FeatureError(
             f"{path}: no such file; train the model first: python {script} {cfg.config_file}{workspace(cfg)}"
         )
     manifest = read_manifest(path, "train the model again")
+    if manifest.get("finished") is False and not unfinished:
+        raise FeatureError(
+            f"{path}: of an unfinished run, after step {manifest.get('step')}; finish it with --resume True, or take "
+            "the model as it is with --unfinished True"
+        )
     for name, key in (("network", "network"), ("width", "embedding_size")):
         if manifest.get(name, cfg[key]) != cfg[key]:
             raise FeatureError(

@@ -92,7 +92,7 @@ def main(argv=None):
         args, cfg, files = parse(parser, argv)
         _, _, device = distributed.init_distributed()
         if cfg is not None:
-            extract(cfg, files, args.force)
+            extract(cfg, files, args)
         if distributed.is_main():
             path = files.feature.with_name(f"{files.name}_credible_entropy_feature.npy")
             features, labels, made_from = open_feature_set(files)

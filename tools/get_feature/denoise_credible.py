@@ -71,12 +71,14 @@ def main(argv=None):
         args, cfg, files = parse(parser, argv)
         distributed.init_distributed()
         if cfg is not None:
-            extract(cfg, files, args.force)
+            extract(cfg, files, args)
         if distributed.is_main():
             features, labels, made_from = open_feature_set(files)
             credible = credible_rows(features, labels, args.T)
             save_array(files.credible(args.T), credible, "credible rows", ratio=args.T, **made_from)
             print(f"wrote {files.credible(args.T)}: {credible.sum()} of {len(credible)} rows are credible")
+            if credible.all() and args.T < 1:
+                print(f"warning: no row is left out: --T {args.T:g} of a class's images, rounded up, is all of them")
     distributed.shutdown()
 
 

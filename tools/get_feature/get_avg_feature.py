@@ -47,7 +47,7 @@ def main(argv=None):
         distributed.init_distributed()
         num_classes = None
         if cfg is not None:
-            extract(cfg, files, args.force)
+            extract(cfg, files, args)
             num_classes = open_train_set(record_path(cfg, files)).num_classes
         if distributed.is_main():
             features, labels, made_from = open_feature_set(files)

@@ -28,7 +28,7 @@ def main(argv=None):
     with report_errors():
         args, cfg, files = parse(parser, argv)
         distributed.init_distributed()
-        extract(cfg, files, args.force)
+        extract(cfg, files, args)
     distributed.shutdown()
 
 

@@ -17,14 +17,7 @@ def similarity_matrices(landmarks, reference=REFERENCE):
     numbers a similarity without reflection is z → a·z + b, and least squares gives a = Σ conj(z − z̄)(w − w̄) /
     Σ |z − z̄|², the same best proper rotation as Umeyama's sign correction. Rows whose five points coincide give NaN.
     """
-    landmarks = np.asarray(landmarks, np.float64)
-    source = landmarks[..., 0] + 1j * landmarks[..., 1]  # [N, 5]
-    target = reference[:, 0] + 1j * reference[:, 1]  # [5]
-    centre = source.mean(axis=1, keepdims=True)
-    spread = source - centre
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factor = (spread.conj() * (target - target.mean())).sum(axis=1) / (np.abs(spread) ** 2).sum(axis=1)
-    shift = target.mean() - factor * centre[:, 0]
+    factor, shift, _ = _fit(landmarks, reference)
     return np.stack(
         [
             np.stack([factor.real, -factor.imag, shift.real], axis=1),
@@ -32,6 +25,29 @@ def similarity_matrices(landmarks, reference=REFERENCE):
         ],
         axis=1,
     )
+
+
+def misfit(landmarks, reference=REFERENCE):
+    """How far landmarks [N, 5, 2] lie from `reference` after alignment, pixels of the aligned image: float64 [N].
+
+    The root mean square over the five points; infinite for a face that alignment would turn upside down: the points in
+    reverse order fit well, but the wrong way round.
+    """
+    factor, _, residual = _fit(landmarks, reference)
+    return np.where(factor.real < 0, np.inf, residual)
+
+
+def _fit(landmarks, reference):
+    """The a and b above, complex [N], and the root mean square of |a·z + b − w|, float64 [N]."""
+    landmarks = np.asarray(landmarks, np.float64)
+    source = landmarks[..., 0] + 1j * landmarks[..., 1]  # [N, 5]
+    target = reference[:, 0] + 1j * reference[:, 1]  # [5]
+    centre = source.mean(axis=1, keepdims=True)
+    spread = source - centre
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = (spread.conj() * (target - target.mean())).sum(axis=1) / (np.abs(spread) ** 2).sum(axis=1)
+    left = np.abs(factor[:, None] * spread - (target - target.mean()))
+    return factor, target.mean() - factor * centre[:, 0], np.sqrt((left**2).mean(axis=1))
 
 
 def align(image, matrix):

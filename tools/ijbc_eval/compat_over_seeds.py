@@ -13,8 +13,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
+from core.config import expand
 from core.errors import report_errors
-from tools.ijbc_eval.files import EvalError, publish
+from tools.ijbc_eval.files import EvalError, writing
 
 HEADER = ["model", "self 1:1", "self 1:N", "cross 1:1", "cross 1:N", "compatible", "update gain 1:1", "update gain 1:N"]
 KEYS = ("tpr", "tpir")  # 1:1, 1:N
@@ -93,11 +94,11 @@ def markdown(reports):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", metavar="report.json", help="one per seed, of the same models")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.md", help="where to write the table")
+    parser.add_argument("--out", type=expand, required=True, metavar="FILE.md", help="where to write the table")
     arguments = parser.parse_args(argv)
     text = markdown(read(arguments.reports))
-    with publish(arguments.out) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with writing(arguments.out) as file:
+        file.write(text.encode())
     print(f"{text}\ntable: {arguments.out}")
 
 

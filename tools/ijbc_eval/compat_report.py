@@ -23,10 +23,11 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
+from core.config import expand
 from core.errors import report_errors
 from tools.ijbc_eval import compat_text, metrics, plots
 from tools.ijbc_eval.ascii_table import is_number
-from tools.ijbc_eval.files import EvalError, publish
+from tools.ijbc_eval.files import EvalError, check_writable, writing
 from tools.ijbc_eval.metrics import mean_top, mean_tpir
 from tools.ijbc_eval.models import ModelFile
 from tools.ijbc_eval.options import add_data_arguments, open_evaluation, whole_number
@@ -49,9 +50,9 @@ def parse_arguments(argv=None):
     add("--fpir", type=float, default=1e-2, help="FPIR at which 1:N TPIR is compared (default: 1e-2)")
     add("--seed", type=whole_number(0), default=0, help="seed of the random backfill order (default: 0)")
     help_order = "backfill order: a text file with every gallery template id, one per line"
-    add("--order", type=pathlib.Path, metavar="FILE", help=help_order)
+    add("--order", type=expand, metavar="FILE", help=help_order)
     out = pathlib.Path("compat_report")
-    add("--out", type=pathlib.Path, default=out, help="directory of the report (default: compat_report)")
+    add("--out", type=expand, default=out, help="directory of the report (default: compat_report)")
     arguments = parser.parse_args(argv)
     for name in ("fpr", "fpir"):
         if not 0 < getattr(arguments, name) <= 1:
@@ -86,7 +87,8 @@ class Reading:
 def measure(evaluation, gallery_model, probe_model, reading):
     """The figures of one test as a dict of floats; `gallery_model` embeds the gallery and the first of each pair."""
     protocol = reading.protocol
-    roc = metrics.Roc(evaluation.verify(gallery_model, probe_model), evaluation.pairs.label)
+    fprs = [reading.fpr]
+    roc = metrics.Roc(evaluation.verify(gallery_model, probe_model), evaluation.pairs.label, fprs)
     searches = evaluation.identify(gallery_model, probe_model)
     figures = {
         "tpr": roc.tpr_at(reading.fpr, protocol),
@@ -227,6 +229,7 @@ def main(argv=None):
     independent = parse_model(arguments.independent, arguments.new_net) if arguments.independent else None
     evaluation = open_evaluation(arguments)
     order = backfill_order(evaluation, arguments.seed, arguments.order)
+    check_writable(arguments.out / "report.json")
     reading = Reading(arguments.fpr, arguments.fpir, arguments.protocol)
     models = compare(evaluation, (old.name, old), news, independent, reading, order)
     bad = evaluation.bad_images(old, *(model for _, model in news), *([independent[1]] if independent else []))
@@ -235,8 +238,8 @@ def main(argv=None):
     plots.plot_backfill(report, arguments.out / "backfill.png")
     texts = {"report.json": json.dumps(report, indent=2) + "\n", "report.md": compat_text.markdown(report)}
     for name, text in texts.items():
-        with publish(arguments.out / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+        with writing(arguments.out / name) as file:
+            file.write(text.encode())
     print(compat_text.terminal(report))
     print(f"report: {arguments.out / 'report.md'}")
 

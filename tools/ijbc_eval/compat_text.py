@@ -86,7 +86,7 @@ def caveats(report):
             none = ": not a single error is allowed there" if data["protocol"] == "exact" else ""
             lines.append(f"{what} are too few to resolve {name.upper()} {data[name]:g}{none}.")
     if report["bad_images"]:
-        lines.append(f"{len(report['bad_images'])} unreadable images were left out; report.json names them.")
+        lines.append(f"{len(report['bad_images'])} unusable images were left out; report.json names them.")
     return lines
 
 

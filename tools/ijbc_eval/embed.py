@@ -1,12 +1,16 @@
 """Embeddings of all images of a subset: read and aligned in worker processes, computed once per model and cached."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import math
+import mmap
 import os
 import pathlib
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -14,9 +18,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from core.files import remove_leftovers, reserve
+from dataset import image_header
+from engine.workers import FileSize, WorkerError, Workers, start_worker
 from tools.ijbc_eval.align import SIZE, align, similarity_matrices
-from tools.ijbc_eval.files import EvalError, publish, sha256_of
+from tools.ijbc_eval.files import EvalError, sha256_of, writing
 from tools.ijbc_eval.models import INPUT_SCALE, load_model
+from tools.ijbc_eval.templates import LARGEST
 
 # Part of the cache key: change it with any change between an image file and the model's input.
 _PIPELINE = "similarity-112-bilinear-rgb-{:.17g}/1"  # the input scale, every digit of it
@@ -25,70 +33,117 @@ _NAMED = 5  # bad images listed in a message; the result file lists them all
 
 @dataclasses.dataclass
 class Embeddings:
-    """embs, embs_f float32 [N, D] (images and mirrored images, rows as in Faces.names), bad bool [N]: unreadable."""
+    """embs, embs_f float32 [N, D] (images and mirrored images, rows as in Faces.names), bad bool [N]: unusable."""
 
     embs: np.ndarray
     embs_f: np.ndarray
     bad: np.ndarray
 
 
-class UnreadableImage(Exception):
+class UnusableImage(Exception):
     pass
 
 
 def read_image(path):
-    """An RGB image, uint8 [H, W, 3]. UnreadableImage also for truncated files, which decoders would decode in part."""
+    """An RGB image, uint8 [H, W, 3], of any format that OpenCV reads, decoded and turned as cv2.imread does.
+
+    UnusableImage also for a truncated JPEG or PNG: OpenCV before 4.11 decodes what is there, and fills the rest with
+    parts of the image decoded before it.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UnreadableImage(error.strerror) from None
+        raise UnusableImage(error.strerror) from None
     if not data:
-        raise UnreadableImage("empty file")
-    end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(data[:2])
-    if end is not None and end not in data[-1024:]:
-        raise UnreadableImage("truncated")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        raise UnusableImage("empty file")
+    encoded = np.frombuffer(data, np.uint8)
+    size, end, _ = image_header(encoded)
+    if size is not None and end is None:
+        raise UnusableImage("truncated")
+    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
     if image is None:
-        raise UnreadableImage("cannot be decoded")
+        raise UnusableImage("cannot be decoded")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-class AlignedBatches(torch.utils.data.Dataset):
-    """Item i: the i-th batch of aligned images, uint8 [b, 112, 112, 3], and why each is unreadable, or ""."""
+def aligned_face(path, landmarks, matrix):
+    """The aligned image, RGB uint8 [112, 112, 3]. landmarks [5, 2] (pixels) and their similarity matrix [2, 3].
 
-    def __init__(self, image_dir, names, landmarks, batch_size):
-        self.image_dir, self.names, self.batch_size = pathlib.Path(image_dir), names, batch_size
-        self.matrices = similarity_matrices(landmarks)
+    UnusableImage for an image that cannot be read, and for landmarks that cannot be its own. Single points may lie
+    outside, as a detector guesses them for a face that the picture cuts off.
+    """
+    image = read_image(path)
+    size = np.array(image.shape[1::-1])
+    beyond = np.maximum(-landmarks, landmarks - size).max(axis=1)
+    if beyond.min() > 0 or beyond.max() > size.max():
+        raise UnusableImage(f"its landmarks are outside the picture, {size[0]} x {size[1]} pixels")
+    aligned = align(image, matrix)
+    if not aligned.any():
+        raise UnusableImage("black when aligned")
+    return aligned
+
+
+class AlignedBatches(torch.utils.data.Dataset):
+    """Item i: aligns the i-th batch into a slot of memory shared with the main process, and says why images failed.
+
+    Slots are anonymous memory where processes can share it: /dev/shm, through which tensors would be sent, has 64 MB in
+    a container, and a full one stops the workers for good.
+    """
+
+    def __init__(self, image_dir, faces, batch_size, slots):
+        self.image_dir, self.faces, self.batch_size = pathlib.Path(image_dir), faces, batch_size
+        self.matrices = similarity_matrices(faces.landmarks)
+        shape = slots, batch_size, SIZE, SIZE, 3
+        if sys.platform == "linux":
+            self.slots = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+        else:
+            self.slots = torch.empty(shape, dtype=torch.uint8).share_memory_()
 
     def __len__(self):
-        return -(-len(self.names) // self.batch_size)
+        return -(-len(self.faces.names) // self.batch_size)
 
     def __getitem__(self, item):
-        rows = range(item * self.batch_size, min((item + 1) * self.batch_size, len(self.names)))
-        images, reasons = np.zeros((len(rows), SIZE, SIZE, 3), np.uint8), []
-        for image, row in zip(images, rows):
+        """`(slot, a reason or "" for each image)`"""
+        slot, reasons = item % len(self.slots), []
+        first = item * self.batch_size
+        names = self.faces.names[first : first + self.batch_size]
+        for row, (name, image) in enumerate(zip(names, self.slots[slot].numpy()), first):
             try:
-                image[:] = align(read_image(self.image_dir / self.names[row].decode()), self.matrices[row])
-                reasons.append("")
-            except UnreadableImage as error:
-                reasons.append(str(error))
-        return torch.from_numpy(images), reasons
-
-
-def _start_worker(_):
-    cv2.setNumThreads(0)  # threads in each of many workers would only compete
+                path = self.image_dir / name.decode()
+                image[:], reason = aligned_face(path, self.faces.landmarks[row], self.matrices[row]), ""
+            except UnusableImage as error:
+                image[:], reason = 0, str(error)
+            reasons.append(reason)
+        return slot, reasons
 
 
 def aligned_batches(image_dir, faces, batch_size, workers):
-    """Iterate over AlignedBatches in order, prepared ahead by `workers` processes (0: in this one)."""
-    dataset = AlignedBatches(image_dir, faces.names, faces.landmarks, batch_size)
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        prefetch_factor=4 if workers else None,
-    )
+    """Iterate over `(images, reasons)` in order, prepared ahead by `workers` processes (0: in this one).
+
+    images: uint8 [b, 112, 112, 3], RGB, black where its reason, why an image is unusable, is not "".
+    Raises WorkerError if a worker cannot start or dies.
+    """
+    ahead = 2  # batches per worker; one more is in use here
+    try:
+        dataset = AlignedBatches(image_dir, faces, batch_size, workers * ahead + 1)
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=start_worker,
+            prefetch_factor=ahead if workers else None,
+            persistent_workers=workers > 0,  # else one that has done its share would pass for dead
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )
+        for slot, reasons in Workers(FileSize(image_dir), workers, "--workers").received(loader):
+            yield dataset.slots[slot, : len(reasons)].clone(), reasons
+    except OSError as error:
+        raise WorkerError(f"--workers {workers}: cannot be started ({error}); start fewer") from error
+
+
+def _unchanged(batch):
+    return batch
 
 
 class EmbeddingStore:
@@ -110,80 +165,81 @@ class EmbeddingStore:
         self.batch_size, self.workers = batch_size, workers
         self.skip_bad, self.fresh, self.device = skip_bad, fresh, device
         self.input_scale = input_scale
-        self._loaded, self._done, self._paths = {}, {}, {}
+        self._digests, self._loaded, self._found = {}, {}, {}
+        for folder in ("embeddings", "meta"):
+            remove_leftovers(self.cache_dir / folder)
+
+    def digest(self, model_file):
+        """Of the contents of the model's files, when first asked for: hex."""
+        if model_file not in self._digests:
+            self._digests[model_file] = sha256_of(model_file.paths)
+        return self._digests[model_file]
 
     def width(self, model_file):
         """Embedding size of a model, from the cache or by loading the model."""
         cached = self._cached(model_file)
-        return cached.shape[2] if cached is not None else self._load(model_file).num_features
+        return cached.embs.shape[1] if cached else self._load(model_file).num_features
 
     def get(self, model_file):
-        """Embeddings of the model, cached or computed. EvalError on unreadable images, unless skip_bad."""
-        if model_file not in self._done:
-            array = self._cached(model_file)
-            if array is None:
-                array = self._compute(model_file)
-                self._loaded.pop(model_file, None)
-            bad = np.isnan(array[0, :, 0])
-            if bad.any() and not self.skip_bad:
-                self._refuse({int(row): "" for row in np.flatnonzero(bad)})
-            self._done[model_file] = Embeddings(array[0], array[1], bad)
-        return self._done[model_file]
+        """Embeddings of the model, cached or computed. EvalError on unusable images, unless skip_bad."""
+        if self._cached(model_file) is None:
+            self._found[model_file] = self._compute(model_file)
+            self._loaded.pop(model_file, None)
+        found = self._found[model_file]
+        if found.bad.any() and not self.skip_bad:
+            self._refuse({int(row): "" for row in np.flatnonzero(found.bad)})
+        return found
 
     def _load(self, model_file):
         if model_file not in self._loaded:
             self._loaded[model_file] = load_model(model_file, self.device, self.input_scale)
         return self._loaded[model_file]
 
-    def _path(self, model_file):
-        if model_file not in self._paths:
-            pipeline = _PIPELINE.format(self.input_scale)
-            key = f"{pipeline} {model_file.found_network} {sha256_of(model_file.paths)} {self.data_key}"
-            name = hashlib.sha256(key.encode()).hexdigest()[:32]
-            self._paths[model_file] = self.cache_dir / "embeddings" / f"{name}.npy"
-        return self._paths[model_file]
-
     def _cached(self, model_file):
-        """The stored array [2, N, D], memory-mapped, or None."""
-        path = self._path(model_file)
-        if not path.exists() or (self.fresh and model_file not in self._done):
-            return None
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            print(f"{path}: damaged cache ({error}); computing it again", file=sys.stderr)
-            return None
-        return array if array.ndim == 3 and array.shape[:2] == (2, len(self.faces.names)) else None
+        """The stored Embeddings, memory-mapped, or None."""
+        if model_file not in self._found:
+            self._found[model_file] = None if self.fresh else self._read(model_file)
+        return self._found[model_file]
+
+    def _read(self, model_file):
+        array = read_cache(*self._key(model_file), len(self.faces.names))
+        return None if array is None else Embeddings(*array, np.isnan(array[0, :, 0]))
+
+    def _key(self, model_file):
+        """`(path of the cache file, what it is made from)`"""
+        pipeline = _PIPELINE.format(self.input_scale)
+        key = f"{pipeline} {model_file.found_network} {self.digest(model_file)} {self.data_key}"
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        return self.cache_dir / "embeddings" / f"{name}.npy", key
 
     def _compute(self, model_file):
-        model, count, row = self._load(model_file), len(self.faces.names), 0
-        path = self._path(model_file)
-        with publish(path) as partial:
-            array = np.lib.format.open_memmap(partial, "w+", np.float32, (2, count, model.num_features))
-            batches = aligned_batches(self.protocol.image_dir, self.faces, self.batch_size, self.workers)
-            with tqdm(total=count, desc=f"embed {model_file.name}", unit="img", disable=None, file=sys.stderr) as bar:
-                for images, why in batches:
-                    rows = slice(row, row + len(images))
-                    array[0, rows], array[1, rows] = model(images), model(images.flip(2))
-                    self._check_finite(array[:, rows], row, model_file)
-                    bad = {row + place: reason for place, reason in enumerate(why) if reason}
-                    if bad and not self.skip_bad:  # fail now, not after hours
-                        self._refuse(bad)
-                    array[:, list(bad)] = np.nan
-                    row += len(images)
-                    bar.update(len(images))
-            array.flush()
-            del array
-        return np.load(path, mmap_mode="r")
+        model, count = self._load(model_file), len(self.faces.names)
+        path, key = self._key(model_file)
+        with (
+            cache_writer(path, key, (2, count, model.num_features)) as write,
+            tqdm(total=count, desc=f"embed {model_file.name}", unit="img", disable=None, file=sys.stderr) as bar,
+        ):
+            row = 0
+            for images, why in aligned_batches(self.protocol.image_dir, self.faces, self.batch_size, self.workers):
+                both = np.stack([model(images), model(images.flip(2))])
+                self._check_finite(both, row, model_file)
+                bad = {row + place: reason for place, reason in enumerate(why) if reason}
+                if bad and not self.skip_bad:  # fail now, not after hours
+                    self._refuse(bad)
+                both[:, [place - row for place in bad]] = np.nan
+                write(row, both)
+                row += len(images)
+                bar.update(len(images))
+        return self._read(model_file)
 
     def _check_finite(self, values, first, model_file):
-        finite = np.isfinite(values).all(axis=(0, 2))
-        if not finite.all():
-            name = self.faces.names[first + int(np.argmin(finite))].decode()
+        sound = (np.abs(values) < LARGEST).all(axis=(0, 2))
+        if not sound.all():
+            name = self.faces.names[first + int(np.argmin(sound))].decode()
             raise EvalError(f"{model_file.file}: the embedding of {name} is not finite; use another checkpoint")
 
     def _refuse(self, reasons):
-        """EvalError with the first unreadable images and their lines in the landmark file."""
+        """EvalError with the first unusable images and their lines in the landmark file."""
         shown = [
             f"{self.protocol.image_dir / self.faces.names[row].decode()} ({why + ', ' if why else ''}"
             f"{self.protocol.landmark_file.name} line {row + 1})"
@@ -191,8 +247,8 @@ class EmbeddingStore:
         ]
         more = f" and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
         raise EvalError(
-            f"unreadable image(s): {'; '.join(shown)}{more}; restore them, or skip all unreadable images with "
-            "--skip-bad-images"
+            f"unusable image(s): {'; '.join(shown)}{more}; restore images and landmarks of one release, or skip all "
+            "unusable images with --skip-bad-images"
         )
 
     @functools.cached_property
@@ -205,16 +261,18 @@ class EmbeddingStore:
         signature = self._image_signature()
         where = hashlib.sha256(str(self.protocol.root).encode()).hexdigest()[:16]
         path = self.cache_dir / "meta" / f"{self.protocol.subset}_{where}_images.json"
-        if path.exists() and not self.fresh:
+        if os.path.exists(path) and not self.fresh:
             try:
-                saved = json.loads(path.read_text())
-                if saved["signature"] == signature:
-                    return saved["content"]
-            except (ValueError, KeyError, TypeError, OSError) as error:
+                saved, content, digest = json.loads(path.read_bytes())
+                if digest != _digest(saved, content):
+                    raise ValueError("its digest does not match")
+                if saved == signature:
+                    return content
+            except Exception as error:  # whatever comes of damaged bytes
                 print(f"{path}: damaged cache ({error}); reading the images again", file=sys.stderr)
         content = self._image_digest()
-        with publish(path) as partial:
-            partial.write_text(json.dumps({"signature": signature, "content": content}))
+        with writing(path) as file:
+            file.write(json.dumps([signature, content, _digest(signature, content)]).encode())
         return content
 
     def _image_signature(self):
@@ -222,31 +280,27 @@ class EmbeddingStore:
         folder, digest = self.protocol.image_dir, hashlib.sha256()
         if not folder.is_dir():
             raise EvalError(f"{folder}: no such directory; put the cropped images there")
-        there = {}
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                status = entry.stat()
-                there[entry.name] = f"{entry.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
         for row, name in enumerate(self.faces.names.tolist()):
-            line = there.get(name.decode())
-            if line is None:
+            path = os.path.join(folder, name.decode())
+            try:
+                status = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
                 raise EvalError(
-                    f"{self.protocol.landmark_file} line {row + 1}: image {folder / name.decode()} does not exist; "
-                    "unpack the images again, or remove the line from both lists"
-                )
-            digest.update(line.encode())
+                    f"{self.protocol.landmark_file} line {row + 1}: image {path} does not exist; unpack the images "
+                    "again, in the folders that the list names, or remove the line from both lists"
+                ) from None
+            digest.update(f"{name.decode()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
         digest.update(self.faces.landmarks.tobytes())
         return digest.hexdigest()
 
     def _image_digest(self):
-        digest = hashlib.sha256(self.faces.landmarks.tobytes())
-        paths = [self.protocol.image_dir / name.decode() for name in self.faces.names.tolist()]
-        bar = tqdm(total=len(paths), desc="fingerprint of the images", unit="img", disable=None, file=sys.stderr)
+        digest, names = hashlib.sha256(self.faces.landmarks.tobytes()), self.faces.names.tolist()
+        bar = tqdm(total=len(names), desc="fingerprint of the images", unit="img", disable=None, file=sys.stderr)
         with bar, ThreadPoolExecutor(4) as pool:
-            for start in range(0, len(paths), 1024):
-                part = paths[start : start + 1024]
-                for path, content in zip(part, pool.map(_hash_file, part)):
-                    digest.update(f"{path.name} {content}\n".encode())
+            for start in range(0, len(names), 1024):
+                part = [name.decode() for name in names[start : start + 1024]]
+                for name, content in zip(part, pool.map(_hash_file, (self.protocol.image_dir / name for name in part))):
+                    digest.update(f"{name} {content}\n".encode())
                 bar.update(len(part))
         return digest.hexdigest()
 
@@ -256,3 +310,68 @@ def _hash_file(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:  # reported with its line when the image is embedded
         return f"unreadable: {error.strerror}"
+
+
+def _digest(signature, content):
+    return hashlib.sha256(f"{signature} {content}".encode()).hexdigest()
+
+
+# --- The cache file -------------------------------------------------------------------------------------------------
+# An array float32 [2, N, D] as np.save writes it, and behind it another: the checksums of its blocks, uint32. Each
+# begins with what the embeddings are made from, so that another model's file does not pass under this one's name.
+
+_BLOCK = 4 << 20  # bytes
+
+
+@contextlib.contextmanager
+def cache_writer(path, key, shape):
+    """`with cache_writer(path, key, (2, N, D)) as write:` `write(row, float32 [2, b, D])` stores rows from `row` on.
+
+    key: what the embeddings are made from. The file gets its name once it is complete and on disk. EvalError if it
+    cannot be written, for want of room at once.
+    """
+    _, count, width = shape
+    with writing(path) as file:
+        reserve(file, 4 * math.prod(shape))
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        start = file.tell()
+
+        def write(row, both):
+            for plane, rows in enumerate(both):
+                file.seek(start + 4 * width * (plane * count + row))
+                file.write(np.ascontiguousarray(rows, "<f4"))
+
+        yield write
+        np.save(file, _checksums(file, start, shape, key))
+
+
+def read_cache(path, key, count):
+    """The array [2, `count`, D] in a cache file, memory-mapped; None, with a line if the file is not what was written.
+
+    All of it is read for its checksums, which the templates need next anyway.
+    """
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.str != "<f4" or fortran_order or len(shape) != 3 or shape[:2] != (2, count):
+                raise ValueError(f"it has {dtype} {shape}")
+            start = file.tell()
+            if not np.array_equal(_checksums(file, start, shape, key), np.load(file)):
+                raise ValueError("its checksums do not match")
+            return np.memmap(file, dtype, "r", start, shape)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever NumPy raises on damaged bytes
+        print(f"{path}: damaged cache ({error}); embedding the images again", file=sys.stderr)
+        return None
+
+
+def _checksums(file, start, shape, key):
+    """CRC-32 of each block of an array; leaves the file's position behind it."""
+    left, first, sums = 4 * math.prod(shape), zlib.crc32(key.encode()), []
+    file.seek(start)
+    while left > 0 and (block := file.read(min(_BLOCK, left))):
+        sums.append(zlib.crc32(block, first))
+        left -= len(block)
+    return np.array(sums, np.uint32)

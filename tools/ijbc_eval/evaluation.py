@@ -38,7 +38,10 @@ class Evaluation:
 
     @functools.cached_property
     def pairs(self):
-        return self.protocol.pairs(self.faces)
+        pairs = self.protocol.pairs(self.faces)
+        listed = np.concatenate([pairs.first_templates, pairs.second_templates])
+        self._note_unlisted(listed, self.protocol.pair_file, "pair")
+        return pairs
 
     @functools.cached_property
     def galleries(self):
@@ -55,23 +58,26 @@ class Evaluation:
                     f"{self.protocol.probe_file}: no probe is of a subject in {enrolled}; one of the two files is "
                     "truncated or from another release"
                 )
-        self._note_unlisted(probes)
+        listed = np.concatenate([probes.template, *(gallery.template for gallery in self.galleries.values())])
+        self._note_unlisted(listed, self.protocol.root / "meta", "1:N list")
         return probes
 
     def read_lists(self):
         """Read the 1:1 and 1:N lists, so that a mistake in any of them is an EvalError now, not after hours."""
         return self.pairs, self.galleries, self.probes
 
-    def _note_unlisted(self, probes):
-        """The official lists contain every template; only this reveals a list that was cut off at the end of a line."""
-        listed = np.concatenate([probes.template, *(gallery.template for gallery in self.galleries.values())])
+    def _note_unlisted(self, listed, where, what):
+        """A list that was cut off at the end of a line is betrayed only by the templates that it does not reach."""
         absent = len(self.faces.template_ids) - len(np.unique(listed))
         if absent:
-            meta = self.protocol.root / "meta"
-            print(f"note: {meta}: {absent} templates are in no 1:N list; are the csv files complete?", file=sys.stderr)
+            print(f"note: {where}: {absent} templates are in no {what}; is every list complete?", file=sys.stderr)
 
     def check_widths(self, gallery_model, probe_model):
-        """EvalError unless both models' embeddings have the same size; called before hours of embedding."""
+        """EvalError unless both models' embeddings have the same size; called before hours of embedding.
+
+        A probe model that was trained against another old model than the gallery's gets a line on stderr.
+        """
+        probe_model.warn_of_another_old_model(gallery_model)
         widths = self.store.width(gallery_model), self.store.width(probe_model)
         if widths[0] != widths[1]:
             raise EvalError(
@@ -91,7 +97,7 @@ class Evaluation:
         return self._templates[key]
 
     def bad_images(self, *models):
-        """Sorted names of the images that were unreadable for any of the models, for the result file."""
+        """Sorted names of the images that were unusable for any of the models, for the result file."""
         bad = np.logical_or.reduce([self.store.get(model).bad for model in models])
         return np.sort(self.faces.names[bad]).astype(str)
 
@@ -124,12 +130,14 @@ class Evaluation:
         ]
 
     def _check_templates_have_images(self, bad):
+        faces = self.faces
         if bad.any():
-            left = np.bincount(self.faces.template[~bad[self.faces.image]], minlength=len(self.faces.template_ids))
+            counts = ~bad[faces.image] & (faces.scores[faces.image] > 0)
+            left = np.bincount(faces.template[counts], minlength=len(faces.template_ids))
             if not left.all():
                 row = int(np.argmin(left))
-                line = int(np.argmax(self.faces.template == row)) + 1
+                line = int(np.argmax(faces.template == row)) + 1
                 raise EvalError(
-                    f"{self.protocol.face_file} line {line}: all images of template {self.faces.template_ids[row]} are "
-                    "unreadable; restore at least one of them"
+                    f"{self.protocol.face_file} line {line}: all images of template {faces.template_ids[row]} are "
+                    "unusable, or have the detection score 0; restore at least one of them"
                 )

@@ -1,11 +1,13 @@
-"""File helpers of the evaluation: its error type, atomic writing, content hashes."""
+"""File helpers of the evaluation: its error type, writing, content hashes."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
 
 from core.errors import UserError
+from core.files import atomic_write, open_temporary
 
 
 class EvalError(UserError, ValueError):
@@ -13,17 +15,32 @@ class EvalError(UserError, ValueError):
 
 
 @contextlib.contextmanager
-def publish(path):
-    """Yield a temporary path beside `path`; on success rename it to `path`, on an error remove it."""
+def writing(path):
+    """`core.files.atomic_write(path)` in a directory that is made if absent; EvalError if that fails."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last, because np.save and matplotlib choose the format by it.
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            yield file
+    except OSError as error:
+        raise _cannot_be_written(path, error) from None
+
+
+def check_writable(path):
+    """EvalError if `path` could not be written: asked before hours of work. Nothing is left behind."""
+    path = pathlib.Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary, file = open_temporary(next(there for there in path.parents if there.exists()) / path.name)
+        temporary.unlink()
+        file.close()
+    except OSError as error:
+        raise _cannot_be_written(path, error) from None
+
+
+def _cannot_be_written(path, error):
+    return EvalError(f"{path}: cannot be written ({error.strerror or error}); make room or choose another place")
 
 
 def sha256_of(paths):

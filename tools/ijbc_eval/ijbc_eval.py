@@ -11,6 +11,7 @@ given FPIR likewise; --protocol published computes both as the published scripts
 """
 
 import argparse
+import hashlib
 import pathlib
 import sys
 
@@ -18,8 +19,10 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
+from core.config import expand
 from core.errors import report_errors
 from tools.ijbc_eval import plots, results
+from tools.ijbc_eval.files import check_writable
 from tools.ijbc_eval.models import ModelFile
 from tools.ijbc_eval.options import add_data_arguments, open_evaluation
 from tools.ijbc_eval.templates import Setting
@@ -36,14 +39,17 @@ def parse_arguments(argv=None):
     add("-N", "--is_one_2_N", action="store_true", help="1:N identification instead of 1:1 verification")
     help_bunch = "all eight settings N{0,1}D{0,1}F{0,1}: normalised embeddings, × detection score, + mirrored image"
     add("-B", "--is_bunch", action="store_true", help=help_bunch)
-    help_result = "result file (default: IJB_result/{model_name}_{subset}_{11|1N}.npz), with the plots beside it"
-    add("-R", "--save_result", type=pathlib.Path, help=help_result)
+    help_result = (
+        "result file, with the plots beside it (default: IJB_result/{model_name}_{subset}_{11|1N}.npz or, where the "
+        "result of another model lies, that with six digits of the model file's digest)"
+    )
+    add("-R", "--save_result", type=expand, help=help_result)
     help_embeddings = "add embs and embs_f to the result (cross-test: also embs_old, embs_f_old)"
     add("-E", "--save_embeddings", action="store_true", help=help_embeddings)
     help_label = "add the template ids (1:N: subject ids too) of each score; label is always saved"
     add("-L", "--save_label", action="store_true", help=help_label)
     help_plot = "tabulate and plot saved results, without a model"
-    add("-P", "--plot_only", nargs="+", type=pathlib.Path, metavar="NPZ", help=help_plot)
+    add("-P", "--plot_only", nargs="+", type=expand, metavar="NPZ", help=help_plot)
     arguments = parser.parse_args(argv)
     if not arguments.plot_only and not arguments.model_file:
         parser.error("give -m MODEL, or -P NPZ for saved results")
@@ -51,12 +57,20 @@ def parse_arguments(argv=None):
 
 
 def evaluate(arguments):
-    """Run the requested test; returns (name for the result file, result arrays)."""
+    """Run the requested test; returns (path of the result file, result arrays)."""
     new = ModelFile(arguments.model_file, arguments.network)
     old = ModelFile(arguments.old_model_file, arguments.old_network) if arguments.old_model_file else new
     evaluation = open_evaluation(arguments)
     evaluation.check_widths(old, new)
     name = new.name if old == new else f"{new.name}_to_{old.name}"
+    models = evaluation.store.digest(new)
+    if old != new:
+        models = hashlib.sha256(f"{models} {evaluation.store.digest(old)}".encode()).hexdigest()
+    test = "1N" if arguments.is_one_2_N else "11"
+    path = arguments.save_result
+    if path is None:
+        path = results.free_path(pathlib.Path("IJB_result") / f"{name}_{arguments.subset}_{test}.npz", models)
+    check_writable(path)
     settings = Setting.all() if arguments.is_bunch else [Setting()]
     names = [f"{name} {setting.name}" if arguments.is_bunch else name for setting in settings]
     subset, protocol = arguments.subset, arguments.protocol
@@ -73,13 +87,14 @@ def evaluate(arguments):
         label = evaluation.pairs.label
         scores = np.stack([evaluation.verify(old, new, setting) for setting in settings])
         result = results.verification_result(names, scores, label, subset, protocol)
+    result["models"] = models
     result["input_scale"] = arguments.input_scale
     result["bad_images"] = evaluation.bad_images(old, new)
     if arguments.save_embeddings:
         result |= embeddings(evaluation, old, new)
     if arguments.save_label:
         result |= origins(evaluation, arguments.is_one_2_N)
-    return name, result
+    return path, result
 
 
 def embeddings(evaluation, old, new):
@@ -124,12 +139,10 @@ def main(argv=None):
         prefix = arguments.save_result.with_suffix("") if arguments.save_result else pathlib.Path("IJB_result/compared")
         show([results.load(path, arguments.protocol) for path in arguments.plot_only], prefix)
         return
-    name, result = evaluate(arguments)
-    test = "1N" if arguments.is_one_2_N else "11"
-    path = arguments.save_result or pathlib.Path("IJB_result") / f"{name}_{arguments.subset}_{test}.npz"
+    path, result = evaluate(arguments)
     results.save(path, result)
     if len(result["bad_images"]):
-        print(f"{len(result['bad_images'])} unreadable images were left out; bad_images in the result lists them")
+        print(f"{len(result['bad_images'])} unusable images were left out; bad_images in the result lists them")
     show([result], path.with_suffix(""))
     print(f"result: {path}")
 

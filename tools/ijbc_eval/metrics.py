@@ -1,10 +1,12 @@
-"""The figures: 1:1 from an exact ROC over tens of millions of pairs; 1:N, open set, without sorting any row."""
+"""The figures: 1:1 over tens of millions of pairs, by the ROC of roc.py; 1:N, open set, without sorting any row."""
 
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+from tools.ijbc_eval.roc import Roc, most_allowed
 
 PROTOCOLS = ("exact", "published")  # how figures are computed, 1:1 and 1:N
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -67,83 +69,9 @@ def _in_parts(length, size, work):
             pass
 
 
-class Roc:
-    """The ROC of scores [P] with labels [P] (true = same person), exact with ties; keeps both classes sorted.
-
-    A pair is accepted if its score is above the threshold. ValueError if a class is missing or a score is NaN.
-    """
-
-    def __init__(self, scores, label):
-        label = np.asarray(label, bool)
-        scores = np.asarray(scores)
-        self.genuine, self.impostor = scores[label], scores[~label]  # copies, sorted in place
-        self.genuine.sort()
-        self.impostor.sort()
-        if not len(self.genuine) or not len(self.impostor):
-            raise ValueError(
-                f"a ROC needs pairs of both kinds; found {len(self.genuine)} genuine and {len(self.impostor)} impostor"
-            )
-        if np.isnan(self.genuine[-1]) or np.isnan(self.impostor[-1]):  # NaN sorts last
-            raise ValueError("some scores are NaN; the model's embeddings are not finite")
-
-    @property
-    def auc(self):
-        """P(genuine > impostor) + ½ P(equal): the area under the ROC (Mann-Whitney), from integer counts."""
-        below = np.searchsorted(self.impostor, self.genuine, "left").sum(dtype=np.int64)
-        not_above = np.searchsorted(self.impostor, self.genuine, "right").sum(dtype=np.int64)
-        return float((int(below) + int(not_above)) / (2 * len(self.genuine) * len(self.impostor)))
-
-    def tpr_at(self, fpr, protocol="exact"):
-        """The largest TPR whose FPR does not exceed `fpr` (0 … 1); published: `nearest_tpr`.
-
-        If at most k impostors may pass, the threshold is the (k+1)-th largest impostor score: at most k impostors are
-        above it, and any lower threshold would let that one pass, with all that tie with it.
-        """
-        if protocol == "published":
-            return self.nearest_tpr(fpr)
-        return float(np.mean(self.genuine > self.threshold_at(fpr)))
-
-    def threshold_at(self, fpr):
-        allowed = most_allowed(fpr, len(self.impostor))
-        return self.impostor[-1 - allowed] if allowed < len(self.impostor) else -np.inf
-
-    def nearest_tpr(self, fpr):
-        """The TPR of the ROC point whose FPR is nearest to `fpr`, as in insightface-derived scripts.
-
-        Those use the points of sklearn's `roc_curve`, which drops collinear points, and of two equally near ones the
-        one with the lower threshold. The nearest point may lie *above* the requested FPR, so this can exceed `tpr_at`:
-        usually by one step of the ROC, by far more if impostor scores tie or are few.
-        """
-        fps, tps = self._corners()
-        distance = np.abs(fps / len(self.impostor) - fpr)
-        nearest = len(distance) - 1 - np.argmin(distance[::-1])
-        return float(tps[nearest] / len(self.genuine))
-
-    def _corners(self):
-        """False and true positives at the ROC's corner points, from (0, 0) by descending threshold."""
-        if not hasattr(self, "_corner_cache"):
-            thresholds = np.unique(np.concatenate([self.genuine, self.impostor]))[::-1]
-            fps = len(self.impostor) - np.searchsorted(self.impostor, thresholds, "left")
-            tps = len(self.genuine) - np.searchsorted(self.genuine, thresholds, "left")
-            bend = np.ones(len(thresholds), bool)
-            bend[1:-1] = (np.diff(fps, 2) != 0) | (np.diff(tps, 2) != 0)
-            self._corner_cache = np.append(0, fps[bend]), np.append(0, tps[bend])
-        return self._corner_cache
-
-
-def most_allowed(rate, total):
-    """The largest integer k with k / total ≤ rate. Not floor(rate · total): 0.29 · 100 is 28.999999999999996."""
-    allowed = min(int(rate * total), total)
-    while allowed < total and (allowed + 1) / total <= rate:
-        allowed += 1
-    while allowed > 0 and allowed / total > rate:
-        allowed -= 1
-    return allowed
-
-
 def verification_summary(scores, label, fprs=FPRS, protocol="exact"):
     """`(TPR at each FPR float64 [len(fprs)], AUC)`."""
-    roc = Roc(scores, label)
+    roc = Roc(scores, label, fprs)
     return np.array([roc.tpr_at(fpr, protocol) for fpr in fprs]), roc.auc
 
 
@@ -191,8 +119,11 @@ class Search:
 def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
     """Search probes float32 [Q, D] in a gallery float32 [G, D], both L2-normalised; subjects are integers.
 
-    A subject with several gallery templates counts once, with the best of them.
+    A subject with several gallery templates counts once, with the best of them. ValueError if a feature is not finite:
+    no score is above a NaN, so it would count as found.
     """
+    if not (np.isfinite(gallery).all() and np.isfinite(probes).all()):
+        raise ValueError("some features are not finite")
     order = np.argsort(gallery_subject, kind="stable")
     subjects, starts = np.unique(gallery_subject[order], return_index=True)
     gallery = np.ascontiguousarray(gallery[order].T)

@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
+import sys
 
 import numpy as np
 import torch
 
 from backbones import find_network, load_backbone
+from core.config import expand
 from core.distributed import default_device
+from core.manifest import Manifest, digest, manifest_path, read_manifest
 from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError
 
@@ -28,6 +32,9 @@ class ModelFile:
 
     file: str
     network: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "file", str(expand(self.file)))
 
     @property
     def kind(self):
@@ -50,10 +57,24 @@ class ModelFile:
         return [pathlib.Path(f"{prefix}-symbol.json"), pathlib.Path(f"{prefix}-{int(epoch):04d}.params")]
 
     def check_files(self):
-        """EvalError if a file is missing."""
+        """EvalError if a file is missing; a line on stderr if its manifest says that its run is unfinished."""
         for path in self.paths:
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise EvalError(f"{path}: no such file; check -m / -m_old")
+        if self.manifest.get("finished") is False:
+            _warn_once(f"{self.file}: of an unfinished run, after step {self.manifest.get('step')}")
+
+    @functools.cached_property
+    def manifest(self):
+        """The core.manifest.Manifest beside the model, empty without one: many models come from elsewhere."""
+        path = self.paths[0]
+        return read_manifest(path) if manifest_path(path).is_file() else Manifest(path)
+
+    def warn_of_another_old_model(self, old):
+        """A line on stderr if this model was trained against another old model than the ModelFile `old`."""
+        expected = self.manifest.get("old_model")
+        if expected and expected != digest(old.paths[0]):
+            _warn_once(f"{self.file}: trained against another old model than {old.file}")
 
     @functools.cached_property
     def found_network(self):
@@ -76,7 +97,7 @@ def load_model(model_file, device=None, input_scale=INPUT_SCALE):
     """A callable with `.num_features`: uint8 RGB [B, 112, 112, 3] -> float32 embeddings [B, num_features] (numpy).
 
     Raises EvalError if a file or the package to read it is missing, and backbones.BackboneError (also a UserError) if
-    the file does not fit the network.
+    the file does not fit the network. The callable raises EvalError if the model fails, or gives no row per image.
     """
     model_file.check_files()
     return {"torch": TorchModel, "onnx": OnnxModel, "mxnet": MxnetModel}[model_file.kind](
@@ -104,11 +125,9 @@ class TorchModel:
 
 @contextlib.contextmanager
 def _feeding(model_file, expected):
-    """Turn the runtime's own exceptions at its first input into an EvalError."""
+    """Turn a runtime's own exceptions, which have no common base class, into an EvalError."""
     try:
         yield
-    except EvalError:
-        raise
     except Exception as error:
         raise EvalError(
             f"{model_file.file}: expects input {expected}; export it for float32 [B,3,112,112]: {_last_line(error)}"
@@ -120,38 +139,53 @@ def _last_line(error):
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
-def _embedding_size(model_file, model):
-    """Width of the output for one black image."""
-    shape = model(np.zeros((1, 112, 112, 3), np.uint8)).shape
-    if len(shape) != 2 or shape[0] != 1:
+def _rows(model_file, output, count):
+    """A model's output as float32 [count, D]; EvalError unless it has a row for each of `count` images."""
+    if output.ndim != 2 or len(output) != count:
         raise EvalError(
-            f"{model_file.file}: output {list(shape)} for one image; export it with an embedding [1, size] as output"
+            f"{model_file.file}: output {list(output.shape)} for {count} image(s); export it with embeddings [B, size] "
+            "as output"
         )
-    return shape[1]
+    return output.astype(np.float32)
+
+
+_BLACK = np.zeros((2, 112, 112, 3), np.uint8)  # two images, to try a model with
 
 
 class OnnxModel:
-    """An ONNX graph with one image input and the embedding as first output, fed like a state dict's backbone."""
+    """An ONNX graph with one image input and the embedding as first output, fed like a state dict's backbone.
+
+    Graphs of a fixed batch size are run in it: stated in the input's shape or, where that says "any" but the graph was
+    traced with one image and keeps to it, found by trying two.
+    """
 
     def __init__(self, model_file, device, input_scale):
-        self.input_scale = input_scale
+        self.model_file, self.input_scale = model_file, input_scale
         try:
             import onnxruntime
         except ImportError:
             raise EvalError(f"{model_file.file}: .onnx models need onnxruntime: pip install onnxruntime") from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # it prints its errors as well as raising them
         try:
             self.session = onnxruntime.InferenceSession(
-                model_file.file, providers=onnxruntime.get_available_providers()
+                model_file.file, options, providers=onnxruntime.get_available_providers()
             )
         except Exception as error:  # onnxruntime's exceptions have no public base class
             raise EvalError(f"{model_file.file}: onnxruntime cannot load it: {error}") from error
         self.input = self.session.get_inputs()[0]
-        expected = f"{self.input.name!r} {self.input.type} {self.input.shape}"
         self.output = self.session.get_outputs()[0].name
         batch = self.input.shape[0] if self.input.shape else None
-        self.batch = batch if isinstance(batch, int) and batch > 0 else None  # exported with a fixed batch size
-        with _feeding(model_file, expected):
-            self.num_features = _embedding_size(model_file, self)
+        self.batch = batch if isinstance(batch, int) and batch > 0 else None
+        self.num_features = self(_BLACK[:1]).shape[1]
+        if self.batch is None:
+            try:
+                two = self(_BLACK).shape
+            except EvalError:
+                two = None
+            if two != (2, self.num_features):
+                print(f"note: {model_file.file}: was traced with one image, so images run one by one", file=sys.stderr)
+                self.batch = 1
 
     def __call__(self, images):
         images = _scaled(torch.as_tensor(images), self.input_scale).numpy()
@@ -160,8 +194,10 @@ class OnnxModel:
         for start in range(0, len(images), step):
             part = images[start : start + step]
             filled = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
-            parts.append(self.session.run([self.output], {self.input.name: filled})[0][: len(part)])
-        return np.concatenate(parts).astype(np.float32)
+            with _feeding(self.model_file, f"{self.input.name!r} {self.input.type} {self.input.shape}"):
+                output = self.session.run([self.output], {self.input.name: filled})[0]
+            parts.append(_rows(self.model_file, output, step)[: len(part)])
+        return np.concatenate(parts)
 
 
 class MxnetModel:
@@ -172,7 +208,7 @@ class MxnetModel:
     """
 
     def __init__(self, model_file, device, input_scale):
-        self.input_scale = input_scale
+        self.model_file, self.input_scale = model_file, input_scale
         self.mx = _import_mxnet(model_file)
         prefix, epoch = model_file.file.rsplit(",", 1)
         try:
@@ -188,17 +224,22 @@ class MxnetModel:
             raise EvalError(
                 f"{model_file.file}: expects input {inputs}; export it for float32 [B,3,112,112] as 'data' alone"
             )
-        with _feeding(model_file, "of another size"):  # the graph has none; mismatched parameters reveal it
+        with self._feeding():
             self.module = self.mx.mod.Module(symbol, data_names=["data"], label_names=None, context=context)
             self.module.bind(data_shapes=[("data", (1, 3, 112, 112))], for_training=False)
             self.module.set_params(arguments, auxiliary, allow_extra=True)
-            self.num_features = _embedding_size(model_file, self)
+        self.num_features = self(_BLACK[:1]).shape[1]
 
     def __call__(self, images):
         images = torch.as_tensor(images)
         data = images.float().permute(0, 3, 1, 2) if self.scales_itself else _scaled(images, self.input_scale)
-        self.module.forward(self.mx.io.DataBatch([self.mx.nd.array(data.numpy())]), is_train=False)
-        return self.module.get_outputs()[0].asnumpy().astype(np.float32)
+        with self._feeding():
+            self.module.forward(self.mx.io.DataBatch([self.mx.nd.array(data.numpy())]), is_train=False)
+            output = self.module.get_outputs()[0].asnumpy()
+        return _rows(self.model_file, output, len(images))
+
+    def _feeding(self):
+        return _feeding(self.model_file, "of another size")  # the graph has none; mismatched parameters reveal it
 
 
 def _import_mxnet(model_file):
@@ -212,3 +253,8 @@ def _import_mxnet(model_file):
             f"checkpoints; importing it failed: {error}"
         ) from None
     return mxnet
+
+
+@functools.cache
+def _warn_once(line):
+    print(f"warning: {line}", file=sys.stderr)

@@ -2,9 +2,8 @@
 
 import argparse
 import os
-import pathlib
 
-from core.config import REPO
+from core.config import REPO, expand
 from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
 from tools.ijbc_eval.metrics import PROTOCOLS
 from tools.ijbc_eval.models import INPUT_SCALE
@@ -41,15 +40,15 @@ def add_data_arguments(parser):
     """The options of the data, its cache, and how figures are computed."""
     add = parser.add_argument
     help_data = "directory of IJBC/ and/or IJBB/ (default: dataset under the repo root)"
-    add("-d", "--data_path", type=pathlib.Path, default=REPO / "dataset", help=help_data)
+    add("-d", "--data_path", type=expand, default=REPO / "dataset", help=help_data)
     add("-s", "--subset", choices=list(SUBSETS), default="IJBC", help="(default: IJBC)")
     add("-b", "--batch_size", type=whole_number(1), default=128, help="images per forward pass (default: 128)")
     add("-F", "--force_reload", action="store_true", help="ignore all caches and recompute")
-    add("--skip-bad-images", action="store_true", help="skip unreadable images and list them in the result")
+    add("--skip-bad-images", action="store_true", help="skip unusable images and list them in the result")
     help_workers = "processes that read and align images, 0: this one (default: the number of cores, at most 16)"
     add("--workers", type=whole_number(0), default=min(os.cpu_count() or 1, 16), help=help_workers)
     help_cache = f"cached embeddings and parsed lists (default: {DEFAULT_CACHE} in the current directory)"
-    add("--cache-dir", type=pathlib.Path, default=DEFAULT_CACHE, help=help_cache)
+    add("--cache-dir", type=expand, default=DEFAULT_CACHE, help=help_cache)
     add(
         "--input-scale",
         type=positive,

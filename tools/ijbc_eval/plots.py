@@ -6,8 +6,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tools.ijbc_eval.files import publish
-from tools.ijbc_eval.metrics import Roc, Search, mean_tpir
+from tools.ijbc_eval.files import writing
+from tools.ijbc_eval.metrics import Search, mean_tpir
+from tools.ijbc_eval.roc import Roc
 
 _POINTS = 241  # per curve: forty per decade over six decades
 _BARS = ((-0.2, "cross", "cross-test", "#1f5fa8"), (0.2, "self", "new self-test", "#8fbfe8"))
@@ -15,15 +16,15 @@ _BARS = ((-0.2, "cross", "cross-test", "#1f5fa8"), (0.2, "self", "new self-test"
 
 def plot_verification(results, prefix):
     """Write `{prefix}_roc.png` and `{prefix}_det.png` of 1:1 results; returns the paths."""
-    curves, finest, protocol = [], 1.0, results[0]["protocol"]  # the same in all results
-    for result in results:
-        finest = min(finest, 1 / np.count_nonzero(~result["label"]))
-        for name, scores in zip(result["names"], result["scores"]):
-            curves.append((str(name), Roc(scores, result["label"])))
+    protocol = results[0]["protocol"]  # the same in all results
+    finest = min(1 / np.count_nonzero(~result["label"]) for result in results)
     fprs = np.logspace(max(-6, np.floor(np.log10(finest))), 0, _POINTS)
-    lines = [
-        (f"{name}  (AUC {roc.auc:.4f})", np.array([roc.tpr_at(fpr, protocol) for fpr in fprs])) for name, roc in curves
-    ]
+    lines = []
+    for result in results:
+        for name, scores in zip(result["names"], result["scores"]):
+            roc = Roc(scores, result["label"], fprs)
+            tprs = np.array([roc.tpr_at(fpr, protocol) for fpr in fprs])
+            lines.append((f"{name}  (AUC {roc.auc:.4f})", tprs))
     title = f"{_subsets(results)} 1:1 verification{_reading(protocol)}"
     roc = _draw(f"{prefix}_roc.png", fprs, lines, title, "false positive rate", "true positive rate")
     misses = [(name, np.where(tprs < 1, 1 - tprs, np.nan)) for name, tprs in lines]  # a log axis has no 0
@@ -148,7 +149,7 @@ def _reference_lines(axes, report, key):
 
 
 def _save(figure, path):
-    with publish(path) as partial:
-        figure.savefig(partial, dpi=130, bbox_inches="tight")
+    with writing(path) as file:
+        figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
     return path

@@ -9,22 +9,26 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+import posixpath
 import sys
-import zipfile
 
 import numpy as np
 
+from tools.ijbc_eval.align import misfit
 from tools.ijbc_eval.ascii_table import MAX_DIGITS, is_number, read_int_table
-from tools.ijbc_eval.files import EvalError, publish, stamp
+from tools.ijbc_eval.files import EvalError, stamp, writing
 
 SUBSETS = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}
-_CACHE_VERSION = 2  # increment when the meaning of a cached array changes
+_CACHE_VERSION = 3  # increment when the meaning of a cached array changes, or what is refused
+_LONGEST_NAME = 255
+_MISFIT = 10.0  # pixels, see align.misfit: points of a face 1 to 4, of a full profile or in a wrong order 12 to 23
 
 
 @dataclasses.dataclass
 class Faces:
-    """names [N] (bytes), landmarks float32 [N, 5, 2] (pixels), scores float32 [N]: one entry per image.
+    """names [N] (bytes), landmarks float32 [N, 5, 2] (pixels), scores float32 [N] (>= 0): one entry per image.
 
     image, template, medium int32 [F]: one entry per line of face_tid_mid; rows of the arrays above, rows of
     `template_ids` (int64 [T], ascending) and a number unique to each medium of a template.
@@ -82,7 +86,7 @@ class Protocol:
         self.pair_file = pathlib.Path(f"{prefix}_template_pair_label.txt")
         self.probe_file = pathlib.Path(f"{prefix}_1N_probe_mixed.csv")
         self.gallery_files = {name: pathlib.Path(f"{prefix}_1N_gallery_{name}.csv") for name in SUBSETS[subset]}
-        if not (self.root / "meta").is_dir():
+        if not os.path.isdir(self.root / "meta"):
             raise EvalError(
                 f"{self.root / 'meta'}: no such directory; set -d to the directory of {subset}/meta and "
                 f"{subset}/loose_crop"
@@ -90,7 +94,16 @@ class Protocol:
 
     def faces(self):
         sources = [self.landmark_file, self.face_file]
-        return Faces(**self._cached("faces", sources, lambda: vars(read_faces(*sources))))
+        faces = Faces(**self._cached("faces", sources, lambda: vars(read_faces(*sources))))
+        apart = misfit(faces.landmarks) > _MISFIT
+        if apart.any():
+            print(
+                f"note: {self.landmark_file}: {np.count_nonzero(apart)} of {len(apart)} lines have landmarks unlike a "
+                f"face, the first in line {np.argmax(apart) + 1}: full profiles, or points in another order than eyes, "
+                "nose, mouth corners, each from left to right",
+                file=sys.stderr,
+            )
+        return faces
 
     def pairs(self, faces):
         def read():
@@ -111,40 +124,55 @@ class Protocol:
         return Subjects(**self._cached(part, [path, self.face_file], read))
 
     def _cached(self, part, sources, read):
-        stamps = json.dumps([_CACHE_VERSION, [stamp(path) for path in sources]])
+        made_from = json.dumps([_CACHE_VERSION, part, [stamp(path) for path in sources]])
         where = hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
         path = self.cache_dir / "meta" / f"{self.subset}_{where}_{part}.npz"
-        if path.exists() and not self.fresh:
+        if os.path.exists(path) and not self.fresh:
             try:
                 with np.load(path) as saved:
-                    if str(saved["stamps"]) == stamps:
-                        return {key: saved[key] for key in saved.files if key != "stamps"}
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                    arrays = {key: saved[key] for key in saved.files}
+                if str(arrays.pop("made_from", "")) == made_from:
+                    if str(arrays.pop("digest")) == _digest(arrays):
+                        return arrays
+                    raise ValueError("its digest does not match")
+            except Exception as error:  # whatever NumPy and zipfile raise on damaged bytes
                 print(f"{path}: damaged cache ({error}); reading the files again", file=sys.stderr)
         arrays = read()
-        with publish(path) as partial:
-            np.savez(partial, stamps=np.array(stamps), **arrays)
+        with writing(path) as file:
+            np.savez(file, made_from=np.array(made_from), digest=np.array(_digest(arrays)), **arrays)
         return arrays
+
+
+def _digest(arrays):
+    digest = hashlib.sha256()
+    for key, array in sorted(arrays.items()):
+        digest.update(f"{key} {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def read_faces(landmark_file, face_file):
     """Faces from the landmark file and the face list; every line is checked."""
-    points = _read_table(landmark_file, [("name", "S64"), ("values", "f8", 11)], "name x1 y1 … x5 y5 score")
-    listed = _read_table(face_file, [("name", "S64"), ("template", "i8"), ("medium", "i8")], "name template medium")
-    names, landmarks = points["name"], points["values"][:, :10].reshape(-1, 5, 2)
-    _check_landmarks(landmark_file, landmarks, points["values"][:, 10])
+    points = _read_table(landmark_file, [("values", "f8", 11)], "name x1 y1 … x5 y5 score")
+    listed = _read_table(face_file, [("template", "i8"), ("medium", "i8")], "name template medium")
+    names = points["name"]
+    with np.errstate(over="ignore"):
+        values = points["values"].astype(np.float32)
+    landmarks, scores = values[:, :10].reshape(-1, 5, 2), values[:, 10]
+    _check_values(landmark_file, landmarks, scores)
     image = _match_names(names, listed["name"], landmark_file, face_file)
     if min(listed["template"].min(), listed["medium"].min()) < 0:
         line = int(np.argmax((listed["template"] < 0) | (listed["medium"] < 0))) + 1
         raise EvalError(f"{face_file} line {line}: template and medium numbers must not be negative; correct the line")
     template_ids, template = np.unique(listed["template"], return_inverse=True)
+    _check_some_score(face_file, landmark_file, template_ids, template, scores[image])
     medium_ids, medium = np.unique(listed["medium"], return_inverse=True)
     # Medium numbers are local to a template: the same number in two templates means two media.
     medium = np.unique(template * len(medium_ids) + medium, return_inverse=True)[1]
     return Faces(
         names,
-        landmarks.astype(np.float32),
-        points["values"][:, 10].astype(np.float32),
+        landmarks,
+        scores,
         image.astype(np.int32),
         template.astype(np.int32),
         medium.astype(np.int32),
@@ -175,41 +203,59 @@ def _match_names(names, listed, landmark_file, face_file):
     return image
 
 
-def _check_landmarks(path, landmarks, scores):
+def _check_values(path, landmarks, scores):
     finite = np.isfinite(landmarks).all(axis=(1, 2)) & np.isfinite(scores)
     if not finite.all():
         line = np.argmin(finite) + 1
-        raise EvalError(f"{path} line {line}: landmarks and score must be finite numbers; correct the line")
+        raise EvalError(f"{path} line {line}: landmarks and score must be finite float32 numbers; correct the line")
     spread = np.ptp(landmarks, axis=1).max(axis=1) > 0
     if not spread.all():
         raise EvalError(f"{path} line {np.argmin(spread) + 1}: all five landmarks are one point; correct the line")
+    if scores.min() < 0:
+        line = np.argmax(scores < 0) + 1
+        raise EvalError(f"{path} line {line}: detection score {scores[line - 1]:g}: must not be negative; correct it")
+
+
+def _check_some_score(face_file, landmark_file, template_ids, template, scores):
+    """EvalError if all images of a template have the score 0, which weights them: nothing would be left of it."""
+    weighted = np.bincount(template[scores > 0], minlength=len(template_ids)) > 0
+    if not weighted.all():
+        row = int(np.argmin(weighted))
+        raise EvalError(
+            f"{face_file} line {int(np.argmax(template == row)) + 1}: all images of template {template_ids[row]} have "
+            f"the detection score 0 in {landmark_file.name}; give one of them a score above 0"
+        )
 
 
 def _read_table(path, columns, layout):
-    """A text file as a structured array, one row per line; EvalError names the first malformed line."""
+    """A text file as a structured array, one row per line, after its name; EvalError names the first malformed line."""
     lines = _read_text(path).rstrip().split("\n")
     if lines == [""]:
         raise EvalError(f"{path}: is empty; expected lines of `{layout}`")
-    _check_names_are_ascii(path, lines)
+    longest = min(max(map(len, _names(path, lines))), _LONGEST_NAME)
+    columns = [("name", f"S{max(longest, 63) + 1}"), *columns]
     try:
         table = np.atleast_1d(np.loadtxt(lines, dtype=columns, comments=None))
     except (ValueError, OverflowError):
         table = None
     # loadtxt skips blank lines and truncates long names: accept its result only if neither can have happened.
-    if table is None or len(table) != len(lines) or np.char.str_len(table["name"]).max() > 63:
+    if table is None or len(table) != len(lines) or np.char.str_len(table["name"]).max() > longest:
         _find_bad_line(path, lines, columns, layout)
+    for row in np.flatnonzero(np.char.find(table["name"], b"/") >= 0):
+        table["name"][row] = posixpath.normpath(table["name"][row])  # "./1.jpg" is "1.jpg"
     return table
 
 
-def _check_names_are_ascii(path, lines):
-    """Names are stored as ASCII bytes, so that half a million of them stay small."""
-    for number, line in enumerate(lines, 1):
-        name = "" if line.isascii() else "".join(line.split(maxsplit=1)[:1])
+def _names(path, lines):
+    """The first field of each line. EvalError unless all are ASCII: stored as bytes, half a million stay small."""
+    names = [(line.split(maxsplit=1) or [""])[0] for line in lines]
+    for number, name in enumerate(names, 1):
         if not name.isascii():
             raise EvalError(
                 f"{path} line {number}: the image name {name[:80]!r} is not ASCII; rename the image in loose_crop and "
                 "in both lists"
             )
+    return names
 
 
 def _find_bad_line(path, lines, columns, layout):
@@ -219,9 +265,11 @@ def _find_bad_line(path, lines, columns, layout):
         except (ValueError, OverflowError):
             return False
 
-    number = next((number for number, line in enumerate(lines, 1) if not is_fine(line) or len(line.split()[0]) > 63), 1)
+    long = _LONGEST_NAME
+    bad = (row for row, line in enumerate(lines, 1) if not is_fine(line) or len(line.split()[0]) > long)
+    number = next(bad, 1)
     raise EvalError(
-        f"{path} line {number}: expected `{layout}` (numbers; a name of at most 63 letters), found "
+        f"{path} line {number}: expected `{layout}` (numbers; a name of at most {long} letters), found "
         f"{lines[number - 1].strip()[:80]!r}; the file is damaged or truncated, download it again"
     )
 

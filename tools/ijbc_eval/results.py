@@ -2,6 +2,7 @@
 
 A result file is an npz of one test on one subset for K named runs:
     names str [K], task "11" or "1N", subset, protocol "exact" or "published", input_scale, bad_images str [·]
+    models str: digest of the model's file, in a cross-test of the probes' and the gallery's model
     1:1   scores float32 [K, P], label bool [P] (same person); fprs [F], tprs [K, F], auc [K]
     1:N   scores float32 [K, G, Q], label bool [G, Q] (mated), rank int32 [K, G, Q], as in metrics.Search;
           galleries str [G]; mixed_rank int32 [K, Q], in the galleries merged into one;
@@ -9,14 +10,13 @@ A result file is an npz of one test on one subset for K named runs:
 Figures follow `protocol`; scores, label and ranks are the same for both protocols and suffice for either.
 """
 
-import zipfile
-import zlib
+import sys
 
 import numpy as np
 from prettytable import PrettyTable
 
 from tools.ijbc_eval import metrics
-from tools.ijbc_eval.files import EvalError, publish
+from tools.ijbc_eval.files import EvalError, writing
 
 
 def verification_result(names, scores, label, subset, protocol="exact"):
@@ -55,9 +55,25 @@ def identification_result(names, runs, mixed_rank, subset, galleries, protocol="
     }
 
 
+def free_path(path, models):
+    """`path` or, where the result of other models lies, `path` with six digits of the digest `models` in its name."""
+    try:
+        with np.load(path) as saved:
+            other = str(saved["models"]) != models
+    except FileNotFoundError:
+        return path
+    except Exception:  # no result file, or one that does not say
+        other = True
+    if not other:
+        return path
+    free = path.with_name(f"{path.stem}_{models[:6]}{path.suffix}")
+    print(f"note: {path} is of other models or does not say of which; this result goes to {free}", file=sys.stderr)
+    return free
+
+
 def save(path, result):
     """Write a result file atomically."""
-    with publish(path) as partial, open(partial, "wb") as file:
+    with writing(path) as file:
         np.savez(file, **result)
 
 
@@ -74,10 +90,10 @@ def load(path, protocol="exact"):
     if not 2 <= scores.ndim <= 3 or label.shape != scores.shape[1:] or len(names) != len(scores) or not scores.size:
         shapes = f"{len(names)} names, scores {scores.shape}, label {label.shape}"
         raise EvalError(f"{path}: {shapes} do not fit together; write it with ijbc_eval.py -R")
-    _check_values(path, scores, label)
-    label = label.astype(bool)
+    label = _checked_label(path, label)
+    _check_scores(path, scores, label)
     if one_to_n:
-        galleries = _check_search(path, found, scores, protocol)
+        galleries = _check_search(path, found, scores, label, protocol)
         runs = [
             [metrics.Search(*parts) for parts in zip(label, ranks, run)] for ranks, run in zip(found["rank"], scores)
         ]
@@ -99,7 +115,7 @@ def _read(path):
         with saved:
             wanted = ("scores", "label", "names", "subset", "rank", "galleries", "mixed_rank")
             found = {key: saved[key] for key in wanted if key in saved.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever NumPy and zipfile raise on damaged bytes
         raise EvalError(f"{path}: cannot be read as a result file ({error}); write it with ijbc_eval.py -R") from None
     missing = [key for key in ("scores", "names", "label") if key not in found]
     if missing:
@@ -107,18 +123,26 @@ def _read(path):
     return found
 
 
-def _check_values(path, scores, label):
-    if scores.dtype.kind not in "fiu":
-        raise EvalError(f"{path}: scores are of type {scores.dtype}; save them as float32")
-    if np.isnan(scores).any():
-        row = int(np.argwhere(np.isnan(scores))[0, 0])
-        raise EvalError(f"{path}: scores of run {row} contain NaN; evaluate that model again")
+def _checked_label(path, label):
     if label.dtype.kind not in "biuf" or not np.isin(label, (0, 1)).all():
         raise EvalError(f"{path}: label must be 1 or true (same person, mated), 0 or false; save it again")
+    return label.astype(bool)
 
 
-def _check_search(path, found, scores, protocol):
-    """The gallery names of a 1:N result; EvalError unless ranks and `galleries` fit its scores [K, G, Q]."""
+def _check_scores(path, scores, label):
+    """EvalError unless scores are finite; a mated probe that is not the first has −inf."""
+    if scores.dtype.kind not in "fiu":
+        raise EvalError(f"{path}: scores are of type {scores.dtype}; save them as float32")
+    wrong = ~np.isfinite(scores)
+    if scores.ndim == 3:
+        wrong &= ~(label & (scores == -np.inf))
+    if wrong.any():
+        run = int(np.argwhere(wrong)[0, 0])
+        raise EvalError(f"{path}: scores of run {run} contain NaN or infinite ones; evaluate that model again")
+
+
+def _check_search(path, found, scores, label, protocol):
+    """The gallery names of a 1:N result; EvalError unless ranks and `galleries` fit its scores [K, G, Q] and label."""
     for key in ("rank", "galleries"):
         if key not in found:
             raise EvalError(
@@ -141,6 +165,8 @@ def _check_search(path, found, scores, protocol):
             f"{path}: scores {scores.shape} and mixed_rank {mixed_rank.shape} ({mixed_rank.dtype}) do not fit "
             "together; save an integer mixed_rank for each run and probe"
         )
+    if (rank[:, label] < 1).any() or rank[:, ~label].any():
+        raise EvalError(f"{path}: rank must be 1 or more for mated probes, 0 for others; write it with ijbc_eval.py -N")
     return [str(name) for name in galleries]
 
 

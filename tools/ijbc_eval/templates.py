@@ -6,6 +6,10 @@ import itertools
 import numpy as np
 from scipy import sparse
 
+from tools.ijbc_eval.files import EvalError
+
+LARGEST = 1e30  # embeddings and features must be below, so that their lengths are far from float32's limit
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -29,7 +33,8 @@ def template_features(embs, embs_f, faces, setting=Setting(), bad=None):
     """L2-normalised template features, float32 [templates, D], in the order of `faces.template_ids`.
 
     embs, embs_f: float32 [images, D], embeddings of the images and of the mirrored images.
-    faces: protocol.Faces. bad: bool [images] or None; such images are ignored.
+    faces: protocol.Faces. bad: bool [images] or None; such images are ignored. EvalError if a feature is not
+    finite.
 
     A template is the sum over its media of the mean over a medium's images (IJB-A, Klare et al., CVPR 2015: a long
     video must not outweigh a portrait), so each image has the weight score / (images of its medium): T = W·E with W
@@ -50,13 +55,28 @@ def template_features(embs, embs_f, faces, setting=Setting(), bad=None):
     features = pool @ embs
     if setting.flip:
         features += pool @ embs_f
+    sound = np.abs(features).max(axis=1) < LARGEST
+    if not sound.all():
+        raise EvalError(
+            f"template {faces.template_ids[np.argmin(sound)]}: embeddings times detection scores are not finite, or "
+            f"above {LARGEST:g}; correct the scores, or use another checkpoint"
+        )
     return l2_normalise(features)
 
 
 def l2_normalise(features):
-    """Rows divided by their length; a row of zeros stays zero. float32 [N, D] -> float32 [N, D]."""
-    length = np.sqrt(np.einsum("nd,nd->n", features, features))
-    return features / np.maximum(length, np.finfo(np.float32).tiny)[:, None]
+    """Rows divided by their length; a row of zeros stays zero. float32 [N, D], below LARGEST -> float32 [N, D]."""
+    with np.errstate(over="ignore"):
+        length = np.sqrt(np.einsum("nd,nd->n", features, features))
+    length = _where_squares_fail(features, length)
+    return features / np.where(length > 0, length, 1)[:, None]
+
+
+def _where_squares_fail(rows, length):
+    """`length` of rows, computed again in float64 where squares may have over- or underflowed in float32."""
+    odd = np.flatnonzero(~((length > 1e-15) & (length < 1e15)))
+    length[odd] = np.linalg.norm(rows[odd].astype(np.float64), axis=1)
+    return length
 
 
 def _lengths(embs, embs_f, bad, chunk=16384):
@@ -66,7 +86,8 @@ def _lengths(embs, embs_f, bad, chunk=16384):
         rows = embs[start : start + chunk]
         if embs_f is not None:
             rows = rows + embs_f[start : start + chunk]
-        lengths[start : start + chunk] = np.linalg.norm(rows, axis=1)
+        with np.errstate(over="ignore"):
+            lengths[start : start + chunk] = _where_squares_fail(rows, np.linalg.norm(rows, axis=1))
     lengths[lengths == 0] = 1  # a zero embedding has no direction; it stays zero
     if bad is not None:
         lengths[bad] = 1

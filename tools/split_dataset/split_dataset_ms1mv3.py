@@ -14,7 +14,9 @@ get the keys 1, 2, ...; record 0 is a header with label = (images + 1, classes).
 
 import argparse
 import contextlib
+import os
 import pathlib
+import shlex
 import struct
 import sys
 
@@ -23,6 +25,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 import numpy as np
 from tqdm import tqdm
 
+from core.config import expand
+from core.errors import UserError, report_errors
 from dataset import RecordDataset
 from recordio import IRHeader, RecordWriter, pack
 
@@ -31,11 +35,15 @@ _LABEL = struct.Struct("<f")
 _CHUNK = 1 << 14  # records per update of the progress bar
 
 
+class SplitError(UserError):
+    """A wrong option, or a set that cannot be split; the message says what to do."""
+
+
 def first_classes(num_classes, ratio):
     """Number of classes in the first part of the class split."""
     count = round(ratio * num_classes)
     if not 0 < count < num_classes:
-        raise ValueError(f"--ratio {ratio} of {num_classes} classes leaves one part empty; choose another")
+        raise SplitError(f"--ratio {ratio} of {num_classes} classes leaves one part empty; choose another")
     return count
 
 
@@ -90,17 +98,20 @@ def part_paths(root, ratio):
     """The `.rec` files of the class split and of the data split, two each."""
     percent = round(100 * ratio) if 0 < ratio < 1 else 0
     if percent in (0, 50, 100):
-        raise ValueError(f"--ratio {ratio} must be between 0 and 1 and not 0.5, where both parts would have one name")
+        raise SplitError(f"--ratio {ratio} must be between 0 and 1 and not 0.5, where both parts would have one name")
     return [root / f"train_part_{share}_{kind}.rec" for kind in ("class", "data") for share in (percent, 100 - percent)]
 
 
 def split(root, ratio=0.3):
     """Split `root`/train.rec; returns `(path, images, classes)` of each file written.
 
-    Raises `FileNotFoundError` or `RecordError` for a missing or broken set and `ValueError` for a ratio that does not
-    split it; no output file is changed then.
+    Raises `FileNotFoundError` or `RecordError` for a missing or broken set and `SplitError` for a root that is no
+    directory, a ratio that does not split the set or a part most of whose classes would have no image; no output file
+    is changed then.
     """
     paths = part_paths(root, ratio)
+    if not os.path.isdir(root):
+        raise SplitError(f"--root {root}: not a directory; name the one of train.rec and train.idx")
     source = RecordDataset(root / "train.rec")
     labels = source.labels()
     cut = first_classes(source.num_classes, ratio)
@@ -108,6 +119,13 @@ def split(root, ratio=0.3):
     in_data = data_split(labels, ratio)
     images = [int(member.sum()) for member in (*in_class, *in_data)]
     classes = [cut, source.num_classes - cut, source.num_classes, source.num_classes]
+    for path, member, count in zip(paths, (*in_class, *in_data), classes):
+        found = np.count_nonzero(np.bincount(labels[member]))
+        if 2 * found < count:
+            raise SplitError(
+                f"{path}: would have images of {found} of its {count} classes; choose another --ratio, or split what "
+                f"this writes: python tools/split_dataset/dense_classes.py {shlex.quote(str(source.path))}"
+            )
     with contextlib.ExitStack() as stack:
         parts = []
         for path, *counts in zip(paths, images, classes):
@@ -139,14 +157,12 @@ def _copy(reader, keys, parts, labels, cut, in_data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=pathlib.Path, required=True, help="directory of train.rec and train.idx")
+    parser.add_argument("--root", type=expand, required=True, help="directory of train.rec and train.idx")
     parser.add_argument("--ratio", type=float, default=0.3, help="the old model's share (default: 0.3)")
-    args = parser.parse_args()
-    try:
+    with report_errors():
+        args = parser.parse_args()
         for path, images, classes in split(args.root, args.ratio):
             print(f"{path}: {images} images, {classes} classes")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.ijbc_eval.align import REFERENCE, align, similarity_matrices
+from tools.ijbc_eval.align import REFERENCE, align, misfit, similarity_matrices
 
 
 @settings(deadline=None)
@@ -30,6 +30,19 @@ def test_carries_a_transformed_reference_back():
 
 def test_coinciding_points_have_no_solution():
     assert np.isnan(similarity_matrices(np.full((1, 5, 2), 3.0))).all()
+
+
+def test_misfit_tells_a_face_from_points_in_another_order():
+    rng = np.random.default_rng(0)
+    landmarks = 0.4 * REFERENCE + rng.normal(0, 1, (200, 5, 2)) + [30, -12]
+    matrices = similarity_matrices(landmarks)
+    moved = landmarks @ matrices[:, :, :2].transpose(0, 2, 1) + matrices[:, None, :, 2]
+    expected = np.sqrt(((moved - REFERENCE) ** 2).sum(axis=2).mean(axis=1))
+    np.testing.assert_allclose(misfit(landmarks), expected, rtol=1e-9)
+    assert 2 < expected.mean() < 3 and expected.max() < 6
+    for order in ([1, 0, 2, 4, 3], [1, 0, 2, 3, 4], [2, 0, 1, 3, 4], [3, 4, 2, 0, 1]):
+        assert misfit(landmarks[:, order]).min() > 12
+    assert np.isinf(misfit(landmarks[:, ::-1])).all()  # as a face it fits, but upside down
 
 
 def test_warp_is_bilinear_with_black_outside():

@@ -1,8 +1,11 @@
 """ijbc_eval.py from the command line, held against plain loops."""
 
+import hashlib
 import itertools
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ from sklearn.metrics import roc_curve
 
 from core.errors import UserError
 from tools.ijbc_eval import compat_report, ijbc_eval, options
+from tools.ijbc_eval.files import sha256_of
 from tools.ijbc_eval.metrics import FPIRS, FPRS, TOP
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -117,6 +121,41 @@ def test_cross_test(run, cross, plain_class, shared_set, shared_plain):
 def test_cross_test_one_to_n(run, cross, plain_class, shared_set, shared_plain):
     old, new = shared_plain["old_model"].templates(), shared_plain["new_model"].templates()
     check_identification(plain_class, shared_set, run(*cross, "-N"), 0, old, new)
+
+
+def test_results_of_models_of_one_name_lie_beside_each_other(
+    shared_models, shared_set, shared_cache, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    a, b = (tmp_path / folder / "16backbone.pth" for folder in "ab")
+    for path, model in ((a, "old_model"), (b, "new_model")):
+        path.parent.mkdir()
+        shutil.copy(shared_models[model], path)
+    digests = {path: sha256_of([path]) for path in (a, b)}
+    for new, old in [(a, b), (b, a)]:
+        digests[new, old] = hashlib.sha256(f"{digests[new]} {digests[old]}".encode()).hexdigest()
+    monkeypatch.setattr(ijbc_eval, "show", lambda *_: None)
+
+    def evaluate(new, *old):
+        options = ["-net", "tiny", "-d", str(shared_set.data_dir), "--workers", "0", "--cache-dir", str(shared_cache)]
+        options += ["-m_old", str(old[0]), "-old_net", "tiny"] if old else []
+        before = {path: path.read_bytes() for path in pathlib.Path("IJB_result").glob("*.npz")}
+        ijbc_eval.main(["-m", str(new), *options])
+        assert all(path.read_bytes() == content for path, content in before.items())  # the same figures, or kept
+        path = re.search(r"result: (.*)", capsys.readouterr().out)[1]
+        with np.load(path) as found:
+            assert str(found["models"]) == digests[(new, *old) if old else new]
+        return pathlib.Path(path).name
+
+    for _ in range(2):
+        assert evaluate(a) == "16backbone_IJBC_11.npz"
+        assert evaluate(b) == f"16backbone_IJBC_11_{digests[b][:6]}.npz"
+        assert evaluate(a, b) == "16backbone_to_16backbone_IJBC_11.npz"
+        assert evaluate(b, a) == f"16backbone_to_16backbone_IJBC_11_{digests[b, a][:6]}.npz"
+    for content in (b"", b"somebody's notes", None):
+        path = pathlib.Path("IJB_result/16backbone_IJBC_11.npz")
+        np.savez(path, scores=np.zeros(3)) if content is None else path.write_bytes(content)
+        assert evaluate(a) == f"16backbone_IJBC_11_{digests[a][:6]}.npz"
 
 
 @pytest.mark.parametrize("one_to_n", [False, True])
@@ -259,6 +298,23 @@ def test_as_a_script_from_another_directory(tmp_path, shared_set, shared_models,
     bad = start("-m", "absent.pt", "--cache-dir", str(shared_cache))
     assert bad.returncode == 1
     assert "absent.pt" in bad.stderr and "Traceback" not in bad.stderr and len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("folder", ["img/", "./", None])
+def test_image_names_with_folders(
+    run, plain_class, shared_models, tmp_path, make_ijb, rewrite_meta, monkeypatch, folder
+):
+    monkeypatch.setattr(ijbc_eval, "show", lambda *_: None)
+    made = make_ijb(tmp_path / "data", subjects=4, seed=4)
+    features = plain_class(made, shared_models["new_model"]).templates()
+    crops = made.root / "loose_crop"
+    if folder == "img/":
+        crops.rename(made.root / "img")
+        crops.mkdir()
+        (made.root / "img").rename(crops / "img")
+    made.faces = [(f"{folder or f'{crops}/'}{face[0]}", *face[1:]) for face in made.faces]
+    rewrite_meta(made)
+    check_verification(plain_class, made, run(made=made), 0, features, features)
 
 
 def test_scores_do_not_depend_on_the_order_of_lines(run, tmp_path, make_ijb, rewrite_meta):

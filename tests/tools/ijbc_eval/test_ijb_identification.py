@@ -40,6 +40,16 @@ def test_a_tie_with_another_subject_is_not_found():
     assert found.score.tolist() == [-np.inf, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_features_that_are_not_finite_are_refused(value, side):
+    """A NaN is not below any score: a probe of NaN would rank first."""
+    features = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
+    features[side][2, 0] = value
+    with pytest.raises(ValueError, match="not finite"):
+        search(features[0], np.arange(3), features[1], np.arange(3))
+
+
 def test_a_score_equal_to_the_threshold_is_not_above_it():
     score = np.array([0.5, 0.7, 0.5, 0.3], np.float32)
     found = Search(np.array([True, True, False, False]), np.array([1, 1, 0, 0]), score)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from core.files import atomic_write
+from core.manifest import digest, write_manifest
 from tools.ijbc_eval.files import EvalError
 from tools.ijbc_eval.models import ModelFile, load_model
 
@@ -92,9 +94,10 @@ class FakeSession:
     """Stands for onnxruntime.InferenceSession: the mean over height and width, and a batch size that must be kept."""
 
     batch, size, output = "N", (112, 112), (2, 3)  # of the output: the axes that the mean goes over
+    traced = None  # with one image: what becomes of more
 
-    def __init__(self, file, providers):
-        assert providers == ["CPUExecutionProvider"]
+    def __init__(self, file, options, providers):
+        assert providers == ["CPUExecutionProvider"] and options.log_severity_level == 4
 
     def get_inputs(self):
         return [types.SimpleNamespace(name="input.1", type="tensor(float)", shape=[self.batch, 3, *self.size])]
@@ -109,6 +112,8 @@ class FakeSession:
             raise RuntimeError("Got invalid dimensions for input: input.1")
         if isinstance(self.batch, int):
             assert len(images) == self.batch
+        if self.traced and len(images) > 1:
+            return [self.traced(images.mean(axis=self.output))]
         return [images.mean(axis=self.output)]
 
 
@@ -116,7 +121,9 @@ class FakeSession:
 def fake_onnx(tmp_path, monkeypatch):
     """The path of a model that the simulated onnxruntime loads."""
     module = types.SimpleNamespace(
-        InferenceSession=FakeSession, get_available_providers=lambda: ["CPUExecutionProvider"]
+        InferenceSession=FakeSession,
+        SessionOptions=types.SimpleNamespace,
+        get_available_providers=lambda: ["CPUExecutionProvider"],
     )
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     (tmp_path / "a.onnx").write_bytes(b"x")
@@ -146,16 +153,51 @@ def test_onnx_input_and_batches(fake_onnx, monkeypatch, batch):
     np.testing.assert_allclose(model(torch.from_numpy(images)), expected, atol=1e-5)
 
 
-def test_onnx_for_real(tmp_path):
-    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    helper = onnx.helper
+def _fail(rows):
+    raise RuntimeError("Non-zero status code returned while running Reshape node")
+
+
+@pytest.mark.parametrize(
+    "traced", [_fail, lambda rows: rows[:1], lambda rows: rows.reshape(1, -1), lambda rows: rows[0]]
+)
+def test_onnx_traced_with_one_image_runs_one_by_one(fake_onnx, monkeypatch, capsys, traced):
+    monkeypatch.setattr(FakeSession, "traced", staticmethod(traced))
+    images = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3)).astype(np.uint8)
+    expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2))
+    np.testing.assert_allclose(load_model(ModelFile(fake_onnx))(torch.from_numpy(images)), expected, atol=1e-5)
+    assert capsys.readouterr().err == f"note: {fake_onnx}: was traced with one image, so images run one by one\n"
+
+
+def test_onnx_that_fails_later_is_one_line(fake_onnx, monkeypatch):
+    model = load_model(ModelFile(fake_onnx))
+    for traced, message in (
+        (_fail, "expects input .* Non-zero status"),
+        (lambda rows: rows[:1], r"output \[1, 3\] for 5"),
+    ):
+        monkeypatch.setattr(FakeSession, "traced", staticmethod(traced))
+        with pytest.raises(EvalError, match=rf"a\.onnx: {message}"):
+            model(torch.zeros((5, 112, 112, 3), dtype=torch.uint8))
+
+
+def save_mean(path, batch, *nodes):
+    """An ONNX graph: the mean over height and width, through further nodes from "m" to "y"."""
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     graph = helper.make_graph(
-        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)],
+        [helper.make_node("ReduceMean", ["x"], ["m"], axes=[2, 3], keepdims=0), *nodes],
         "mean",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3, 112, 112])],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3])],
+        [helper.make_tensor_value_info("x", kind, [batch, 3, 112, 112])],
+        [helper.make_tensor_value_info("y", kind, ["N", "D"])],
+        [helper.make_tensor("one_row", onnx.TensorProto.INT64, [2], [1, 3])],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "a.onnx")
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+
+
+@pytest.mark.parametrize(("batch", "node"), [("N", "Identity"), ("N", "Reshape"), (1, "Reshape"), (4, "Identity")])
+def test_onnx_for_real(tmp_path, batch, node):
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    inputs = ["m", "one_row"] if node == "Reshape" else ["m"]  # as a graph traced with one image has it
+    save_mean(tmp_path / "a.onnx", batch, onnx.helper.make_node(node, inputs, ["y"]))
     images = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3)).astype(np.uint8)
     expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2))
     np.testing.assert_allclose(load_model(ModelFile(str(tmp_path / "a.onnx")))(images), expected, atol=1e-5)
@@ -219,3 +261,24 @@ def test_mxnet_for_real(tmp_path, scales_itself):
     if done.stdout.startswith("skip:"):
         pytest.skip(done.stdout)
     assert done.stdout.endswith("done\n")
+
+
+def test_manifests_tell_of_an_unfinished_run_and_of_another_old_model(tmp_path, capsys):
+    models = {}
+    for name in ("old", "other", "new"):
+        path = tmp_path / name / "model.pt"
+        path.parent.mkdir()
+        with atomic_write(path) as file:
+            file.write(name.encode())
+            if name == "new":
+                trained_against = digest(tmp_path / "old" / "model.pt")
+                write_manifest(path, file, "backbone", old_model=trained_against, finished=False, step=7)
+        models[name] = ModelFile(str(path), "tiny")
+        models[name].check_files()
+    assert f"warning: {models['new'].file}: of an unfinished run, after step 7" in capsys.readouterr().err
+    models["new"].warn_of_another_old_model(models["old"])
+    models["old"].warn_of_another_old_model(models["new"])  # without a manifest nothing is known
+    assert capsys.readouterr().err == ""
+    models["new"].warn_of_another_old_model(models["other"])
+    said = f"warning: {models['new'].file}: trained against another old model than {models['other'].file}\n"
+    assert capsys.readouterr().err == said

@@ -88,13 +88,88 @@ def test_two_data_directories_do_not_share_a_cache(tmp_path, make_ijb):
         assert len(read_all(made, tmp_path / "cache")[0].names) == len(made.faces)
 
 
-def test_a_damaged_cache_is_read_again(tmp_path, make_ijb, capsys):
+def _another_type(path):
+    with np.load(path) as saved:
+        arrays = {key: saved[key] for key in saved.files}
+    key = next(key for key, array in arrays.items() if array.dtype.kind == "i" and array.size)
+    np.savez(path, **arrays | {key: arrays[key].astype(np.float64)})
+
+
+def _one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _array_alone(path):
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        _another_type,
+        _one_bit,
+        _array_alone,
+    ],
+)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_damaged_cache_is_read_again(tmp_path, make_ijb, capsys, damage, fresh):
+    made, cache = make_ijb(tmp_path / "data", subjects=4), tmp_path / "cache"
+    expected = read_all(made, cache)
+    paths = sorted((cache / "meta").iterdir())
+    assert len(paths) == 3
+    for path in paths:
+        damage(path)
+    for lines, again in ((0 if fresh else 3, fresh), (0, False)):
+        for found, part in zip(read_all(made, cache, again), expected):
+            for key, array in vars(part).items():
+                np.testing.assert_array_equal(vars(found)[key], array)
+                assert vars(found)[key].dtype == array.dtype
+        assert capsys.readouterr().err.count(": damaged cache (") == lines
+
+
+def test_a_cache_of_an_earlier_version_is_read_again_without_a_word(tmp_path, make_ijb, readers, capsys):
+    made, cache = make_ijb(tmp_path / "data", subjects=4), tmp_path / "cache"
+    read_all(made, cache)
+    for path in (cache / "meta").iterdir():
+        np.savez(path, stamps=np.array("2"), names=np.array([b"1.jpg"]))
+    read_all(made, cache)
+    assert set(readers.values()) == {2} and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("./{}", "{}"), ("img/{}", "img/./{}"), (".//img/../{}", "./{}"), ("r/" * 100 + "{}",) * 2]
+)
+def test_names_with_folders(tmp_path, make_ijb, rewrite_meta, one, other):
     made = make_ijb(tmp_path / "data", subjects=4)
-    expected = read_all(made, tmp_path / "cache")[1].first
-    for path in (tmp_path / "cache" / "meta").iterdir():
-        path.write_bytes(path.read_bytes()[:100])
-    np.testing.assert_array_equal(read_all(made, tmp_path / "cache")[1].first, expected)
-    assert "damaged" in capsys.readouterr().err
+    plain, faces, texts = [face[0] for face in made.faces], made.faces, []
+    for place in (other, one):
+        made.faces = [(place.format(face[0]), *face[1:]) for face in faces]
+        rewrite_meta(made)
+        texts.append(made.meta("face_tid_mid.txt").read_text())
+    made.meta("face_tid_mid.txt").write_text(texts[0])
+    found = Protocol(made.data_dir, "IJBC", tmp_path / "cache").faces()
+    folder = "img/" if other.startswith("img") else one[:-2] if other.startswith("r") else ""
+    assert found.names.tolist() == [f"{folder}{name}".encode() for name in plain]
+    assert found.image.tolist() == list(range(len(plain)))
+
+
+def test_landmarks_unlike_a_face_are_pointed_out_every_time(tmp_path, make_ijb, rewrite_meta, capsys):
+    made = make_ijb(tmp_path / "data", subjects=4)
+    read_all(made, tmp_path / "cache")
+    assert not capsys.readouterr().err
+    for row, order in ((4, [1, 0, 2, 4, 3]), (6, [4, 3, 2, 1, 0])):
+        made.faces[row] = (*made.faces[row][:3], made.faces[row][3][order], *made.faces[row][4:])
+    rewrite_meta(made)
+    for _ in range(2):
+        read_all(made, tmp_path / "cache")
+        line = f"score.txt: 2 of {len(made.faces)} lines have landmarks unlike a face, the first in line 5:"
+        assert line in capsys.readouterr().err
 
 
 def test_large_template_numbers(tmp_path, make_ijb, rewrite_meta):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tools.ijbc_eval.files import EvalError
 from tools.ijbc_eval.templates import Setting, template_features
 
 
@@ -80,3 +81,31 @@ def test_the_order_of_images_does_not_matter(seed):
         scores=faces.scores[rows],
     )
     np.testing.assert_allclose(template_features(embs[rows], embs_f[rows], shuffled), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("setting", Setting.all(), ids=lambda setting: setting.name)
+@pytest.mark.parametrize("factor", [1e-42, 1e-30, 1e-19, 1e17, 1e25])
+def test_squares_that_float32_cannot_hold(setting, factor):
+    """Of small scores once came "cosines" of 6e9, of large ones zeros."""
+    faces, embs, embs_f = random_faces(np.random.default_rng(2))
+    expected = template_features(embs, embs_f, faces, setting)
+    faces.scores *= np.float32(factor)
+    tolerance = 0.02 if factor < 1e-38 else 1e-6  # subnormal scores have three digits
+    np.testing.assert_allclose(template_features(embs, embs_f, faces, setting), expected, atol=tolerance)
+    faces.scores /= np.float32(factor)
+    if factor > 1e-38:
+        scaled = np.float32(factor) * embs, np.float32(factor) * embs_f
+        np.testing.assert_allclose(template_features(*scaled, faces, setting), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e31])
+def test_features_that_are_not_finite_are_refused(value):
+    faces, embs, embs_f = random_faces(np.random.default_rng(2))
+    faces.template_ids = faces.template_ids + 100
+    embs[3, 2] = value
+    with pytest.raises(EvalError, match="^template 103: .*not finite, or above 1e[+]30"):
+        template_features(embs, embs_f, faces)
+    faces, embs, embs_f = random_faces(np.random.default_rng(2))
+    faces.scores[3] = min(value, 3e38) if value == value else value
+    with pytest.raises(EvalError, match="^template 3: "):
+        template_features(embs, embs_f, faces)

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from tools.ijbc_eval import metrics
-from tools.ijbc_eval.metrics import Roc, most_allowed, pair_scores
+from tools.ijbc_eval import metrics, roc
+from tools.ijbc_eval.metrics import pair_scores
+from tools.ijbc_eval.roc import Roc, most_allowed
 from tools.ijbc_eval.templates import l2_normalise
 
 # Few different scores, so that ties are everywhere.
@@ -43,6 +44,35 @@ def test_published_reads_like_the_scripts_in_circulation(rows, fpr):
     assert Roc(scores, label).tpr_at(fpr, "published") == pytest.approx(tprs[place], abs=1e-12)
 
 
+anything = st.floats(-1, 1, width=32) | st.sampled_from([-1e38, 0.0, -0.0, 1e-45, 2e-45, 1e38])
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.tuples(anything, st.booleans()), min_size=2, max_size=60),
+    fprs=st.lists(rates, max_size=3),
+    other=rates,
+    cells=st.sampled_from([2, 5, 1 << 16]),
+)
+def test_counting_equals_sorting_whatever_the_scores(rows, fprs, other, cells):
+    """AUC and thresholds, those announced and another one, from counts in few cells, a few scores at a time."""
+    scores, label = unpack(rows)
+    if label.all() or not label.any():
+        return
+    impostor = np.sort(scores[~label])
+    auc = np.mean([(g > impostor).mean() + (g == impostor).mean() / 2 for g in scores[label]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roc, "CELLS", cells)
+        patch.setattr(roc, "PART", 7)
+        found = Roc(scores, label, fprs)
+        assert found.auc == pytest.approx(auc, abs=1e-12)
+        for fpr in (*fprs, other):
+            allowed = most_allowed(fpr, len(impostor))
+            threshold = impostor[-1 - allowed] if allowed < len(impostor) else -np.inf
+            assert found.threshold_at(fpr) == threshold
+            assert found.tpr_at(fpr) == np.mean(scores[label] > threshold)
+
+
 def test_published_may_exceed_the_fpr_asked_for():
     scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], np.float32)
     label = np.array([1, 0, 1, 0, 0, 0], bool)
@@ -74,9 +104,13 @@ def test_one_class_alone_is_an_error(label):
         Roc(np.array([0.1, 0.2], np.float32), label)
 
 
-def test_nan_is_an_error():
-    with pytest.raises(ValueError, match="NaN"):
-        Roc(np.array([0.1, np.nan, 0.3], np.float32), [True, False, False])
+def test_a_non_finite_score_is_an_error():
+    for value in (np.nan, np.inf):
+        for place in (0, 1):
+            scores = np.array([0.1, 0.2, 0.3], np.float32)
+            scores[place] = value
+            with pytest.raises(ValueError, match="not finite"):
+                Roc(scores, [True, False, False])
 
 
 # Dense: a matrix whole and in blocks; gathered: few pairs of many templates.

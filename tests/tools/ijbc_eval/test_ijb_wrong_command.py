@@ -1,12 +1,17 @@
 """Mistakes on the command line, in saved results and in a report: one error each, before anything takes long."""
 
+import errno
+import io
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
 
-from core.errors import UserError
-from tools.ijbc_eval import compat_report, ijbc_eval
+import core.files
+import tools.ijbc_eval.files
+from core.errors import UserError, report_errors
+from tools.ijbc_eval import compat_report, embed, ijbc_eval
 from tools.ijbc_eval.embed import EmbeddingStore
 
 
@@ -55,6 +60,62 @@ def test_numbers_out_of_range(capsys, options):
             module.parse_arguments([*needed, "-d", "data", *options])
         error = capsys.readouterr().err
         assert options[0] in error and "at least" in error and options[1] in error
+
+
+PLACES = {
+    "R folder": ["-R", "there"],
+    "R below a file": ["-R", "file/r.npz"],
+    "R too long": ["-R", "r" * 250 + ".npz"],
+    "cache file": ["--cache-dir", "file"],
+    "cache below a file": ["--cache-dir", "file/cache"],
+    "cache too long": ["--cache-dir", "c" * 300],
+    "d file": ["-d", "file"],
+    "d too long": ["-d", "d" * 300],
+    "m folder": ["-m", "there.pt"],
+    "m below a file": ["-m", "file/model.pt"],
+    "m too long": ["-m", "m" * 300 + ".pt"],
+    "old folder": ["-m_old", "there.onnx"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_options_that_are_given_the_wrong_kind_of_path(made, shared_models, monkeypatch, capsys, place):
+    pathlib.Path("file").touch()
+    for folder in ("there", "there.pt", "there.onnx"):
+        pathlib.Path(folder).mkdir()
+    before = set(pathlib.Path().iterdir())
+    monkeypatch.setattr(embed, "aligned_batches", None)  # nothing is embedded
+    options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
+    with pytest.raises(SystemExit, match="1"), report_errors():
+        ijbc_eval.main([*options, *place])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and place[1][:200] in said
+    assert set(pathlib.Path().iterdir()) <= before | {pathlib.Path("IJB_result")}
+
+
+@pytest.mark.parametrize("out", ["file", "file/report"])
+def test_a_report_is_not_embedded_for_a_place_where_it_cannot_be(report_options, nothing_is_embedded, out):
+    pathlib.Path("file").touch()
+    with pytest.raises(UserError, match=rf"^{out}/report\.json: cannot be written \(Not a directory\)"):
+        compat_report.main([*report_options, "--out", out])
+
+
+@pytest.mark.parametrize("where", ["IJB_result", "cache"])
+def test_a_read_only_directory(made, shared_models, monkeypatch, capsys, where):
+    def read_only(path, *rest, original=core.files.open_temporary):
+        if path.parent.name == where or path.parent.parent.name == where:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return original(path, *rest)
+
+    pathlib.Path("IJB_result").mkdir()
+    monkeypatch.setattr(core.files, "open_temporary", read_only)
+    monkeypatch.setattr(tools.ijbc_eval.files, "open_temporary", read_only)
+    monkeypatch.setattr(embed, "aligned_batches", None)  # nothing is embedded
+    options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
+    with pytest.raises(SystemExit, match="1"), report_errors():
+        ijbc_eval.main([*options, "--cache-dir", "cache"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cannot be written (Read-only file system); make room or choose another" in said
 
 
 @pytest.mark.parametrize("scale", ["0", "-128", "nan", "inf", "x"])
@@ -109,9 +170,22 @@ def test_a_wrong_backfill_order(made, report_options, lines, pattern):
     assert not pathlib.Path("compat_report").exists()
 
 
-@pytest.mark.parametrize("content", [b"no npz", None])
+def header_of_a_huge_array():
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**9)})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"no npz", b"", bytes(999), b"PK\5\6", header_of_a_huge_array(), "huge", "folder", None]
+)
 def test_a_result_file_that_is_none(content):
-    if content:
+    if content == "folder":
+        pathlib.Path("a.npz").mkdir()
+    elif content == "huge":
+        with zipfile.ZipFile("a.npz", "w") as file:
+            file.writestr("scores.npy", header_of_a_huge_array())
+    elif content is not None:
         pathlib.Path("a.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.npz"):
         ijbc_eval.main(["-P", "a.npz"])
@@ -125,7 +199,12 @@ def test_a_result_file_that_is_none(content):
 
 SCORES, LABEL = np.array([[0.6, 0.5, 0.3, 0.9]], np.float32), np.array([0, 1, 0, 1])
 CUBE = np.stack([SCORES, SCORES], axis=1)  # one run, two galleries, four probes
-SEARCH = {"scores": CUBE, "label": np.stack([LABEL, LABEL]), "rank": CUBE.astype(int), "galleries": ["G1", "G2"]}
+SEARCH = {
+    "scores": CUBE,
+    "label": np.stack([LABEL, LABEL]),
+    "rank": np.stack([[LABEL, LABEL]]),
+    "galleries": ["G1", "G2"],
+}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +219,8 @@ SEARCH = {"scores": CUBE, "label": np.stack([LABEL, LABEL]), "rank": CUBE.astype
         ({"scores": np.zeros((0, 4)), "names": []}, "do not fit together"),
         ({"scores": np.zeros((1, 0)), "label": []}, "do not fit together"),
         ({"scores": np.where(SCORES > 0.8, np.nan, SCORES)}, "scores of run 0 contain NaN"),
+        ({"scores": np.where(SCORES > 0.8, np.inf, SCORES)}, "scores of run 0 contain NaN or infinite"),
+        ({"scores": np.where(SCORES > 0.8, -np.inf, SCORES)}, "scores of run 0 contain NaN or infinite"),
         ({"scores": SCORES.astype(str)}, "scores are of type <U"),
         ({"scores": SCORES.astype(complex)}, "of type complex"),
         ({**SEARCH, "galleries": None}, "no array 'galleries'"),
@@ -148,6 +229,11 @@ SEARCH = {"scores": CUBE, "label": np.stack([LABEL, LABEL]), "rank": CUBE.astype
         ({**SEARCH, "rank": LABEL}, r"rank \(4,\)"),
         ({**SEARCH, "rank": CUBE}, r"\(float32\)"),
         ({**SEARCH, "scores": CUBE * np.nan}, "contain NaN"),
+        ({**SEARCH, "scores": CUBE * np.inf}, "contain NaN or infinite"),
+        ({**SEARCH, "scores": CUBE * -np.inf}, "contain NaN or infinite"),  # probes that are not mated have a score
+        ({**SEARCH, "rank": 0 * SEARCH["rank"]}, "rank must be 1 or more for mated"),  # 0 would count as found
+        ({**SEARCH, "rank": 1 - SEARCH["rank"]}, "rank must be 1 or more for mated"),
+        ({**SEARCH, "rank": 1 + SEARCH["rank"]}, "0 for others"),
         ({**SEARCH, "label": LABEL}, "do not fit together"),
         ({**SEARCH, "mixed_rank": LABEL}, r"mixed_rank \(4,\)"),
         ({**SEARCH, "mixed_rank": SCORES}, r"\(float32\)"),

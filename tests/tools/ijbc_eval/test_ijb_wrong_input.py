@@ -27,7 +27,7 @@ def fails(tmp_path, monkeypatch, shared_models):
         for pattern in patterns:
             assert re.search(pattern, str(caught.value)), f"{pattern!r} not in: {caught.value}"
         assert not list(pathlib.Path().glob("IJB_result/*.*"))
-        assert not list(pathlib.Path().rglob("*.partial*"))
+        assert not list(pathlib.Path().rglob("*.tmp"))
 
     return check
 
@@ -56,7 +56,16 @@ def test_landmarks_without_a_face(made, fails):
     fails(made, r"ijbc_name_5pts_score\.txt line 6", r"6\.jpg has no line in ijbc_face_tid_mid\.txt")
 
 
+@pytest.mark.parametrize("name", ["img/3.jpg", "/absent/3.jpg", "1.jpg/3.jpg"])
+def test_an_image_in_a_folder_that_is_not_there(made, fails, name):
+    for end in ("name_5pts_score.txt", "face_tid_mid.txt"):
+        edit(made.meta(end), 3, lambda line: line.replace("3.jpg", name, 1))
+    fails(made, rf"ijbc_name_5pts_score\.txt line 3: image .*{name} does not exist; .* the folders that the list names")
+
+
 def test_an_image_listed_twice(made, fails):
+    edit(made.meta("name_5pts_score.txt"), 5, lambda line: f"{line}\n./{line}")
+    fails(made, r"ijbc_name_5pts_score\.txt line 5", r"5\.jpg is listed again")
     edit(made.meta("name_5pts_score.txt"), 3, lambda line: f"{line}\n{line}")
     fails(made, r"ijbc_name_5pts_score\.txt line 3", r"3\.jpg is listed again")
 
@@ -68,7 +77,7 @@ def test_an_image_listed_twice(made, fails):
         lambda line: f"{line} 7",
         lambda line: line.replace(".", "x", 3),
         lambda line: "",
-        lambda line: "n" * 70 + line,
+        lambda line: "n" * 260 + line,
     ],
 )
 def test_a_damaged_landmark_line(made, fails, change):
@@ -76,10 +85,40 @@ def test_a_damaged_landmark_line(made, fails, change):
     fails(made, r"ijbc_name_5pts_score\.txt line 7: expected `name x1 y1")
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e39"])
 def test_landmarks_that_are_no_numbers(made, fails, value):
     edit(made.meta("name_5pts_score.txt"), 2, lambda line: " ".join([line.split()[0], value, *line.split()[2:]]))
     fails(made, r"ijbc_name_5pts_score\.txt line 2", "finite")
+
+
+@pytest.mark.parametrize(
+    ("score", "pattern"), [("1e39", "finite float32"), ("-0.1", "detection score -0.1: must not be")]
+)
+def test_a_detection_score_that_is_none(made, fails, score, pattern):
+    edit(made.meta("name_5pts_score.txt"), 2, lambda line: f"{line.rsplit(' ', 1)[0]} {score}")
+    fails(made, r"ijbc_name_5pts_score\.txt line 2", pattern)
+
+
+@pytest.mark.parametrize("score", ["-0.0", "1e-60"])
+def test_a_template_of_which_no_image_has_a_detection_score(made, fails, tmp_path, shared_models, score):
+    template = made.faces[0][1]
+    lines = [number for number, face in enumerate(made.faces, 1) if face[1] == template]
+    assert len(lines) > 1
+    for number in lines[1:]:
+        edit(made.meta("name_5pts_score.txt"), number, lambda line: f"{line.rsplit(' ', 1)[0]} {score}")
+    options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
+    ijbc_eval.main([*options, "-R", str(tmp_path / "there" / "one_is_left.npz")])
+    (made.root / "loose_crop" / made.faces[0][0]).write_bytes(b"")
+    fails(made, rf"face_tid_mid\.txt line 1: all images of template {template} are unus", options=["--skip-bad-images"])
+    edit(made.meta("name_5pts_score.txt"), 1, lambda line: f"{line.rsplit(' ', 1)[0]} {score}")
+    fails(made, rf"face_tid_mid\.txt line 1: all images of template {template} have the detection score 0")
+
+
+def test_landmarks_of_another_picture(made, fails):
+    edit(
+        made.meta("name_5pts_score.txt"), 3, lambda line: line.split()[0] + " 900 900 930 900 915 915 905 930 925 930 1"
+    )
+    fails(made, r"3\.jpg \(its landmarks are outside the picture, 150 x 150 pixels, ijbc_name_5pts_score\.txt line 3\)")
 
 
 @pytest.mark.parametrize("end", ["name_5pts_score.txt", "face_tid_mid.txt"])
@@ -173,6 +212,13 @@ def test_a_list_cut_off_at_a_lines_end_is_pointed_out(made, tmp_path, monkeypatc
     options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
     ijbc_eval.main([*options, "-N"])
     assert re.search(r"\d+ templates are in no 1:N list", capsys.readouterr().err)
+    path = made.meta("template_pair_label.txt")
+    used = made.pairs[0][0]
+    kept = [line for line in path.read_text().splitlines() if not line.startswith(f"{used} ")]
+    path.write_text("\n".join(kept) + "\n")
+    ijbc_eval.main(options)
+    note = f"note: {path}: 1 templates are in no pair; is every list complete?"
+    assert capsys.readouterr().err.count(note) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"])
@@ -190,7 +236,7 @@ def test_an_unreadable_image(made, fails, tmp_path, shared_models, plain_class, 
         features = plain_class(made, shared_models["new_model"], skip=[name]).templates()
         expected = plain_class.pair_scores(made, features, features)
         np.testing.assert_allclose(saved["scores"][0], expected, atol=2e-5)
-    assert "1 unreadable image" in capsys.readouterr().out
+    assert "1 unusable image" in capsys.readouterr().out
     pathlib.Path("result.npz").unlink()
     for left in pathlib.Path().glob("result_*.png"):
         left.unlink()
@@ -234,7 +280,7 @@ def test_an_earlier_result_survives_a_failure(made, tmp_path, monkeypatch, share
         raise OSError("no space left on device")
 
     monkeypatch.setattr(np, "savez", fill)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"r\.npz: cannot be written \(no space left on device\); make room"):
         ijbc_eval.main(options)
     assert pathlib.Path("r.npz").read_bytes() == before
-    assert not list(pathlib.Path().glob("*partial*"))
+    assert not list(pathlib.Path().rglob(".*.tmp"))

@@ -1,0 +1,7 @@
+"""LCE, EXclass: new r50, old features of arc and 512 dimensions."""
+
+from easydict import EasyDict as edict
+
+config = edict()
+
+config.scenario = "EXclass_arc_f512"

@@ -1,0 +1,7 @@
+"""LCE, OPclass: new r50, old features of softmax and 128 dimensions."""
+
+from easydict import EasyDict as edict
+
+config = edict()
+
+config.scenario = "OPclass_softmax_f128"

@@ -1,0 +1,7 @@
+"""LCE, OPdata: new r50, old features of softmax and 512 dimensions."""
+
+from easydict import EasyDict as edict
+
+config = edict()
+
+config.scenario = "OPdata_softmax_f512"

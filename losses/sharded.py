@@ -1,0 +1,50 @@
+"""Softmax cross-entropy over classes that are sharded over the ranks; logits are never gathered."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from core.distributed import gather
+
+
+def local_labels(labels, start, num_local):
+    """Labels [N] as positions among the classes start ... start + num_local - 1; -1 = the class is another rank's."""
+    local = labels - start
+    return torch.where((local >= 0) & (local < num_local), local, -1)
+
+
+def sharded_cross_entropy(logits, labels):
+    """Mean cross-entropy of the global batch, the same on every rank, with exact gradients of this rank's logits.
+
+    logits: [N, C_local], the global batch against this rank's classes. labels: `local_labels`, int64 [N].
+    """
+    return _ShardedCrossEntropy.apply(logits, labels)
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    """Mean of -log softmax at the target, over logits [N, C_local] whose classes are sharded over the ranks.
+
+    One pass for the local softmax p and its log-sum-exp, one collective of two numbers per sample; the softmax over all
+    ranks is then p * exp(local log-sum-exp - global), a factor that the backward applies in its single pass.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        here = labels >= 0
+        column = labels.clamp(min=0).unsqueeze(1)
+        probability = logits.softmax(1)
+        # From the largest entry, with probability at least 1 / C_local: no overflow, no log of zero.
+        log_sum = logits.amax(1) - probability.amax(1).log()
+        target = torch.where(here, logits.gather(1, column).squeeze(1), 0)
+        parts = gather(torch.stack([log_sum, target])[None])  # [world, 2, N]
+        total = parts[:, 0].logsumexp(0)
+        ctx.save_for_backward(probability, (log_sum - total).exp(), column, here)
+        return (total - parts[:, 1].sum(0)).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        probability, share, column, here = ctx.saved_tensors
+        grad = grad / len(share)
+        out = probability * (share * grad).unsqueeze(1)
+        target = out.gather(1, column) - torch.where(here, grad, 0).unsqueeze(1)
+        return out.scatter_(1, column, target), None
