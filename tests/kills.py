@@ -177,7 +177,8 @@ class _Moments:
         name = args[event == "os.rename"]
         path = pathlib.Path(os.path.abspath("." if isinstance(name, int) else os.fsdecode(name)))
         if self.task.work in path.parents:
-            kind = "temporary" if is_temporary(path) else (re.findall("[a-zA-Z]{4,}", path.name) or ["file"])[0]
+            word = re.search(r"(?<![^\W_])[a-zA-Z]{4,}(?![^\W_])", path.name)  # none in a digest
+            kind = "temporary" if is_temporary(path) else word[0] if word else "file"
             self.come_to(f"{AUDITED[event]} {kind}")
             if self.keep and event == "os.remove" and kind != "temporary":
                 kept = self.task.all / path.relative_to(self.task.work)
@@ -193,14 +194,14 @@ class _Moments:
 
         return watched
 
-    def _save(self, state, file):
-        if self.is_at("half of save"):
+    def _save(self, state, file, **how):
+        if hasattr(file, "name") and self.is_at("half of save"):  # not in memory, as for a collective of objects
             whole = io.BytesIO()
             self.save(state, whole)
             file.write(whole.getvalue()[: whole.tell() // 2])
             file.flush()
             os.killpg(0, signal.SIGKILL)
-        self.save(state, file)
+        self.save(state, file, **how)
 
 
 def is_temporary(path):

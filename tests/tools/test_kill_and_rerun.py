@@ -86,7 +86,7 @@ def test_a_killed_tool_leaves_what_an_undisturbed_one_leaves(name, ranks, tmp_pa
     task = make_tool(tmp_path, name, ranks)
     task.whole_run()
     kills = draw_kills(np.random.default_rng([ranks, *map(ord, name)]), task, 2, outside=1)
-    if not name.startswith("ijbc"):  # a second each
+    if name.startswith("split") or name.endswith("get_feature"):  # the others write one file a time, or take a second
         renames = {moment: counts[0] for moment, counts in task.moments.items() if moment.startswith("replace")}
         kills += [Kill(moment, 1 + number, (0,)) for moment, count in renames.items() for number in range(count)]
     print("kills drawn:", "; ".join(map(str, kills)))  # shown where the test fails
