@@ -35,7 +35,7 @@ class FreeClassifier:
     """Real centres and cosines, but a free classification loss that passes gradients to the embeddings."""
 
     def __init__(self, classifier):
-        self.cosines, self.weight = classifier.cosines, classifier.weight
+        self.cosines, self.weight, self.class_start = classifier.cosines, classifier.weight, classifier.class_start
 
     def __call__(self, embeddings, labels):
         return embeddings.sum()

@@ -14,6 +14,7 @@ from BCT_methods.LCE.old_classes import old_classes
 from core.config import require
 from core.distributed import gather, gather_with_grad, sum_over_ranks
 from engine.trainer import Trainer
+from losses.sharded import local_labels
 
 
 class LCE(Trainer):
@@ -27,8 +28,8 @@ class LCE(Trainer):
             require(cfg, weight, cfg[weight] >= 0, "at least 0")
         every = f"1 with align_weight = {cfg.align_weight}: it aligns all; set sample_rate = 1 or align_weight = 0"
         require(cfg, "sample_rate", cfg.sample_rate == 1 or cfg.align_weight == 0, every)
-        self.start, stop = self.classifier.class_start, self.classifier.class_start + self.classifier.num_local
-        classes = old_classes(self.old, cfg.num_classes, self.start, stop)
+        start, count = self.classifier.class_start, self.classifier.num_local
+        classes = old_classes(self.old, cfg.num_classes, start, start + count)
         self.old_centers, self.min_cosine = (array.to(self.device) for array in classes)
 
     def losses(self, batch):
@@ -38,15 +39,10 @@ class LCE(Trainer):
         if cfg.align_weight > 0:
             alignment = center_alignment_loss(self.classifier.weight, self.old_centers[:-1])
             terms["align"] = cfg.align_weight * alignment
-        boundary = boundary_loss(
-            gather_with_grad(new), self.own_classes(gather(batch.labels)), self.old_centers, self.min_cosine
-        )
+        # The global batch against this rank's classes; all others are -1, the last row, outside of which nothing lies.
+        own = local_labels(gather(batch.labels), self.classifier.class_start, len(self.old_centers) - 1)
+        boundary = boundary_loss(gather_with_grad(new), own, self.old_centers, self.min_cosine)
         return {**terms, "boundary": cfg.boundary_weight * sum_over_ranks(boundary)}
-
-    def own_classes(self, labels):
-        """Labels [N] as rows of old_centers: its last one, outside of which nothing lies, for other ranks' classes."""
-        local, last = labels - self.start, len(self.old_centers) - 1
-        return local.where((local >= 0) & (local < last), last)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 from core.errors import report_errors
 from core.manifest import read_manifest
 from old_model.by_class import normalise, row_chunks
-from old_model.feature_set import open_array, rewrite_from_images
+from old_model.feature_set import rewrite_from_images
+from old_model.old_features import RowFile
 from tools.adapters.adapter import Adapter, AdapterError, unit
 
 KINDS = ("procrustes", "ridge")
@@ -55,7 +56,7 @@ def solve(kind, gram, cross, strength):
 def fit(kind, new, old):
     """Fit a map to paired rows [N, d_new] and [N, d_old]; kind: one of KINDS.
 
-    new, old: float, any scale, memory-mapped or not; read in chunks, sums in float64. A pair with a row of zeros, an
+    new, old: float, any scale, arrays or RowFiles; read in chunks, sums in float64. A pair with a row of zeros, an
     image without a feature, is left out. Returns `(matrix float64 [d_new, d_old], statement)`, the statement's values
     from the fit: rows (used), held_out_cosine and strength (None for procrustes).
     Raises FeatureError for non-finite rows, AdapterError for too few.
@@ -65,7 +66,7 @@ def fit(kind, new, old):
     own_gram, own_cross, held_out = moments(new, old, first, len(new))
     if used < new.shape[1] or not held_out:
         raise AdapterError(
-            f"{getattr(new, 'filename', 'the features')}: {used} rows with an old feature, and {held_out} in the last "
+            f"{getattr(new, 'path', 'the features')}: {used} rows with an old feature, and {held_out} in the last "
             f"tenth, do not determine a map of features of width {new.shape[1]}; embed a larger record set"
         )
     strengths = STRENGTHS if kind == "ridge" else (None,)
@@ -100,11 +101,11 @@ def unit_pairs(new, old, first, last):
 
 
 def open_pairs(new_path, old_path):
-    """`(new [N, d_new], old [N, d_old], made_from)`: memory maps, and the digests of both models where known.
+    """`(new, old, made_from)`: RowFiles [N, d_new] and [N, d_old], and the digests of both models where known.
 
     Raises FeatureError for an unreadable file, ManifestError and AdapterError for files of two record sets.
     """
-    new, old = (open_array(path, 2, np.floating) for path in (new_path, old_path))
+    new, old = (RowFile(path, 2, np.floating) for path in (new_path, old_path))
     together = "embed one record set with both models"
     if len(new) != len(old):
         raise AdapterError(f"{new_path}: {len(new)} rows, but {old_path} has {len(old)}; {together}")
