@@ -101,6 +101,13 @@ for config in "${configs[@]}"; do
         method_files=()
         step "$root/work_dirs/$name/model.pt" python train_old_arc.py "$config" "${run[@]}"
         models+=(--independent "independent=$root/work_dirs/$name/model.pt:tiny_x2")
+        step "$features/${name}_feature.npy" python tools/get_feature/get_feature.py "$config" --SD "$name" "${run[@]}"
+        for kind in procrustes ridge; do        # its maps into the old model's space, learned afterwards
+            step "$features/$kind.npz" python tools/adapters/fit_adapter.py --kind "$kind" \
+                --new "$features/${name}_feature.npy" --old "$features/${old}_class70_feature.npy" \
+                --out "$features/$kind.npz"
+            models+=(--adapter "$kind=$features/$kind.npz@independent")
+        done
     else
         method_files=("$folder"/*.py "$folder/configs/base.py" "$config")
         step "$root/work_dirs/$name/model.pt" python "$folder/train.py" "$config" "${run[@]}"
@@ -110,5 +117,5 @@ done
 
 printf '\n[%3d s] $ %s\n' "$SECONDS" "python tools/ijbc_eval/compat_report.py --out $report ..."
 python tools/ijbc_eval/compat_report.py --old "$root/work_dirs/${old}_class30/model.pt" --old_net tiny "${models[@]}" \
-    -d "$data" --fpr 1e-3 --fpir 1e-1 --cache-dir "$root/cache" --out "$report"
+    -d "$data" --fpr 1e-3 --fpir 1e-1 --cache-dir "$root/cache" --out "$report" --flips "$report/flips.csv"
 printf '[%3d s] done\n' "$SECONDS"

@@ -46,6 +46,7 @@ def in_a_process(command, tmp_path):
 @pytest.mark.parametrize(
     "command, ratios",
     [
+        ("bench_bootstrap --scale 0.02 --rounds 1 --resamples 20", 1),
         ("bench_features --rows 2000 --width 8 --classes 50 --loop-rows 500", 4),
         ("bench_ijb --scale 0.02 --rounds 1", 1),
         ("bench_loader --images 32 --batch-size 16 --rounds 2", 1),

@@ -1,7 +1,14 @@
-"""The compatibility report as text, for the terminal and as Markdown."""
+"""The compatibility report as text: for the terminal, as Markdown, as csv."""
+
+import csv
+import io
+import itertools
+import textwrap
 
 from prettytable import PrettyTable
 
+from tools.ijbc_eval.bootstrap import FEWEST, PERCENT
+from tools.ijbc_eval.plots import wrapped
 from tools.ijbc_eval.results import in_no_gallery
 
 _MEANS = {
@@ -9,67 +16,96 @@ _MEANS = {
     "published": "TPIR is the mean over the galleries; top-1 is the hits in both galleries over all probes, mixed "
     "top-1 the hits in both galleries merged into one.",
 }
+_PAIRS = {"self": "new/new", "cross": "new/old"}  # query/gallery
+_AT = {"rank1": "rank 1", "fpir": "FPIR {fpir:g}"}
+
+
+def models(report):
+    """The parts of the new models, then that of the independent one if there is one."""
+    return [*report["new"], *([report["independent"]] if "independent" in report else [])]
 
 
 def terminal(report):
-    """Table and verdicts as plain text."""
+    """Table and verdicts as plain text, at most 100 columns wide."""
     header, rows = summary_rows(report)
-    table = PrettyTable(header)
-    table.align[header[0]] = table.align[header[1]] = "l"
-    table.add_rows(rows)
-    return "\n".join([table.get_string(), *verdicts(report), *caveats(report)])
+    table = PrettyTable([header[0], *header[2:]])
+    table.align = "r"
+    table.align[header[0]] = "l"
+    for name, group in itertools.groupby(rows, key=lambda row: row[0]):
+        table.add_row([wrapped(name, 22), *[""] * (len(header) - 2)])
+        tests = [[f" {test}", *cells] for _, test, *cells in group]
+        for row in tests:
+            table.add_row(row, divider=row is tests[-1])
+    lines = [line for text in [*verdicts(report), *caveats(report)] for line in textwrap.wrap(text, 100)]
+    return "\n".join([points(report), table.get_string(), *lines])
+
+
+def points(report):
+    """The operating points of the table, in a line above it."""
+    data = report["data"]
+    drawn = f"; [{PERCENT} % intervals, {data['subjects']} people]" if _has_intervals(data) else ""
+    return f"{data['subset']}, in %: 1:1 TPR at FPR {data['fpr']:g}, 1:N TPIR at FPIR {data['fpir']:g}{drawn}"
 
 
 def summary_rows(report):
     """`(header, rows of text)`: the old model, each new one in cross- and self-test, the independent one."""
-    data = report["data"]
+    data, old = report["data"], report["old"]
     header = [
         "model",
         "test",
-        f"1:1 TPR % at FPR {data['fpr']:g}",
+        "1:1 TPR",
+        "1:N TPIR",
+        "top-1",
+        *(["mixed top-1"] if data["protocol"] == "published" else []),
         "AUC",
-        "1:N top-1 %",
-        *(["mixed top-1 %"] if data["protocol"] == "published" else []),
-        f"TPIR % at FPIR {data['fpir']:g}",
-        "M(new,old) > M(old,old)",
-        "update gain 1:1 / 1:N",
     ]
-    rows = [_row(report["old"]["name"], "old self-test", report["old"]["self"])]
-    for model in report["new"]:
-        gain = " / ".join(_number(model["update_gain"][key], 2) for key in ("tpr", "tpir"))
-        holds = "{} ({} / {})".format(*(_yes(flag) for flag in (model["compatible"], *model["criterion"].values())))
-        rows.append(_row(model["name"], "cross-test", model["cross"], holds, gain))
-        rows.append(_row(model["name"], "new self-test", model["self"]))
-    if "independent" in report:
-        for test in ("cross", "self"):
-            if test in report["independent"]:
-                figures = report["independent"][test]
-                rows.append(_row(report["independent"]["name"], f"independent {test}-test", figures))
+    rows = [[old["name"], "old self-test", *_figures(old["self"])]]
+    blank = [""] * (len(header) - 4)
+    for model in models(report):
+        name, independent = model["name"], model is report.get("independent")
+        if "cross" in model:
+            rows.append([name, "cross-test", *_figures(model["cross"])])
+        if not independent:
+            apart, gain = model["difference"], model["update_gain"]
+            differences = [_with_interval(apart[key], apart["interval"].get(key), "+.2f") for key in ("tpr", "tpir")]
+            rows.append([name, "minus old self-test", *differences, *blank])
+            rows.append([name, "better than old", *model["criterion"].values(), *blank])
+            if set(gain.values()) != {None}:
+                rows.append([name, "update gain", *(_number(gain[key], 2) for key in ("tpr", "tpir")), *blank])
+        rows.append([name, "independent self-test" if independent else "new self-test", *_figures(model["self"])])
     return header, rows
 
 
-def _row(name, test, figures, holds="", gain=""):
-    shown = [_percent(figures[key]) for key in ("tpr", "top1", "mixed_top1", "tpir") if key in figures]
-    return [name, test, shown[0], _number(figures["auc"], 5), *shown[1:], holds, gain]
+def _figures(figures):
+    intervals = figures.get("interval", {})
+    first = [_with_interval(figures[key], intervals.get(key)) for key in ("tpr", "tpir")]
+    tops = [_percent(figures[key]) for key in ("top1", "mixed_top1") if key in figures]
+    return [*first, *tops, _number(figures["auc"], 5)]
 
 
 def verdicts(report):
-    """A sentence for each new model: compatible or not, and in which test it fails."""
+    """A sentence for each new model: compatible or not, or in which test that is undecided."""
     data, base, lines = report["data"], report["old"]["self"], []
     places = {"tpr": f"1:1 TPR at FPR {data['fpr']:g}", "tpir": f"1:N TPIR at FPIR {data['fpir']:g}"}
     for model in report["new"]:
-        if model["compatible"]:
-            lines.append(f"{model['name']}: compatible: it searches the old gallery better than the old model does.")
+        name, said = model["name"], model["criterion"]
+        against = " and ".join(
+            f"{place} is {_percent(model['cross'][key])} % against {_percent(base[key])} %"
+            for key, place in places.items()
+            if said[key] == model["compatible"]
+        )
+        if model["compatible"] == "yes":
+            lines.append(f"{name}: compatible: it searches the old gallery better than the old model does.")
+        elif model["compatible"] == "no":
+            lines.append(f"{name}: NOT compatible: cross-test {against} of the old model.")
         else:
-            short = [
-                f"{place} is {_percent(model['cross'][key])} % against {_percent(base[key])} %"
-                for key, place in places.items()
-                if not model["criterion"][key]
-            ]
-            lines.append(f"{model['name']}: NOT compatible: cross-test {' and '.join(short)} of the old model.")
+            lines.append(
+                f"{name}: undecided: cross-test {against} of the old model, and the interval of the "
+                "difference has 0 inside; more people would tell."
+            )
         worse = [place for key, place in places.items() if not _above(model["self"][key], base[key])]
         if worse:
-            lines.append(f"{model['name']}: its self-test is no better than the old model's in {' and '.join(worse)}.")
+            lines.append(f"{name}: its self-test is no better than the old model's in {' and '.join(worse)}.")
     return lines
 
 
@@ -80,14 +116,28 @@ def caveats(report):
         lines.append("Figures follow the published scripts (--protocol published), not the exact definitions.")
         if data["probes_in_no_gallery"]:
             lines.append(in_no_gallery(data["probes_in_no_gallery"]) + ".")
+    if not _has_intervals(data):
+        why = "--protocol published" if data["bootstrap"] else "--bootstrap 0"
+        lines.append(f"The criterion is decided by the figures alone, without intervals ({why}).")
     for count, name in (("impostor_pairs", "fpr"), ("non_mated_probes", "fpir")):
         if data[count] * data[name] < 1:
             what = f"{data[count]} {count.replace('_', ' ')}"
             none = ": not a single error is allowed there" if data["protocol"] == "exact" else ""
             lines.append(f"{what} are too few to resolve {name.upper()} {data[name]:g}{none}.")
+    if not data["threshold_claimed"]:
+        lines.append(
+            f"Fewer than {FEWEST} of the {data['impostors_fitted']} impostor pairs that maps are fitted on are above "
+            "the deployed threshold: nothing is claimed of mapped scores there."
+        )
+    if data["without_cohort"]:
+        lines.append(f"{data['without_cohort']} of {data['subjects']} subjects are in no cohort.")
     if report["bad_images"]:
         lines.append(f"{len(report['bad_images'])} unusable images were left out; report.json names them.")
     return lines
+
+
+def _has_intervals(data):
+    return data["bootstrap"] > 0 and data["protocol"] == "exact"
 
 
 def markdown(report):
@@ -100,39 +150,196 @@ def markdown(report):
         "",
         *(f"- {line}" for line in [*verdicts(report), *caveats(report)]),
         "",
+        f"{points(report)}:",
+        "",
         _table(header, rows),
         "",
         "A cross-test searches the old model's gallery with the new model's queries; a self-test uses one model for "
-        "both. The criterion must hold in 1:1 and in 1:N (each in brackets). Update gain: (M(new,old) − M(old,old)) / "
-        "(M(independent,independent) − M(old,old)); it needs an independently trained model that beats the old one. "
-        + _MEANS[data["protocol"]],
+        "both. Better than old: yes or no if the interval of the difference says so, else undecided; it must be yes in "
+        "1:1 and in 1:N. Update gain: (M(new,old) − M(old,old)) / (M(independent,independent) − M(old,old)); it needs "
+        "an independently trained model that beats the old one. " + _MEANS[data["protocol"]],
         "",
         "![Self- and cross-test of each model](models.png)",
         "",
-        "## Backfill",
-        "",
-        f"TPIR in % at FPIR {data['fpir']:g}, queries by the new model, with a growing share of the gallery "
-        f"re-embedded by it (order: {data['backfill_order']}). 0 % is the cross-test, 100 % the new self-test.",
-        "",
-        _table(
-            ["re-embedded %", *map(str, report["new"][0]["backfill"]["percent"])],
-            [[model["name"], *map(_percent, model["backfill"]["tpir"])] for model in report["new"]],
-        ),
-        "",
-        "![TPIR over the re-embedded share of the gallery](backfill.png)",
-        "",
+        *_threshold_section(report),
+        *_refresh_section(report),
+        *_flips_section(report),
         "## Data",
         "",
         f"{data['subset']}: {data['images']} images, {data['templates']} templates, {data['genuine_pairs']} genuine "
-        f"and {data['impostor_pairs']} impostor pairs, {data['probe_templates']} probe templates (at least "
-        f"{data['non_mated_probes']} of them non-mated in each gallery), galleries of {galleries} templates.",
+        f"and {data['impostor_pairs']} impostor pairs of {data['subjects']} people, {data['probe_templates']} probe "
+        f"templates (at least {data['non_mated_probes']} of them non-mated in each gallery), galleries of {galleries} "
+        "templates.",
         "",
     ]
     return "\n".join(lines)
 
 
+def threshold_rows(report):
+    """`(model, test, pairs, rates)` at the deployed threshold, rates as in thresholds.Pool or None where unclaimed."""
+    old = report["old"]
+    found = [(old["name"], "old/old", which, old["thresholds"][key]) for key, which in _OLD_POOLS.items()]
+    for model in models(report):
+        for key, rates in model["thresholds"].items():
+            test = _PAIRS[key.removesuffix("_mapped")]
+            mapped = key.endswith("_mapped")
+            found.append((model["name"], test + ", mapped" * mapped, "held out" if mapped else "all", rates))
+    return found
+
+
+_OLD_POOLS = {"self": "all", "self_held_out": "held out"}
+
+
+def _threshold_section(report):
+    data, rows, groups = report["data"], [], []
+    for name, test, pairs, rates in threshold_rows(report):
+        at = rates.get("threshold", data["threshold"]) if rates else None
+        rows.append([name, test, pairs, _number(at, 4), *_rates(rates)])
+        for group, one in (rates or {}).get("cohorts", {}).items():
+            groups.append([group, name, test, pairs, *_rates(one)])
+    whence = "--threshold" if data["threshold_given"] else f"that of FPR {data['fpr']:g} on old/old"
+    lines = [
+        "## The deployed threshold",
+        "",
+        f"The old system accepts a score above {data['threshold']:.4f} ({whence}). FMR: impostor pairs accepted; FNMR: "
+        "genuine pairs refused; tests are query/gallery. Mapped: each score s becomes F_oo⁻¹(F(s)), F and F_oo the "
+        "distributions of the test's and of old/old's impostor scores (calibration.csv), or, the same, the threshold "
+        f"becomes the one in the table. Maps are fitted on the {data['impostors_fitted']} impostor pairs of one half "
+        f"of the people and judged on the {data['impostors_held_out']} impostor and {data['genuine_held_out']} genuine "
+        f"pairs of the other, held out. No interval for fewer than {FEWEST} errors.",
+        "",
+        _table(["model", "test", "pairs", "threshold", "FMR", "FNMR %"], rows),
+        "",
+        "![FMR and FNMR over the threshold, as they are and mapped](thresholds.png)",
+        "",
+    ]
+    if groups:
+        lines += [
+            "By cohort, at the same threshold; both people of a pair are of the cohort:",
+            "",
+            _table(["cohort", "model", "test", "pairs", "FMR", "FNMR %"], groups),
+            "",
+        ]
+    return lines
+
+
+def _rates(rates):
+    if rates is None:
+        return ["–", "–"]
+    intervals = rates["interval"]
+    return [_with_interval(rates["fmr"], intervals["fmr"], ".3g", 1), _with_interval(rates["fnmr"], intervals["fnmr"])]
+
+
+def _refresh_section(report):
+    data, rows = report["data"], []
+    for model in models(report):
+        for curve in model["refresh"]:
+            known = [value for value in curve["tpir"] if value is not None]
+            shown = [_percent(curve["area"]), _percent(min(known, default=None))]
+            rows.append([model["name"], curve["order"], curve["way"], *shown, *map(_percent, curve["tpir"])])
+    return [
+        "## While the gallery is re-embedded",
+        "",
+        f"TPIR in % at FPIR {data['fpir']:g} with a growing share of the gallery re-embedded; area: its mean over the "
+        f"whole refresh. Orders: random (seed {data['seed']}), dispersion (templates whose images differ most first), "
+        "or a file's. Plain: the new query on everything, so 0 % is the cross-test and 100 % the new self-test; "
+        "calibrated: the same with both kinds of scores mapped as above; merged: the old query on the old part, the "
+        "new query on the new part, mapped.",
+        "",
+        _table(["model", "order", "search", "area", "lowest", *(f"{percent} %" for percent in data["percent"])], rows),
+        "",
+        "![TPIR over the re-embedded share of the gallery](backfill.png)",
+        "",
+    ]
+
+
+def _flips_section(report):
+    rows = [
+        [
+            model["name"],
+            _PAIRS[test],
+            _AT[at].format(**report["data"]),
+            str(found["flips"]),
+            _with_interval(found["rate"], found["interval"]),
+            _number(found["relative"], 2),
+        ]
+        for model in models(report)
+        for test, both in model["flips"].items()
+        for at, found in both.items()
+    ]
+    queries = report["new"][0]["flips"]["self"]["rank1"]["queries"]
+    return [
+        "## Who loses",
+        "",
+        f"Negative flips: of {queries} mated queries those that the old model answers right and the new one wrong, at "
+        "rank 1 and above each test's own threshold at the FPIR. Relative: the rate over (1 − err_old) · err_new, 1 if "
+        f"the new model's errors have nothing to do with the old one's. No interval for fewer than {FEWEST} flips.",
+        "",
+        _table(["model", "test", "at", "flips", "rate %", "relative"], rows),
+        "",
+    ]
+
+
+def as_csv(report):
+    """All figures, a line each: model, test, figure, value and interval; shares, not percentages."""
+    lines = [("model", "test", "figure", "value", "low", "high")]
+
+    def add(model, test, figure, value, bounds=None):
+        lines.append((model, test, figure, value, *(bounds or (None, None))))
+
+    for model in [report["old"], *models(report)]:
+        name = model["name"]
+        for test in ("cross", "self"):
+            for figure in ("tpr", "tpir", "top1", "top5", "mixed_top1", "auc"):
+                if figure in model.get(test, {}):
+                    add(name, f"{test}-test", figure, model[test][figure], model[test].get("interval", {}).get(figure))
+        for figure in ("tpr", "tpir") if "difference" in model else ():
+            apart = model["difference"]
+            add(name, "cross-test", f"{figure} minus old", apart[figure], apart["interval"].get(figure))
+            add(name, "cross-test", f"{figure} better than old", model["criterion"][figure])
+            add(name, "cross-test", f"{figure} update gain", model["update_gain"][figure])
+        for curve in model.get("refresh", ()):
+            add(name, f"refresh, {curve['order']}, {curve['way']}", "area", curve["area"])
+        for test, both in model.get("flips", {}).items():
+            for at, found in both.items():
+                where = f"negative flips at {_AT[at].format(**report['data'])}"
+                add(name, f"{test}-test", where, found["rate"], found["interval"])
+                add(name, f"{test}-test", f"relative {where}", found["relative"])
+    for name, test, pairs, rates in threshold_rows(report):
+        for group, one in {"": rates, **(rates or {}).get("cohorts", {})}.items() if rates else ():
+            for figure in ("fmr", "fnmr"):
+                where = f"{test}, {pairs} pairs" + (f", {group}" if group else "")
+                add(name, where, figure, one[figure], one["interval"][figure])
+    return csv_text(lines)
+
+
+def maps_as_csv(maps):
+    """The score maps, [(model, test, ScoreMap or None)], a line a knot."""
+    lines = [("model", "test", "fmr", "score", "mapped")]
+    for name, test, found in maps:
+        for knot in zip(found.fmr, found.score, found.mapped) if found else ():
+            lines.append((name, _PAIRS[test], *map(float, knot)))
+    return csv_text(lines)
+
+
+def csv_text(lines):
+    """Rows as csv, floats with seven digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in line] for line in lines)
+    return text.getvalue()
+
+
 def _table(header, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _with_interval(value, bounds, places=".2f", factor=100):
+    """`value [low, high]`, in % unless another factor is given."""
+    if value is None:
+        return "–"
+    shown = format(factor * value, places)
+    return shown + (" [{}, {}]".format(*(format(factor * bound, places) for bound in bounds)) if bounds else "")
 
 
 def _percent(value):
@@ -141,10 +348,6 @@ def _percent(value):
 
 def _number(value, places):
     return "–" if value is None else f"{value:.{places}f}"
-
-
-def _yes(flag):
-    return "yes" if flag else "no"
 
 
 def _above(value, other):

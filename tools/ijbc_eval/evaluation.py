@@ -62,9 +62,39 @@ class Evaluation:
         self._note_unlisted(listed, self.protocol.root / "meta", "1:N list")
         return probes
 
+    @functools.cached_property
+    def subjects(self):
+        """`(ids int64 [S], ascending; subject int32 [T])`: whose each template is, as a row of ids, by the 1:N lists.
+
+        EvalError if two lists disagree, or if a template of the 1:1 list is in none of them.
+        """
+        lists = {self.protocol.gallery_files[name]: gallery for name, gallery in self.galleries.items()}
+        lists[self.protocol.probe_file] = self.probes
+        ids, rows = np.unique(np.concatenate([one.subject for one in lists.values()]), return_inverse=True)
+        subject = np.full(len(self.faces.template_ids), -1, np.int32)
+        for path, one in lists.items():
+            mine, rows = rows[: len(one.template)], rows[len(one.template) :]
+            other = (subject[one.template] >= 0) & (subject[one.template] != mine)
+            if other.any():
+                row = int(np.argmax(other))
+                template = self.faces.template_ids[one.template[row]]
+                raise EvalError(
+                    f"{path}: template {template} is of subject {one.subject[row]} here but of subject "
+                    f"{ids[subject[one.template[row]]]} in another 1:N list; correct one of them"
+                )
+            subject[one.template] = mine
+        paired = np.concatenate([self.pairs.first_templates, self.pairs.second_templates])
+        if subject[paired].min() < 0:
+            template = self.faces.template_ids[paired[np.argmin(subject[paired])]]
+            raise EvalError(
+                f"{self.protocol.pair_file}: template {template} is in no 1:N list, so it is not known whose it is; "
+                "complete the csv files"
+            )
+        return ids, subject
+
     def read_lists(self):
         """Read the 1:1 and 1:N lists, so that a mistake in any of them is an EvalError now, not after hours."""
-        return self.pairs, self.galleries, self.probes
+        return self.pairs, self.galleries, self.probes, self.subjects
 
     def _note_unlisted(self, listed, where, what):
         """A list that was cut off at the end of a line is betrayed only by the templates that it does not reach."""
@@ -103,8 +133,12 @@ class Evaluation:
 
     def verify(self, gallery_model, probe_model, setting=Setting()):
         """1:1: cosine of each pair, float32 [P]: the first template by the gallery model, the second by the other."""
-        pairs = self.pairs  # first, so that a mistake in the list shows before hours of embedding
-        first, second = self.templates(gallery_model, setting), self.templates(probe_model, setting)
+        _ = self.pairs  # first, so that a mistake in the list shows before hours of embedding
+        return self.verify_in(self.templates(gallery_model, setting), self.templates(probe_model, setting))
+
+    def verify_in(self, first, second):
+        """As `verify`, with given template features [T, D]."""
+        pairs = self.pairs
         return pair_scores(first[pairs.first_templates], second[pairs.second_templates], pairs.first, pairs.second)
 
     def identify(self, gallery_model, probe_model, setting=Setting()):
@@ -114,15 +148,19 @@ class Evaluation:
 
     def identify_mixed(self, gallery_model, probe_model, setting=Setting()):
         """1:N in all galleries merged into one: ranks int32 [Q] as in metrics.Search, for the "mixed" row."""
+        _ = self.probes
+        return self.identify_mixed_in(self.templates(gallery_model, setting), self.templates(probe_model, setting))
+
+    def identify_mixed_in(self, gallery_features, probe_features):
+        """As `identify_mixed`, with given template features [T, D]."""
         probes, galleries = self.probes, self.galleries.values()
         template, subject = (
             np.concatenate([getattr(gallery, what) for gallery in galleries]) for what in ("template", "subject")
         )
-        asked = self.templates(probe_model, setting)[probes.template]
-        return search(self.templates(gallery_model, setting)[template], subject, asked, probes.subject).rank
+        return search(gallery_features[template], subject, probe_features[probes.template], probes.subject).rank
 
     def identify_in(self, gallery_features, probe_features):
-        """As `identify`, with given template features [T, D], so that a gallery can mix those of two models."""
+        """As `identify`, with given template features [T, D]."""
         probes = probe_features[self.probes.template]
         return [
             search(gallery_features[gallery.template], gallery.subject, probes, self.probes.subject)

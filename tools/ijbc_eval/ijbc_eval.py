@@ -3,7 +3,8 @@
     python tools/ijbc_eval/ijbc_eval.py -m work_dirs/new/model.pt -net r50 -d IJB_release          (self-test, 1:1)
     python tools/ijbc_eval/ijbc_eval.py -m new.pt -net r50 -m_old old.pt -old_net r18 -d IJB_release -N
                                                                                                    (cross-test, 1:N)
-    python tools/ijbc_eval/ijbc_eval.py -P IJB_result/a_IJBC_11.npz IJB_result/b_IJBC_11.npz       (saved results)
+    python tools/ijbc_eval/ijbc_eval.py -P MixBCT=IJB_result/a_IJBC_11.npz BCT=IJB_result/b_IJBC_11.npz
+                                                                                                   (saved results)
 
 In a cross-test the old model embeds the gallery and the first template of each 1:1 pair, the new model the probes and
 the second template. TPR at a given FPR is the largest TPR whose FPR does not exceed it, with exact ties; TPIR at a
@@ -24,7 +25,7 @@ from core.errors import report_errors
 from tools.ijbc_eval import plots, results
 from tools.ijbc_eval.files import check_writable
 from tools.ijbc_eval.models import ModelFile
-from tools.ijbc_eval.options import add_data_arguments, open_evaluation
+from tools.ijbc_eval.options import add_data_arguments, open_evaluation, split_name
 from tools.ijbc_eval.templates import Setting
 
 
@@ -48,8 +49,8 @@ def parse_arguments(argv=None):
     add("-E", "--save_embeddings", action="store_true", help=help_embeddings)
     help_label = "add the template ids (1:N: subject ids too) of each score; label is always saved"
     add("-L", "--save_label", action="store_true", help=help_label)
-    help_plot = "tabulate and plot saved results, without a model"
-    add("-P", "--plot_only", nargs="+", type=expand, metavar="NPZ", help=help_plot)
+    help_plot = "tabulate and plot saved results, without a model, under names of your own or those in the files"
+    add("-P", "--plot_only", nargs="+", metavar="[NAME=]NPZ", help=help_plot)
     arguments = parser.parse_args(argv)
     if not arguments.plot_only and not arguments.model_file:
         parser.error("give -m MODEL, or -P NPZ for saved results")
@@ -122,6 +123,16 @@ def origins(evaluation, one_to_n):
     return arrays
 
 
+def load_named(text, protocol):
+    """The result file of `[NAME=]NPZ`; of several runs in it, each keeps its setting behind the name."""
+    name, file = split_name(text)
+    result = results.load(expand(file), protocol)
+    if name:
+        several = len(result["names"]) > 1
+        result["names"] = np.array([f"{name} {run.rsplit(' ', 1)[-1]}" if several else name for run in result["names"]])
+    return result
+
+
 def show(tables_of, prefix):
     """Print tables and write plots of results, 1:1 and 1:N separately."""
     for task, plot in (("11", plots.plot_verification), ("1N", plots.plot_identification)):
@@ -137,7 +148,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     if arguments.plot_only:
         prefix = arguments.save_result.with_suffix("") if arguments.save_result else pathlib.Path("IJB_result/compared")
-        show([results.load(path, arguments.protocol) for path in arguments.plot_only], prefix)
+        show([load_named(text, arguments.protocol) for text in arguments.plot_only], prefix)
         return
     path, result = evaluate(arguments)
     results.save(path, result)

@@ -97,12 +97,14 @@ class Search:
         return float(np.mean(ranks <= k)) if len(ranks) else float("nan")
 
     def threshold_at(self, fpir, protocol="exact"):
-        """The lowest threshold above which at most a share `fpir` of the non-mated probes score.
+        """The lowest threshold above which at most a share `fpir` of the non-mated probes score; −inf without any.
 
         published: of the n non-mated scores in descending order the one at 0-based position max(int(n · fpir) − 1, 0).
         A hit must be strictly above it, so one non-mated probe fewer passes than `fpir` allows.
         """
         highest = self.score[~self.mated]
+        if not len(highest):
+            return -np.inf
         if protocol == "published":
             place = max(int(len(highest) * fpir) - 1, 0)
             return np.partition(highest, -1 - place)[-1 - place]
@@ -116,32 +118,46 @@ class Search:
         return float(np.mean(self.score[self.mated] > self.threshold_at(fpir, protocol)))
 
 
-def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
-    """Search probes float32 [Q, D] in a gallery float32 [G, D], both L2-normalised; subjects are integers.
+class Roster:
+    """Who is asked for and who is in a gallery: reads ranks off score matrices. Subjects are integers.
 
-    A subject with several gallery templates counts once, with the best of them. ValueError if a feature is not finite:
-    no score is above a NaN, so it would count as found.
+    columns [G]: the order that the columns of a matrix must have, the gallery sorted by subject; mated bool [Q].
+    """
+
+    def __init__(self, gallery_subject, probe_subject):
+        self.columns = np.argsort(gallery_subject, kind="stable")
+        subjects, self._starts = np.unique(gallery_subject[self.columns], return_index=True)
+        self._own = np.minimum(np.searchsorted(subjects, probe_subject), len(subjects) - 1)
+        self.mated = subjects[self._own] == probe_subject
+
+    def read(self, matrix, part):
+        """`(rank, score)` as in Search of the probes `part`, a slice; matrix float32 [probes of the part, G].
+
+        A subject with several gallery templates counts once, with the best of them.
+        """
+        own, mated = self._own[part], self.mated[part]
+        if len(self._starts) < matrix.shape[1]:
+            matrix = np.maximum.reduceat(matrix, self._starts, axis=1)
+        own_score = matrix[np.arange(len(matrix)), own]
+        as_high = np.count_nonzero(matrix >= own_score[:, None], axis=1)  # includes the own entry
+        score = np.where(mated, np.where(as_high == 1, own_score, -np.inf), matrix.max(axis=1))
+        return np.where(mated, as_high, 0).astype(np.int32), score.astype(np.float32)
+
+
+def search(gallery, gallery_subject, probes, probe_subject, chunk=1024):
+    """Search probes float32 [Q, D] in a gallery float32 [G, D], both L2-normalised.
+
+    ValueError if a feature is not finite: no score is above a NaN, so it would count as found.
     """
     if not (np.isfinite(gallery).all() and np.isfinite(probes).all()):
         raise ValueError("some features are not finite")
-    order = np.argsort(gallery_subject, kind="stable")
-    subjects, starts = np.unique(gallery_subject[order], return_index=True)
-    gallery = np.ascontiguousarray(gallery[order].T)
-    own = np.minimum(np.searchsorted(subjects, probe_subject), len(subjects) - 1)
-    mated = subjects[own] == probe_subject
-    rank = np.zeros(len(probes), np.int32)
-    score = np.empty(len(probes), np.float32)
+    roster = Roster(gallery_subject, probe_subject)
+    gallery = np.ascontiguousarray(gallery[roster.columns].T)
+    found = Search(roster.mated, np.zeros(len(probes), np.int32), np.empty(len(probes), np.float32))
     for start in range(0, len(probes), chunk):
         part = slice(start, start + chunk)
-        matrix = probes[part] @ gallery
-        if len(subjects) < len(order):
-            matrix = np.maximum.reduceat(matrix, starts, axis=1)
-        rows = np.arange(len(matrix))
-        own_score = matrix[rows, own[part]]
-        as_high = np.count_nonzero(matrix >= own_score[:, None], axis=1)  # includes the own entry
-        rank[part] = np.where(mated[part], as_high, 0)
-        score[part] = np.where(mated[part], np.where(as_high == 1, own_score, -np.inf), matrix.max(axis=1))
-    return Search(mated, rank, score)
+        found.rank[part], found.score[part] = roster.read(probes[part] @ gallery, part)
+    return found
 
 
 def mean_top(searches, k, protocol="exact"):

@@ -36,6 +36,13 @@ def positive(text):
     return value
 
 
+def split_name(text):
+    """`NAME=FILE` -> (name, file), `FILE` -> ("", file). A path may contain "=" too (runs/lr=0.1/model.pt), so the text
+    before the first one is a name only without "/"."""
+    name, equals, file = text.partition("=")
+    return (name, file) if equals and "/" not in name else ("", text)
+
+
 def add_data_arguments(parser):
     """The options of the data, its cache, and how figures are computed."""
     add = parser.add_argument

@@ -276,6 +276,16 @@ def test_saved_results_are_tabulated_without_a_model(run, cross, capsys, monkeyp
         assert pathlib.Path(f"IJB_result/compared_{end}.png").stat().st_size > 1000
 
 
+def test_saved_results_under_other_names(run, cross, capsys):
+    run("-R", "a=1.npz", result="a=1.npz")
+    run(*cross, "-B", "-R", "b.npz", result="b.npz")
+    capsys.readouterr()
+    ijbc_eval.main(["-P", "./a=1.npz", "first=a=1.npz", "mine=b.npz"])
+    names = [row.split("|")[1].strip() for row in shown_rows(capsys)]
+    settings = [f"N{n:d}D{d:d}F{f:d}" for n, d, f in itertools.product((False, True), repeat=3)]
+    assert [name for name in names if "1:1" not in name] == ["new_model", "first", *(f"mine {one}" for one in settings)]
+
+
 def test_other_tools_results_can_be_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)

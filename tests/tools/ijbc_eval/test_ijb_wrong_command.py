@@ -160,6 +160,7 @@ def test_the_independent_model_is_opened_before_anything_is_embedded(report_opti
         (["{0}", "{0}"], "line 2: .* listed twice"),
         (["{0}"], "lists 1 of"),
         (["{0}", "²"], "line 2: .* not a gallery template"),
+        (["{0} 3", "{0}"], "line 2: .* listed twice"),
         (["9" * 5000], "line 1: .* not a gallery template"),
     ],
 )
@@ -168,6 +169,15 @@ def test_a_wrong_backfill_order(made, report_options, lines, pattern):
     with pytest.raises(UserError, match=pattern):
         compat_report.main([*report_options, "--order", "order.txt"])
     assert not pathlib.Path("compat_report").exists()
+
+
+def test_wrong_cohorts_and_thresholds(report_options, nothing_is_embedded, capsys):
+    pathlib.Path("groups.txt").write_text("100 a\n101\n")
+    with pytest.raises(UserError, match=r"groups\.txt line 2: expected `subject group`"):
+        compat_report.main([*report_options, "--cohorts", "groups.txt"])
+    with pytest.raises(SystemExit):
+        compat_report.main([*report_options, "--threshold", "42"])
+    assert "--threshold must be a cosine" in capsys.readouterr().err
 
 
 def header_of_a_huge_array():

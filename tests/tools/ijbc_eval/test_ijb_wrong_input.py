@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from tools.ijbc_eval import ijbc_eval
+from tools.ijbc_eval import compat_report, ijbc_eval
 
 
 @pytest.fixture
@@ -203,6 +203,31 @@ def test_a_gallery_that_no_probe_is_in(made, fails):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], *(re.sub(r"^(\d+),\d+", r"\1,9", line) for line in lines[1:])]) + "\n")
     fails(made, "no probe is of a subject in ijbc_1N_gallery_G2", options=["-N"])
+
+
+def test_people_that_the_lists_disagree_on(made, shared_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old, new = shared_models["old_model"], shared_models["new_model"]
+    options = [
+        "--old",
+        f"{old}",
+        "--old_net",
+        "tiny",
+        "--new",
+        f"{new}:tiny",
+        "-d",
+        f"{made.data_dir}",
+        "--workers",
+        "0",
+    ]
+    path = made.meta("1N_probe_mixed.csv")
+    whole, template = path.read_text(), made.galleries["G2"][0][0]
+    path.write_text(f"{whole}{template},777,x,1\n")
+    with pytest.raises(UserError, match=rf"1N_.*template {template} is of subject .* in another 1:N list"):
+        compat_report.main(options)
+    path.write_text("\n".join(whole.splitlines()[:-4]) + "\n")
+    with pytest.raises(UserError, match=r"template_pair_label\.txt: template \d+ is in no 1:N list.*complete the csv"):
+        compat_report.main(options)
 
 
 def test_a_list_cut_off_at_a_lines_end_is_pointed_out(made, tmp_path, monkeypatch, shared_models, capsys):
