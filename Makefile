@@ -10,7 +10,7 @@ SEEDS   ?= $(SEED)
 MINUTES ?= 20
 BIN     := .venv/bin
 
-METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 weakenedL2
+METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 RACT LCE
 
 .PHONY: help demo compare test lint soak clean-demo
 
