@@ -164,8 +164,9 @@ def save(figure, path):
     if figure.get_layout_engine():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once for both
-    for ending in ("pdf", "png"):
+    undated = {"pdf": {"CreationDate": None}, "png": {}}  # the same report, the same bytes
+    for ending, metadata in undated.items():
         with writing(f"{str(path).removesuffix('png')}{ending}") as file:
-            figure.savefig(file, format=ending, dpi=DPI)
+            figure.savefig(file, format=ending, dpi=DPI, metadata=metadata)
     plt.close(figure)
     return path

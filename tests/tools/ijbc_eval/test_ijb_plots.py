@@ -80,3 +80,14 @@ def test_a_perfect_model_has_no_det(tmp_path, drawn):
     result = results.verification_result(["perfect"], scores, np.array([True, True, False, False]), "IJBC")
     plots.plot_verification([result], tmp_path / "p")
     assert [len(axes.texts) for axes in drawn] == [1, 0]
+
+
+def test_a_figure_is_the_same_bytes_at_any_time(tmp_path, monkeypatch):
+    def saved(moment):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", moment)  # matplotlib's clock
+        figure, axes = plots.plt.subplots(figsize=(1, 1))
+        axes.plot([0, 1], [0, 1])
+        path = plots.save(figure, tmp_path / "plot.png")
+        return path.read_bytes(), path.with_suffix(".pdf").read_bytes()
+
+    assert saved("1000000000") == saved("2000000000")
