@@ -44,6 +44,16 @@ def test_checkpoints_of_a_finished_run_are_deleted(tmp_path):
     assert names(tmp_path) == ["run.json"]
 
 
+@pytest.mark.parametrize("signed", [None, "", "[]"])
+def test_a_finished_run_of_unknown_values_is_not_replaced(tmp_path, signed):
+    (tmp_path / "model.pt").touch()
+    if signed is not None:
+        (tmp_path / "run.json").write_text(signed)
+    said = refusal(start_afresh, tmp_path, SETTINGS)
+    assert "method and values are unknown, for want of run.json" in said and "--overwrite True" in said
+    assert refusal(start_afresh, tmp_path, SETTINGS, True) is None
+
+
 def claimed(output):
     if not output.exists():
         output = output.with_name(str(rank()))
@@ -148,3 +158,16 @@ def test_all_ranks_know_whether_to_go_on(tmp_path):
     assert run_ranks(sign_and_ask, 2, tmp_path, env={"TORCHELASTIC_RUN_ID": "none"}) == [(False, True)] * 2
     signed = json.loads((tmp_path / "run.json").read_text())
     assert signed.items() >= SETTINGS.items() and OTHERS in signed["launch"] and len(signed["launch"]) == 2
+
+
+def test_rank_0_decides_where_a_slow_disk_shows_the_others_less(tmp_path, monkeypatch):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "run.json").write_text(json.dumps({"launch": [OTHERS]}))
+    monkeypatch.setattr(checkpoint, "_agent", lambda: OTHERS)
+    assert [continues(tmp_path / name, False, False) for name in "01"] == [True, False]
+    assert run_ranks(ask_in_own_folder, 2, tmp_path) == [True, True]
+
+
+def ask_in_own_folder(output):
+    checkpoint._agent = lambda: OTHERS
+    return continues(output / str(rank()), False, False)
