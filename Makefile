@@ -28,7 +28,7 @@ compare: .venv/.installed
 	    --out demo/comparison.md
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

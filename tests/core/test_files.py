@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import types
 
 import pytest
 
@@ -127,7 +128,7 @@ def _hold(sender, path):
 def test_a_lock_says_who_holds_it_and_ends_with_its_process(tmp_path):
     path = tmp_path / ".lock"
     holder, pid = in_another_process(_hold, path)
-    with pytest.raises(UserError, match=rf"\.lock: held by process {pid} on .*pytest.*; wait for it or stop it"):
+    with pytest.raises(UserError, match=rf"\.lock: held by process {pid} on .+: \S.*; wait for it or stop it"):
         lock(path)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
@@ -156,3 +157,14 @@ def test_space_is_reserved_or_at_least_there(tmp_path, monkeypatch, reason):
     with pytest.raises(OSError) as error, atomic_write(tmp_path / "b.bin") as file:
         reserve(file, 1 << 60)
     assert error.value.errno in (errno.ENOSPC, errno.EFBIG) and [*tmp_path.iterdir()] == [tmp_path / "a.bin"]
+
+
+@pytest.mark.parametrize("reason, free, expected", [(errno.EIO, 2, errno.EIO), (errno.EOPNOTSUPP, 0, errno.ENOSPC)])
+def test_why_space_is_not_reserved(tmp_path, monkeypatch, reason, free, expected):
+    """The disk's own refusal, whatever room there is; where it has no call for it, the room that is left."""
+    room = types.SimpleNamespace(f_bavail=free, f_frsize=1 << 20)
+    monkeypatch.setattr(files, "_fallocate", lambda *_: files.ctypes.set_errno(reason) or -1)
+    monkeypatch.setattr(files.os, "fstatvfs", lambda _: room)
+    with open(tmp_path / "a.bin", "wb") as file, pytest.raises(OSError) as error:
+        reserve(file, 1 << 20)
+    assert error.value.errno == expected
