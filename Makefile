@@ -1,6 +1,7 @@
 # make demo        the whole flow on a small scale; ends with a table               SEED=1: other data and weights
 # make compare     all methods and an independent model on the demo's data          SEEDS="0 1 2": mean and range
 # make test        all tests
+# make test-cluster  two torchruns as two machines, with docs/cluster.md's commands
 # make lint        ruff check and ruff format --check
 # make soak        kill runs and tools with SIGKILL and start them again, 20 minutes  MINUTES=600: overnight
 # make clean-demo  delete demo/
@@ -12,7 +13,7 @@ BIN     := .venv/bin
 
 METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 RACT LCE
 
-.PHONY: help demo compare test lint soak clean-demo
+.PHONY: help demo compare test test-cluster lint soak clean-demo
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -29,6 +30,9 @@ compare: .venv/.installed
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test-cluster: .venv/.installed-test
+	$(BIN)/python -m pytest tests/cluster.py
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -36,7 +36,8 @@ def init_distributed(timeout=30.0, backend=None):
         if device.index >= torch.cuda.device_count():
             raise SystemExit(
                 f"no GPU for LOCAL_RANK={device.index}: this machine has {torch.cuda.device_count()}; "
-                f"start with --nproc_per_node={torch.cuda.device_count()}"
+                f"start with --nproc_per_node={torch.cuda.device_count()}, under srun with --gpus-per-node in place of "
+                "--gpus-per-task: every task must see all GPUs of its node"
             )
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():

@@ -14,6 +14,7 @@ import secrets
 import shlex
 import socket
 import sys
+import time
 
 from core.errors import UserError
 
@@ -21,6 +22,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+SECONDS_TO_APPEAR = 10  # until a new file is visible to all machines that share the disk
 
 
 @contextlib.contextmanager
@@ -102,8 +105,13 @@ def reserve(file, size):
             raise OSError(reason, os.strerror(reason))
     if hasattr(os, "fstatvfs"):
         disk = os.fstatvfs(file.fileno())
-        if disk.f_bavail * disk.f_frsize < size:
+        if disk.f_blocks and disk.f_bavail * disk.f_frsize < size:  # ramfs and some of FUSE tell no size
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size:,} bytes are needed")
+
+
+def appears(path):
+    """Whether `path` exists, or does within seconds, as on network disks."""
+    return path.exists() or any(time.sleep(1) or path.exists() for _ in range(SECONDS_TO_APPEAR))
 
 
 # --- locks ----------------------------------------------------------------------------------------------------------

@@ -19,23 +19,21 @@ import operator
 import os
 import pathlib
 import re
-import secrets
 import shutil
 import socket
-import time
 
 import torch
 
+from core.agreement import DisagreementError, check_shared
 from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
 from core.errors import UserError
-from core.files import lock, remove_leftovers, sync_directory
+from core.files import appears, lock, remove_leftovers, sync_directory
 from core.state_file import CheckpointError, check_whole, load, save_atomically, write_atomically
 from engine.monitor import log
 
 KEEP = 2  # complete sets
 FOLDER, DONE, RUN = "checkpoints", "DONE", "run.json"
 DAMAGED = "damaged_"  # prefix of a set that could not be resumed from
-SECONDS_TO_APPEAR = 10  # until a new file is visible to all machines that share the disk
 
 
 # --- claiming the output ----------------------------------------------------------------------------------------------
@@ -44,32 +42,22 @@ SECONDS_TO_APPEAR = 10  # until a new file is visible to all machines that share
 def claim(output):
     """Lock `output` for this run while the returned file is open (on rank 0), and check that all ranks share it.
 
-    Creates the directory, and removes it again if not all see it. Raises CheckpointError if another run writes there,
-    if it has checkpoints of an earlier version of this code, or if not all ranks see the same directory: every machine
-    would write parts of sets that never become complete.
+    Creates the directory, and removes it again if not all see it. Raises CheckpointError if another run writes there or
+    if it has checkpoints of an earlier version of this code, DisagreementError if not all ranks see the same directory:
+    every machine would write parts of sets that never become complete.
     """
     output = pathlib.Path(output)
     new = not output.exists()
     lock, refusal = _lock(output) if is_main() else (None, None)
     _raise_on_all_ranks(refusal)
-    probe = output / gather_objects(f".shared.{secrets.token_hex(8)}.tmp")[0]
-    if is_main():
-        probe.touch()
     try:
-        barrier()
-        blind = [str(number) for number, sees in enumerate(gather_objects(_appears(probe))) if not sees]
-    finally:
-        if is_main():
-            probe.unlink()
-    if blind:
+        check_shared(output, "set `output` to a directory on a disk that all machines share")
+    except DisagreementError:
         if is_main() and new:
             (output / ".lock").unlink()
             with contextlib.suppress(OSError):  # NFS keeps a deleted file while it is open
                 output.rmdir()
-        raise CheckpointError(
-            f"{output}: not shared, ranks {', '.join(blind)} do not see rank 0's files; "
-            "set `output` to a directory on a disk that all machines share"
-        )
+        raise
     return lock
 
 
@@ -88,11 +76,6 @@ def _lock(output):
             f"choose another `output`, or delete {output}/checkpoint_step_*.pt to start over"
         )
     return file, None
-
-
-def _appears(path):
-    """Whether `path` exists, or does within seconds, as on network disks."""
-    return path.exists() or any(time.sleep(1) or path.exists() for _ in range(SECONDS_TO_APPEAR))
 
 
 def _raise_on_all_ranks(refusal):
@@ -304,12 +287,12 @@ def _set_aside(damages):
 
 
 def _load_set(folder, device):
-    if not _appears(folder / DONE):
+    if not appears(folder / DONE):
         raise CheckpointError(f"{folder / DONE}: no such file")
     ranks = read_done(folder)[2]
     paths = [folder / f"rank_{number}_of_{ranks}.pt" for number in range(ranks)]
     for path in paths[rank() :: world_size()]:  # the ranks share the work: each file once
-        if not _appears(path):
+        if not appears(path):
             raise CheckpointError(f"{path}: no such file")
         check_whole(path)
     if ranks == world_size():

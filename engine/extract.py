@@ -8,6 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from core.agreement import failing_together
 from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
 from core.files import open_temporary, publish, reserve
 from core.manifest import write_manifest
@@ -19,22 +20,24 @@ class SharedArray:
     """One .npy file that all ranks fill, each its own rows; it gets its final name once it is complete.
 
     All ranks construct it, write and `finish`; then one calls `publish`. Rank 0 reserves the whole size first, so that
-    a full disk fails before the work. Rows are written to the file, not to a memory map, which dies of SIGBUS on a full
-    disk and, on a network disk, lets two machines overwrite each other's rows within a page. With several machines the
-    directory must be shared. Raises FeatureError if it cannot be written.
+    a full disk fails before the work, on all ranks. Rows are written to the file, not to a memory map, which dies of
+    SIGBUS on a full disk and, on a network disk, lets two machines overwrite each other's rows within a page. With
+    several machines the directory must be shared, under any path. Raises FeatureError if it cannot be written.
     """
 
     def __init__(self, path, shape, dtype):
         self.path, self.dtype = pathlib.Path(path), np.dtype(dtype)
         self.row_bytes = self.dtype.itemsize * int(np.prod(shape[1:]))
         self.temporary = self.file = None
-        if is_main():
-            try:
-                self._reserve(shape)
-            except OSError as error:
-                self._fail(error)
-        self.temporary = gather_objects(self.temporary)[0]
+        with failing_together():
+            if is_main():
+                try:
+                    self._reserve(shape)
+                except OSError as error:
+                    self._fail(error)
+        name = gather_objects(self.temporary and self.temporary.name)[0]
         if not is_main():
+            self.temporary = self.path.with_name(name)
             self.file = open(self.temporary, "r+b")
         self.file.seek(0)
         np.lib.format.read_magic(self.file)

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import backbones
 from core import distributed
-from core.agreement import check_ranks_agree
+from core.agreement import check_ranks_agree, check_same_start, failing_together
 from core.config import ConfigError, load_config, require
 from core.errors import LostRank, UserError, lost_rank, report_errors
 from core.manifest import write_manifest
@@ -73,22 +73,11 @@ class Trainer:
         set_precision(cfg, self.device)
         seed_everything(cfg.seed + self.rank, cfg.deterministic)
         self.generator = torch.Generator().manual_seed(cfg.seed + self.rank)
-        if cfg.rec == "synthetic" and not (cfg.num_classes and cfg.num_image):
-            raise ConfigError(f'{cfg.config_file}: rec = "synthetic" needs num_classes and num_image')
-        self.train_set = open_train_set(cfg.rec, cfg.num_classes, cfg.num_image)
-        cfg.num_classes, cfg.num_image = self.train_set.num_classes, self.train_set.num_image
-        if cfg.num_classes < self.world_size:
-            raise ConfigError(
-                f"{cfg.config_file}: {self.train_set.path} has {cfg.num_classes} classes, fewer than the "
-                f"{self.world_size} ranks; start fewer ranks"
-            )
-        if cfg.num_image < cfg.batch_size * self.world_size:
-            raise ConfigError(
-                f"{cfg.config_file}: batch_size = {cfg.batch_size} on {self.world_size} ranks is more than the "
-                f"{cfg.num_image} images of {self.train_set.path}; lower batch_size"
-            )
-        self.made_from = made_from(cfg, self.train_set)
-        check_ranks_agree(cfg, self.device, **self.made_from)
+        check_same_start(cfg, self.device)
+        with failing_together():
+            self.train_set = self.open_train_set()
+            self.made_from = made_from(cfg, self.train_set)
+        check_ranks_agree(**self.made_from)
         self.old = self.open_old_features() if self.old_features else None
         self.loader = TrainLoader(
             self.train_set,
@@ -133,6 +122,25 @@ class Trainer:
         return backbones.get_model(
             self.cfg.network, num_features=self.cfg.embedding_size, dropout=self.cfg.dropout, fp16=self.cfg.fp16
         )
+
+    def open_train_set(self):
+        """The training set of `rec`; completes `num_classes` and `num_image`."""
+        cfg = self.cfg
+        if cfg.rec == "synthetic" and not (cfg.num_classes and cfg.num_image):
+            raise ConfigError(f'{cfg.config_file}: rec = "synthetic" needs num_classes and num_image')
+        train_set = open_train_set(cfg.rec, cfg.num_classes, cfg.num_image)
+        cfg.num_classes, cfg.num_image = train_set.num_classes, train_set.num_image
+        if cfg.num_classes < self.world_size:
+            raise ConfigError(
+                f"{cfg.config_file}: {train_set.path} has {cfg.num_classes} classes, fewer than the "
+                f"{self.world_size} ranks; start fewer ranks"
+            )
+        if cfg.num_image < cfg.batch_size * self.world_size:
+            raise ConfigError(
+                f"{cfg.config_file}: batch_size = {cfg.batch_size} on {self.world_size} ranks is more than the "
+                f"{cfg.num_image} images of {train_set.path}; lower batch_size"
+            )
+        return train_set
 
     def build_classifier(self):
         """A losses.Classifier."""

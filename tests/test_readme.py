@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from core.config import load_config
+from tests.machines import copy_tree
 from tests.ranks import run_session
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -40,11 +40,7 @@ def at_demo_scale(command):
 def tree(tmp_path_factory):
     """A copy of what the flow needs, with demo data in the places that the README names."""
     root = tmp_path_factory.mktemp("readme") / "repo"
-    ignore = shutil.ignore_patterns("__pycache__", "work_dirs", "feature_save", "IJB_result")
-    for name in ("BCT_methods", "backbones", "configs", "core", "engine", "losses", "old_model", "tools"):
-        shutil.copytree(REPO / name, root / name, ignore=ignore)
-    for path in REPO.glob("*.py"):
-        shutil.copy(path, root)
+    copy_tree(root)
     draw = "tools/demo_data/draw_demo_data.py --root dataset --seed 5 --identities 12 --images 10 --eval-identities 8"
     subprocess.run([sys.executable, *draw.split()], cwd=root, check=True, capture_output=True)
     return root

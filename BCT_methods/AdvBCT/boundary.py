@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.distributed import barrier, is_main, sum_over_ranks
+from core.agreement import check_ranks_agree, check_shared
+from core.distributed import barrier, gather_objects, is_main, sum_over_ranks
 from core.files import atomic_write
 from core.manifest import ManifestError, digest, read_manifest, write_manifest
 from engine.monitor import log
@@ -72,13 +73,17 @@ def load_boundaries(path, old, num_classes):
     """`(centers [C, D], radius [C], count [C])` tensors on the CPU, read from `path`; collective: call it on all ranks.
 
     old: OldFeatures. Rank 0 writes the file first unless its manifest says that it is made from these features.
-    Raises FeatureError for a damaged file or one of another shape.
+    Raises FeatureError for a damaged file or one of another shape; DisagreementError if not all ranks see the disk that
+    rank 0 would write to, before it computes, or if the ranks' files differ.
     """
     path = pathlib.Path(path)
-    if is_main() and (reason := _why_redo(path, old)):
-        log.info("computing the boundaries: %s", reason)
-        _save(path, digest(old.path), *class_boundaries(old.features, old.labels[:], num_classes))
-    barrier()
+    if reason := gather_objects(_why_redo(path, old) if is_main() else None)[0]:
+        check_shared(path.parent, "set center_radius to a file on a disk that all machines share")
+        if is_main():
+            log.info("computing the boundaries: %s", reason)
+            _save(path, digest(old.path), *class_boundaries(old.features, old.labels[:], num_classes))
+        barrier()
+    check_ranks_agree(center_radius=digest(path) if path.is_file() else None)
     try:
         with np.load(path) as file:
             arrays = [torch.from_numpy(file[name]) for name in ("centers", "radius", "count")]

@@ -3,7 +3,10 @@
 import errno
 import multiprocessing
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -162,9 +165,59 @@ def test_space_is_reserved_or_at_least_there(tmp_path, monkeypatch, reason):
 @pytest.mark.parametrize("reason, free, expected", [(errno.EIO, 2, errno.EIO), (errno.EOPNOTSUPP, 0, errno.ENOSPC)])
 def test_why_space_is_not_reserved(tmp_path, monkeypatch, reason, free, expected):
     """The disk's own refusal, whatever room there is; where it has no call for it, the room that is left."""
-    room = types.SimpleNamespace(f_bavail=free, f_frsize=1 << 20)
+    room = types.SimpleNamespace(f_blocks=4, f_bavail=free, f_frsize=1 << 20)
     monkeypatch.setattr(files, "_fallocate", lambda *_: files.ctypes.set_errno(reason) or -1)
     monkeypatch.setattr(files.os, "fstatvfs", lambda _: room)
     with open(tmp_path / "a.bin", "wb") as file, pytest.raises(OSError) as error:
         reserve(file, 1 << 20)
     assert error.value.errno == expected
+
+
+RESERVE = """
+import errno, sys
+from core import files
+
+def outcome(name, size, also=None):
+    try:
+        with files.atomic_write(f"{sys.argv[1]}/{name}") as file:
+            files.reserve(file, size)
+            if also:
+                also()
+            file.write(b"1" * size)
+            return "written"
+    except OSError as error:
+        return errno.errorcode[error.errno]
+
+def fill():
+    with open(f"{sys.argv[1]}/other", "wb") as file:
+        file.write(b"1" * (4 << 20))
+
+print(outcome("a", 1 << 20), outcome("b", 1 << 24), outcome("c", 5 << 20, fill), files._fallocate is not None)
+"""
+
+
+@pytest.mark.parametrize(
+    "mount, expected, left",
+    [
+        ("mke2fs -q -t ext2 image && mount -o loop image disk", "written ENOSPC ENOSPC True", ["a", "other"]),
+        ("mount -t ramfs none disk", "written written written True", ["a", "b", "c", "other"]),  # tells no size
+    ],
+    ids=["ext2", "ramfs"],
+)
+def test_disks_without_fallocate(tmp_path, mount, expected, left):
+    """8 MiB of ext2, and ramfs: what fits is written at once, what does not is refused or leaves no file."""
+    (tmp_path / "disk").mkdir()
+    with open(tmp_path / "image", "wb") as file:
+        file.truncate(8 << 20)
+    enter = ["unshare", "--mount", *["--map-root-user"] * (os.geteuid() != 0), "sh", "-c"]
+    script = f'{mount} || exit 77; PYTHONPATH="$1" "$2" -c "$3" disk && ls disk'
+    words = ["sh", str(pathlib.Path(files.__file__).parents[1]), sys.executable, RESERVE]
+    try:
+        done = subprocess.run([*enter, script, *words], cwd=tmp_path, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        pytest.skip(f"no namespaces here: {error}")
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"cannot be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    told, *names = done.stdout.splitlines()
+    assert told == expected and [name for name in names if name != "lost+found"] == left

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from core import files
 from core.distributed import rank, world_size
 from engine import checkpoint
 from engine.checkpoint import DAMAGED, CheckpointError, complete_sets, load_newest, save_set
@@ -113,7 +114,7 @@ class Lines(logging.Handler):
 
 def newest(output):
     """The step that this rank resumes from, or the error's text; and the log."""
-    checkpoint.SECONDS_TO_APPEAR, seconds = 0, checkpoint.SECONDS_TO_APPEAR
+    files.SECONDS_TO_APPEAR, seconds = 0, files.SECONDS_TO_APPEAR
     handler = Lines()
     log.addHandler(handler)
     try:
@@ -122,7 +123,7 @@ def newest(output):
         return str(error), handler.lines
     finally:
         log.removeHandler(handler)
-        checkpoint.SECONDS_TO_APPEAR = seconds
+        files.SECONDS_TO_APPEAR = seconds
     return found and found[0]["step"], handler.lines
 
 

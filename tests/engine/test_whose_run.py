@@ -7,9 +7,11 @@ import socket
 
 import pytest
 
+from core import files
 from core.distributed import rank
+from core.errors import UserError
 from engine import checkpoint
-from engine.checkpoint import DAMAGED, CheckpointError, claim, complete_sets, continues, sign, start_afresh
+from engine.checkpoint import DAMAGED, claim, complete_sets, continues, sign, start_afresh
 from tests.engine.test_checkpoint import TOTAL, names, write_set
 from tests.ranks import run_ranks
 
@@ -19,7 +21,7 @@ SETTINGS = {"method": "A", "lr": 0.1}
 def refusal(function, *arguments):
     try:
         function(*arguments)
-    except CheckpointError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -57,7 +59,7 @@ def test_a_finished_run_of_unknown_values_is_not_replaced(tmp_path, signed):
 def claimed(output):
     if not output.exists():
         output = output.with_name(str(rank()))
-    checkpoint.SECONDS_TO_APPEAR = 0
+    files.SECONDS_TO_APPEAR = 0
     return refusal(claim, output)
 
 

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 import backbones
+from core import files as core_files
+from core.distributed import rank
+from core.errors import UserError
 from core.files import atomic_write
 from core.manifest import write_manifest
 from dataset import RecordDataset
 from old_model.feature_set import FeatureSet
-from tests.ranks import run_session
+from tests.ranks import run_ranks, run_session
 from tests.tools.test_credible_and_means import class_means_slowly
-from tools.get_feature import denoise_credible, get_avg_feature, get_feature
+from tools.get_feature import cli, denoise_credible, get_avg_feature, get_feature
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -161,6 +164,37 @@ def test_the_model_of_an_unfinished_run_is_taken_only_on_request(place, capsys):
             assert "model.pt: of an unfinished run, after step 12; finish it with --resume True" in error
             get_feature.main([*map(str, words), "--unfinished", "True"])
     get_feature.main([*map(str, words), "-f"])
+
+
+def extract_on_rank(place, disks):
+    """Write features, rank r to the directory disks[r]; the error's text."""
+    core_files.SECONDS_TO_APPEAR = 0
+    words = [str(place), "--SD", "old_tiny_arc_class70", "--feature_save", str(disks[rank()])]
+    args, cfg, files = cli.parse(cli.make_parser(""), words)
+    try:
+        cli.extract(cfg, files, args)
+    except (UserError, OSError) as error:
+        return str(error)
+
+
+def test_two_machines_must_share_the_disk_that_they_write_to(place, tmp_path):
+    disks = [tmp_path / "mine", tmp_path / "others"]
+    lines = run_ranks(extract_on_rank, 2, place, disks)
+    told = "not shared, ranks 1 do not see rank 0's files; set --feature_save to a directory on a disk that all "
+    assert [line.partition(": ")[2] for line in lines] == [f"{told}machines share"] * 2
+    left = [path.name for disk in disks for path in disk.rglob("*") if path.is_file()]
+    assert left == [".old_tiny_arc_class70.lock"]
+
+    disks[1].symlink_to("mine")  # each machine has a path of its own to the same directory
+    assert run_ranks(extract_on_rank, 2, place, disks) == [None, None]
+    features, _ = model_features(place, "train_part_70_class.rec")
+    np.testing.assert_allclose(np.load(FeatureSet("old_tiny_arc_class70", disks[0]).feature), features, atol=1e-5)
+
+
+def test_a_directory_in_which_rank_0_cannot_write_ends_all_ranks(place, tmp_path):
+    (tmp_path / "file").touch()
+    lines = run_ranks(extract_on_rank, 2, place, [tmp_path / "file/x"] * 2)
+    assert all("Not a directory" in line for line in lines) and "rank 0 on " in lines[1]
 
 
 def test_what_the_others_refuse(place, capsys):

@@ -8,9 +8,8 @@ import shlex
 
 import backbones
 from core import distributed
-from core.agreement import check_ranks_agree
+from core.agreement import check_ranks_agree, check_same_start, check_shared, failing_together
 from core.config import REPO, expand, load_config
-from core.errors import UserError
 from core.files import lock
 from core.manifest import ManifestError, digest, read_manifest
 from dataset import open_train_set
@@ -115,18 +114,22 @@ def extract(cfg, files, args):
 
     args: of `parse`; force and unfinished are used.
     """
-    model_path, rec = pathlib.Path(cfg.output) / "model.pt", record_path(cfg, files)
+    model_path = pathlib.Path(cfg.output) / "model.pt"
     _, _, device = distributed.init_distributed()
-    train_set = open_train_set(rec)
-    model_digest = digest(model_path) if model_path.is_file() else None
-    check_ranks_agree(cfg, device, model=model_digest, records=train_set.digest())
+    check_same_start(cfg, device, SD=files.name, force=args.force, unfinished=args.unfinished)
+    with failing_together():
+        rec = record_path(cfg, files)
+        train_set = open_train_set(rec)
+        records, model_digest = train_set.digest(), digest(model_path) if model_path.is_file() else None
+    check_ranks_agree(records=records, model=model_digest)
     reason = "-f" if args.force else why_redo(cfg, files, model_path, train_set)
     reason = distributed.gather_objects(reason)[0]  # rank 0 decides: the others may not yet see the newest files
     if reason is None:
         say(f"{files.feature}: kept, it is of {model_path} and {rec}; -f extracts it again")
         return
     say(f"extracting: {reason}")
-    model = _load_model(cfg, model_path, device, args.unfinished == "True")
+    with failing_together():
+        model = _load_model(cfg, model_path, device, args.unfinished == "True")
     with _locked(files):
         extract_features(
             model,
@@ -169,17 +172,14 @@ def _load_model(cfg, path, device, unfinished):
 
 @contextlib.contextmanager
 def _locked(files):
-    """Hold the lock of a feature set on rank 0; raises UserError on all ranks if another process has it."""
-    held = problem = None
-    if distributed.is_main():
-        try:
+    """Hold the lock of a feature set on rank 0; raises on all ranks if another run has it, or if some do not see it."""
+    held = None
+    with failing_together():
+        if distributed.is_main():
             files.feature.parent.mkdir(parents=True, exist_ok=True)
             held = lock(files.feature.with_name(f".{files.name}.lock"))
-        except (UserError, OSError) as error:
-            problem = str(error)
-    if problem := distributed.gather_objects(problem)[0]:
-        raise FeatureError(problem)
     try:
+        check_shared(files.feature.parent, "set --feature_save to a directory on a disk that all machines share")
         yield
     finally:
         if held:
