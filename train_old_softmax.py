@@ -2,10 +2,15 @@
 
     torchrun --nproc_per_node=8 train_old_softmax.py configs/f128_r18_softmax_class30.py
 
-The head (`cls_fc`, linear with bias) is part of the network and so of model.pt; `load_backbone` drops its keys.
+The head (`cls_fc`, linear with bias) trains as part of the network, but is in a file of its own, softmax_fc.pt, so that
+model.pt loads strictly into a network without head.
 """
 
+import pathlib
+
 import backbones
+from core.state_file import save_atomically
+from engine.build import unwrap
 from engine.trainer import Trainer
 from losses import Softmax
 
@@ -22,6 +27,14 @@ class OldSoftmax(Trainer):
 
     def losses(self, batch):
         return {"cls": self.classifier(self.backbone(batch.images), batch.labels)}
+
+    def network_state(self):
+        return {key: value for key, value in super().network_state().items() if not key.startswith("cls_fc.")}
+
+    def save_models(self):
+        super().save_models()
+        if self.rank == 0:
+            save_atomically(unwrap(self.backbone).cls_fc.state_dict(), pathlib.Path(self.cfg.output) / "softmax_fc.pt")
 
 
 if __name__ == "__main__":

@@ -295,6 +295,10 @@ class Trainer:
 
     # --- files ----------------------------------------------------------------------------------------------------
 
+    def network_state(self):
+        """The state dict that model.pt has."""
+        return unwrap(self.backbone).state_dict()
+
     def save_backbone(self, name):
         """Save rank 0's backbone, for `backbones.load_backbone`, with its manifest."""
         if self.rank == 0:
@@ -304,7 +308,7 @@ class Trainer:
             facts |= {key: self.made_from.get(key) for key in ("records", "old_model")}
 
             def write(file):
-                torch.save(unwrap(self.backbone).state_dict(), file)
+                torch.save(self.network_state(), file)
                 write_manifest(path, file, "backbone", **facts)
 
             write_atomically(write, path)

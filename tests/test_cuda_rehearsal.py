@@ -34,6 +34,7 @@ WAITS_WITHIN = {
     "engine/trainer.py:save_checkpoint",
     "engine/trainer.py:save_models",
     "engine/trainer.py:verify",
+    "train_old_softmax.py:save_models",
     "engine/monitor.py:line",
     *(f"BCT_methods/{method}/train.py:{name}" for method in METHODS for name in ("begin_epoch", "resume")),
 }

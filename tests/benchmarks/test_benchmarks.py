@@ -48,6 +48,8 @@ def in_a_process(command, tmp_path):
     [
         ("bench_bootstrap --scale 0.02 --rounds 1 --resamples 20", 1),
         ("bench_features --rows 2000 --width 8 --classes 50 --loop-rows 500", 4),
+        ("bench_folder_to_rec --images 20 --rounds 1 --workers 1", 1),
+        ("bench_folder_to_rec --images 20 --rounds 1 --workers 1 --side 60", 1),
         ("bench_ijb --scale 0.02 --rounds 1", 1),
         ("bench_loader --images 32 --batch-size 16 --rounds 2", 1),
         ("bench_methods --num-classes 40 --batch-size 4 --network tiny --embedding-size 16 --rounds 1", 9),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from core.files import remove_leftovers, reserve
 from dataset import image_header
 from engine.workers import FileSize, WorkerError, Workers, start_worker
-from tools.ijbc_eval.align import SIZE, align, similarity_matrices
+from tools.ijbc_eval.align import SIZE, align, outside, similarity_matrices
 from tools.ijbc_eval.files import EvalError, sha256_of, writing
 from tools.ijbc_eval.models import INPUT_SCALE, load_model
 from tools.ijbc_eval.templates import LARGEST
@@ -69,13 +69,11 @@ def read_image(path):
 def aligned_face(path, landmarks, matrix):
     """The aligned image, RGB uint8 [112, 112, 3]. landmarks [5, 2] (pixels) and their similarity matrix [2, 3].
 
-    UnusableImage for an image that cannot be read, and for landmarks that cannot be its own. Single points may lie
-    outside, as a detector guesses them for a face that the picture cuts off.
+    UnusableImage for an image that cannot be read, and for landmarks that cannot be its own.
     """
     image = read_image(path)
-    size = np.array(image.shape[1::-1])
-    beyond = np.maximum(-landmarks, landmarks - size).max(axis=1)
-    if beyond.min() > 0 or beyond.max() > size.max():
+    size = image.shape[1::-1]
+    if outside(landmarks, size):
         raise UnusableImage(f"its landmarks are outside the picture, {size[0]} x {size[1]} pixels")
     aligned = align(image, matrix)
     if not aligned.any():

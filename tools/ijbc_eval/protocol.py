@@ -16,14 +16,13 @@ import sys
 
 import numpy as np
 
-from tools.ijbc_eval.align import misfit
+from tools.ijbc_eval.align import MISFIT, misfit
 from tools.ijbc_eval.ascii_table import MAX_DIGITS, is_number, read_int_table
 from tools.ijbc_eval.files import EvalError, stamp, writing
 
 SUBSETS = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}
 _CACHE_VERSION = 3  # increment when the meaning of a cached array changes, or what is refused
 _LONGEST_NAME = 255
-_MISFIT = 10.0  # pixels, see align.misfit: points of a face 1 to 4, of a full profile or in a wrong order 12 to 23
 
 
 @dataclasses.dataclass
@@ -95,7 +94,7 @@ class Protocol:
     def faces(self):
         sources = [self.landmark_file, self.face_file]
         faces = Faces(**self._cached("faces", sources, lambda: vars(read_faces(*sources))))
-        apart = misfit(faces.landmarks) > _MISFIT
+        apart = misfit(faces.landmarks) > MISFIT
         if apart.any():
             print(
                 f"note: {self.landmark_file}: {np.count_nonzero(apart)} of {len(apart)} lines have landmarks unlike a "
