@@ -103,7 +103,9 @@ class RecordDataset(_ImageSet):
         self._agree("num_classes", num_classes, self.num_classes)
         self._refuse_one_hot()
         if not 0 < self.num_classes <= 2 * self.num_image:
-            self.num_classes = max(self.num_classes, int(self.labels().max(initial=-1)) + 1)
+            self.num_classes = max(
+                self.num_classes, 1 + max((int(found.max()) for _, found in self._scan()), default=-1)
+            )
 
     def __getstate__(self):
         return self.__dict__ | {"_labels": None}
@@ -118,7 +120,7 @@ class RecordDataset(_ImageSet):
 
     def digest(self):
         """Digest of the set, for manifests: the same wherever it lies."""
-        return record_digest(self.path, self.reader.idx_path)
+        return record_digest(self.path, self.reader.idx_path, self.reader.index.facts.get("digest"))
 
     def label(self, row):
         """The class of a row; decodes nothing."""
@@ -129,29 +131,34 @@ class RecordDataset(_ImageSet):
         """The classes of all rows, int64 [N], from one scan of all headers; cached."""
         if self._labels is None:
             labels = np.empty(self.num_image, np.int64)
-            step = 1 << 14
-            with tqdm(total=len(labels), desc=f"labels of {self.path.name}", unit="rec", disable=None) as bar:
-                for start in range(0, len(labels), step):
-                    found = self.reader.read_labels(self.keys[start : start + step])
-                    wrong = ~((found >= 0) & (found < self._end_of_classes()) & (np.mod(found, 1) == 0))
-                    for i in np.flatnonzero(wrong)[:1]:
-                        self._checked(float(found[i]), self.keys[start + i])
-                    labels[start : start + step] = found
-                    self.reader.release()
-                    bar.update(len(found))
-            self._refuse_sparse(labels)
+            for part, found in self._scan():
+                labels[part] = found
             self._labels = labels
         return self._labels
 
-    def _refuse_sparse(self, labels):
+    def _scan(self, step=1 << 14):
+        """Yield `(rows as a slice, their classes int64 [n])` of the whole set, in order; refuse sparse ones."""
+        used = np.zeros(self._end_of_classes(), bool)
+        with tqdm(total=self.num_image, desc=f"labels of {self.path.name}", unit="rec", disable=None) as bar:
+            for start in range(0, self.num_image, step):
+                part = slice(start, start + step)
+                found = self.reader.read_labels(self.keys[part])
+                wrong = ~((found >= 0) & (found < len(used)) & (np.mod(found, 1) == 0))
+                for i in np.flatnonzero(wrong)[:1]:
+                    self._checked(float(found[i]), self.keys[start + int(i)])
+                found = found.astype(np.int64)
+                used[found] = True
+                yield part, found
+                bar.update(len(found))
+        self._refuse_sparse(used)
+
+    def _refuse_sparse(self, used):
         """Ids such as a register's numbers, taken for classes, would train centres that no image ever comes near."""
-        used = np.zeros(max(self.num_classes, int(labels.max(initial=-1)) + 1), bool)
-        used[labels] = True
-        count = np.count_nonzero(used)
-        if 2 * count < len(used):
+        count, last = np.count_nonzero(used), int(np.max(np.flatnonzero(used), initial=-1))
+        if 2 * count < (end := max(self.num_classes, last + 1)):
             raise RecordError(
-                f"{self.path}: {len(labels)} images of {count} classes, labels up to {labels.max(initial=-1)}: most of "
-                f"the {len(used)} class centres would train without an image; write a set without gaps: "
+                f"{self.path}: {self.num_image} images of {count} classes, labels up to {last}: most of the {end} "
+                f"class centres would train without an image; write a set without gaps: "
                 f"python tools/split_dataset/dense_classes.py {shlex.quote(str(self.path))}"
             )
 
@@ -228,8 +235,8 @@ class SyntheticDataset(_ImageSet):
 def image_layout(reader):
     """Which records of a training set are images, and its number of classes.
 
-    Returns `ImageLayout(keys, num_classes)`: keys in record order, a range or an int64 array; num_classes is None if
-    the file does not state it. Raises `RecordError` if header record and index disagree.
+    Returns `ImageLayout(keys, num_classes)`: keys in record order, a range or like an int64 array; num_classes is
+    None if the file does not state it. Raises `RecordError` if header record and index disagree.
 
     Record 0 is a header record if its flag is > 0 and it has no image; without one every key is an image, in index
     order. The images have the keys 1 ... label[0] - 1. In insightface's own sets (MS1M-V3: label = 5179511, 5272942)
@@ -239,7 +246,7 @@ def image_layout(reader):
     """
     header, payload = reader.read_record(0) if 0 in reader else (IRHeader(0, 0.0, 0, 0), b"")
     if header.flag == 0 or image_format(payload):
-        return ImageLayout(reader.keys, None)
+        return ImageLayout(reader.index.keys, None)
     counts = [float(value) for value in header.label[:2]]
     says = f"{reader.path}: key 0 at offset {reader.offset(0)}: the header record has label = {counts}"
     if any(not (value >= 1 and value.is_integer()) for value in counts):
@@ -383,9 +390,8 @@ def _to_input_by_image(images, mirrored):
     count, height, width, channels = images.shape
     result = torch.empty((count, channels, height, width), dtype=torch.float32)
     planes = np.empty((channels * height, width), np.uint8)
+    levels = np.arange(256, dtype=np.float32) * np.float32(1 / 127.5) - np.float32(1)
     for image, mirror, out in zip(images.numpy(), mirrored, result.view(count, *planes.shape).numpy()):
         cv2.split(image, list(planes.reshape(channels, height, width)))  # writes into `planes`
-        np.copyto(out, cv2.flip(planes, 1) if mirror else planes)
-        out *= np.float32(1 / 127.5)
-        out -= 1
+        cv2.LUT(cv2.flip(planes, 1) if mirror else planes, levels, dst=out)
     return result

@@ -10,20 +10,21 @@ the reader puts it back. The `.idx` file has one line `key<TAB>offset` per recor
 """
 
 import argparse
-import mmap
 import numbers
 import os
 import pathlib
 import re
 import shlex
 import struct
+import weakref
 from collections import namedtuple
 
 import numpy as np
 from tqdm import tqdm
 
-from core.errors import UserError, report_errors
+from core.errors import report_errors
 from core.files import atomic_write, open_temporary, publish
+from record_index import RecordError, binary_path, index_path, open_index, read_lines
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -32,15 +33,11 @@ _FRAME = struct.Struct("<II")
 _IR = struct.Struct("<IfQQ")
 _FRAME_AND_IR = struct.Struct("<IIIfQQ")
 _MAX_PAYLOAD = 1 << 29  # the length field's 29 bits; MXNet's writer refuses payloads of this size and above
-_AGAIN = "copy the index again, or delete it and write another with `python recordio.py index`"
-_INDEX_LINE = re.compile(rb"[0-9]{1,18}\t[0-9]{1,18}")
+_USUAL = 1 << 16  # bytes read at once at most, where the index does not tell the length of a record
+_HEAD = 36  # bytes from the start of a one-part image record to its first label, in the header or behind it
 
 IRHeader = namedtuple("IRHeader", ["flag", "label", "id", "id2"])
 IRHeader.__doc__ = """Header of an image record: `label` is a float, or a float32 array [flag] where flag > 0."""
-
-
-class RecordError(UserError, ValueError):
-    """A damaged or inconsistent record file or index; the message names file, key and offset."""
 
 
 def pack(header, payload):
@@ -77,52 +74,13 @@ def class_label(header):
     return header.label if header.flag == 0 else float(header.label[0])
 
 
-def index_path(path):
-    """`x/train.rec` -> `x/train.idx`"""
-    return pathlib.Path(path).with_suffix(".idx")
-
-
-def _parse_index_lines(text):
-    """Keys and offsets, int64 [n, 2], of newline-terminated index lines; None if a line is malformed."""
-    chars = np.frombuffer(text, np.uint8)
-    ends = np.flatnonzero(chars < ord("0"))
-    width = np.diff(ends, prepend=-1) - 1
-    well_formed = (
-        chars.max() <= ord("9")
-        and len(ends) % 2 == 0
-        and (chars[ends[0::2]] == ord("\t")).all()
-        and (chars[ends[1::2]] == ord("\n")).all()
-        and width.min() >= 1
-        and width.max() <= 18  # fits int64
-    )
-    return np.fromstring(text, dtype=np.int64, sep=" ").reshape(-1, 2) if well_formed else None
-
-
-def _read_index(path, block=1 << 23):
-    """Keys and offsets, each int64 [n], in file order. Reads `block` bytes at a time."""
-    tables, lines = [np.empty((0, 2), np.int64)], 0
-    with open(path, "rb") as file:
-        while text := file.read(block):
-            text += file.readline(64)  # a longer line is malformed anyway
-            text = text.replace(b"\r\n", b"\n")
-            table = _parse_index_lines(text if text.endswith(b"\n") else text + b"\n")
-            if table is None:
-                numbered = enumerate(text.split(b"\n"), lines + 1)
-                number, line = next(each for each in numbered if not _INDEX_LINE.fullmatch(each[1]))
-                raise RecordError(f"{path}: line {number} is {line[:40]!r}, not `key<TAB>offset`; {_AGAIN}")
-            tables.append(table)
-            lines += len(table)
-    table = np.concatenate(tables)
-    return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
-
-
 class RecordReader:
     """Random access to the records of a `.rec` file by the keys of its `.idx`.
 
-    The file is memory-mapped: memory use does not grow with it, and workers share its pages. Pickled by path. Every
-    method raises `RecordError`, naming file, key and offset, rather than return a wrong record.
+    Reads by system calls: memory use does not grow with the file, and a file cut meanwhile is an error (core/rows.py).
+    Pickled by path. Every method raises `RecordError`, naming file, key and offset, rather than return a wrong record.
 
-    idx_path: the index; by default `path` with the suffix `.idx`. `keys`: int64 [n], in index order.
+    idx_path: the index; by default `path` with the suffix `.idx`. `index`: its RecordIndex.
     """
 
     def __init__(self, path, idx_path=None):
@@ -133,28 +91,24 @@ class RecordReader:
         if not os.path.exists(self.idx_path):
             command = f"python recordio.py index {shlex.quote(str(self.path))}"
             raise FileNotFoundError(f"{self.idx_path}: no such file; copy it there too, or write it: {command}")
-        self.keys, offsets = _read_index(self.idx_path)
-        order = None if (np.diff(self.keys) > 0).all() else np.argsort(self.keys, kind="stable")
-        self._sorted_keys = self.keys if order is None else self.keys[order]
-        self._offsets = offsets if order is None else offsets[order]
-        repeated = np.flatnonzero(np.diff(self._sorted_keys) == 0)
-        if len(repeated):
-            key = self._sorted_keys[repeated[0]]
-            raise RecordError(f"{self.idx_path}: duplicate key {key}; {_AGAIN}")
-        self._first = int(self._sorted_keys[0]) if len(self.keys) else 0
-        self._dense = len(self.keys) > 0 and int(self._sorted_keys[-1]) - self._first + 1 == len(self.keys)
-        self._rows = len(self.keys)
-        self._offset_list = memoryview(self._offsets)  # yields Python integers, faster than the array
-        with open(self.path, "rb") as file:
-            self._size = os.fstat(file.fileno()).st_size
-            self._end = self._size & ~3  # a payload that ends by here has its padding, too
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
+        self.index = open_index(self.idx_path)
+        self._file = os.open(self.path, os.O_RDONLY)
+        self._closed = weakref.finalize(self, os.close, self._file)
+        self._size = os.fstat(self._file).st_size
+        self._usual = min(_USUAL, self._size)
+        self._end = self._size & ~3  # a payload that ends by here has its padding, too
+
+    @property
+    def keys(self):
+        """int64 [n], in index order."""
+        keys = self.index.keys
+        return np.arange(keys.start, keys.stop) if isinstance(keys, range) else keys[:]
 
     def __len__(self):
-        return len(self.keys)
+        return self.index.count
 
     def __contains__(self, key):
-        return self._row(key) >= 0
+        return 0 <= self.index.row(key) < self.index.count
 
     def __enter__(self):
         return self
@@ -166,32 +120,23 @@ class RecordReader:
         return type(self), (self.path, self.idx_path)
 
     def close(self):
-        if self._map:
-            self._map.close()
-
-    def release(self):
-        """Drop the pages read so far from this process, so that long scans do not grow its resident size."""
-        if self._map and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        self._closed()
 
     def offset(self, key):
         """Byte offset of record `key`."""
-        row = key - self._first if self._dense else self._row(key)
-        if 0 <= row < self._rows:
-            return self._offset_list[row]
-        raise RecordError(f"{self.path}: key {key} is not in {self.idx_path.name}")
+        return self._place(key)[0]
 
     def read(self, key):
         """The payload of record `key`, as bytes."""
-        offset = self.offset(key)
-        if not offset & 3 and offset + _FRAME.size <= self._end:  # fast path: nearly all records are one part
-            magic, length = _FRAME.unpack_from(self._map, offset)
-            stop = offset + 8 + length
-            if magic == MAGIC and length < _MAX_PAYLOAD and stop <= self._end:
-                return self._map[offset + 8 : stop]
+        offset, data = self._fetch(key)
+        if not offset & 3 and len(data) >= _FRAME.size:  # fast path: nearly all records are one part
+            magic, length = _FRAME.unpack_from(data)
+            stop = 8 + length
+            if magic == MAGIC and length < _MAX_PAYLOAD and stop <= len(data) and offset + stop <= self._end:
+                return data[8:stop]
         payload = bytearray()
         for start, stop in self._parts(key, offset):  # no list to join: it takes 88 bytes a part, however short
-            payload += _MAGIC_BYTES + self._map[start:stop]
+            payload += _MAGIC_BYTES + self._bytes(start, stop - start)
         return bytes(memoryview(payload)[4:])
 
     def read_record(self, key):
@@ -203,26 +148,25 @@ class RecordReader:
             raise self._error(str(error), key) from None
 
     def read_image(self, key):
-        """`(class label, image bytes)` of record `key`. The bytes are a uint8 array, usually a view of the mapped file:
-        drop it before `close`.
-        """
-        offset = self.offset(key)
-        if not offset & 3 and offset + _FRAME_AND_IR.size <= self._end:  # as in `read`
-            magic, length, flag, label, _, _ = _FRAME_AND_IR.unpack_from(self._map, offset)
-            if magic == MAGIC and flag == 0 and _IR.size <= length < _MAX_PAYLOAD and offset + 8 + length <= self._end:
-                return label, np.frombuffer(self._map, np.uint8, length - _IR.size, offset + 32)
+        """`(class label, image bytes)` of record `key`. The bytes are a uint8 array, read-only."""
+        offset, data = self._fetch(key)
+        if not offset & 3 and len(data) >= _FRAME_AND_IR.size:  # as in `read`
+            magic, length, flag, label, _, _ = _FRAME_AND_IR.unpack_from(data)
+            stop = 8 + length
+            whole = _IR.size <= length < _MAX_PAYLOAD and stop <= len(data) and offset + stop <= self._end
+            if magic == MAGIC and flag == 0 and whole:
+                return label, np.frombuffer(data, np.uint8, length - _IR.size, 32)
         header, payload = self.read_record(key)
         return class_label(header), np.frombuffer(payload, np.uint8)
 
     def read_labels(self, keys):
         """Class labels (see `class_label`) of many image records at once: float32 [len(keys)]."""
         keys = np.asarray(keys, np.int64)
-        rows = keys - self._first if self._dense else np.searchsorted(self._sorted_keys, keys)
-        rows = np.clip(rows, 0, max(len(self) - 1, 0))
         labels, plain = np.empty(len(keys), np.float32), np.zeros(len(keys), bool)
         if len(keys) and len(self):
-            plain, labels[:] = self._plain_labels(self._offsets[rows])
-            plain &= self._sorted_keys[rows] == keys
+            offsets, found = self.index.offsets_of(keys)
+            plain, labels[:] = self._plain_labels(offsets)
+            plain &= found
         for i in np.flatnonzero(~plain):  # in several parts, or damaged: read_record raises then
             labels[i] = class_label(self.read_record(int(keys[i]))[0])
         return labels
@@ -232,28 +176,51 @@ class RecordReader:
         offset = self.offset(key)
         for _, stop in self._parts(key, offset):  # noqa: B007  (the last one counts; a list of them could be large)
             pass
-        return self._map[offset : stop + -stop % 4]
+        return self._bytes(offset, stop + -stop % 4 - offset)
 
     def check(self):
         """Raise `RecordError` if the file ends before its last record does: truncated, or another file's index."""
         if len(self):
-            self.read_raw(int(self._sorted_keys[np.argmax(self._offsets)]))
+            self.read_raw(self.index.facts["last"])
 
     def first_missing_key(self):
         """The smallest key missing from 0, 1, 2, ...; None if there is no gap."""
-        wrong = np.flatnonzero(self._sorted_keys != np.arange(len(self)))
-        return int(wrong[0]) if len(wrong) else None
+        return self.index.facts["missing"]
 
-    def _row(self, key):
-        """Position of `key` among the sorted keys, -1 if absent."""
-        row = int(np.searchsorted(self._sorted_keys, key))
-        return row if row < self._rows and self._sorted_keys[row] == key else -1
+    def _place(self, key):
+        """`(offset, length)` of record `key`, the length as far as the offset of the next key tells."""
+        row = self.index.row(key)
+        if 0 <= row < self.index.count:
+            offset, following = self.index.pair(row)
+            return offset, following - offset if 0 < following - offset < self._usual else self._usual
+        raise RecordError(f"{self.path}: key {key} is not in {self.idx_path.name}")
+
+    def _fetch(self, key):
+        """`(offset, bytes from there on)` of record `key`, usually the whole of it."""
+        offset, length = self._place(key)
+        return offset, self._pread(offset, length)
+
+    def _pread(self, offset, size):
+        """At most `size` bytes from `offset`."""
+        try:
+            return os.pread(self._file, size, offset)
+        except OSError as error:
+            raise RecordError(f"{self.path}: cannot be read at {offset} ({error.strerror}); check the disk") from None
+
+    def _bytes(self, offset, size):
+        """`size` bytes from `offset`, which the file had when it was opened."""
+        data = self._pread(offset, size)
+        while len(data) < size:  # network disks may return less than asked for
+            if not (more := self._pread(offset + len(data), size - len(data))):
+                raise RecordError(f"{self.path}: {offset + len(data)} bytes, but {self._size} when it was opened")
+            data += more
+        return data
 
     def _part(self, key, record_offset, offset):
         """`(continuation flag, start, stop)` of the payload of the part at `offset`, checked against the file size."""
         if offset % 4 or offset + _FRAME.size > self._size:
             raise self._error(f"no record can start at {offset} in a file of {self._size} bytes", key, record_offset)
-        magic, length = _FRAME.unpack_from(self._map, offset)
+        magic, length = _FRAME.unpack(self._bytes(offset, _FRAME.size))
         flag, length = length >> 29, length & (_MAX_PAYLOAD - 1)
         if magic != MAGIC:
             raise self._error(f"found {magic:#010x} at {offset} instead of {MAGIC:#010x}", key, record_offset)
@@ -278,16 +245,15 @@ class RecordReader:
 
     def _plain_labels(self, offsets):
         """`(bool [n], labels [n])` of the records at `offsets`: is it a one-part image record, and if so its label."""
-        words = np.frombuffer(self._map, "<u4", self._size // 4)
-        inside = (offsets % 4 == 0) & (offsets + _FRAME.size + _IR.size <= self._size)
-        at = np.where(inside, offsets // 4, 0)
-        if len(words) < 8:
-            return np.zeros(len(at), bool), 0.0
-        length = words[at + 1].astype(np.int64)  # with flag 0 the whole word is the length
-        many = words[at + 2].astype(np.int64)
-        plain = inside & (words[at] == MAGIC) & (length >= _IR.size + 4 * many)
+        first, last = int(offsets.min()), int(offsets.max()) + _HEAD
+        if last - first <= _USUAL * len(offsets) and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file, first, last - first, os.POSIX_FADV_WILLNEED)  # else one request a record
+        heads = b"".join(self._pread(offset, _HEAD).ljust(_HEAD, b"\0") for offset in offsets.tolist())
+        words = np.frombuffer(heads, "<u4").reshape(len(offsets), -1)
+        magic, length, many = words[:, :3].T.astype(np.int64)  # with flag 0 the whole word is the length
+        plain = (offsets % 4 == 0) & (magic == MAGIC) & (length >= _IR.size + 4 * many)
         plain &= (length < _MAX_PAYLOAD) & (offsets + _FRAME.size + length <= self._end)
-        return plain, words[np.where(plain & (many > 0), at + 8, at + 3)].view("<f4")
+        return plain, np.where(many > 0, words[:, 8], words[:, 3]).view("<f4")
 
     def _error(self, reason, key, offset=None):
         offset = self.offset(key) if offset is None else offset
@@ -344,12 +310,13 @@ class RecordWriter:
         try:
             self._idx.flush()
             if self._out_of_order:
-                keys = np.sort(_read_index(self._idx_part)[0])
+                keys = np.sort(next(read_lines(self._idx_part)))
                 repeated = keys[1:][keys[1:] == keys[:-1]]
                 if len(repeated):
                     raise RecordError(f"{self.path}: key {repeated[0]} was written more than once")
             # In this order a new .rec is never beside an old .idx.
-            self.idx_path.unlink(missing_ok=True)
+            for path in (self.idx_path, binary_path(self.idx_path)):
+                path.unlink(missing_ok=True)
             publish(self._rec, self._rec_part, self.path)
             publish(self._idx, self._idx_part, self.idx_path)
         finally:
@@ -384,8 +351,6 @@ def write_index(path):
                 pass
             bar.update(stop + -stop % 4 - offset)
             key, offset = key + 1, stop + -stop % 4
-            if key % 4096 == 0:
-                reader.release()
     return key
 
 

@@ -129,6 +129,23 @@ def draw_record_set(path, pictures, records=None, num_classes=10):
     return jpegs
 
 
+def write_index_lines(path, offsets):
+    """Write a `.idx` whose line i is the key i and offsets[i], int64 [n]; a second for five million lines."""
+    with open(path, "wb") as file:
+        for start in range(0, len(offsets), 1 << 20):
+            columns = [np.arange(start, min(start + (1 << 20), len(offsets))), offsets[start : start + (1 << 20)]]
+            widths = [np.searchsorted(10 ** np.arange(1, 19), column, "right") + 1 for column in columns]
+            cuts = np.flatnonzero(np.diff(widths).any(axis=0)) + 1  # lines of one length in between
+            for keys, places in zip(*(np.split(column, cuts) for column in columns)):
+                lines = [*_digits(keys), np.full_like(keys, ord("\t")), *_digits(places), np.full_like(keys, ord("\n"))]
+                file.write(np.stack(lines, axis=1).astype(np.uint8).data)
+
+
+def _digits(numbers):
+    """The decimal digits, as characters, of numbers of one length: a list of int64 [n]."""
+    return [ord("0") + numbers // 10**power % 10 for power in reversed(range(len(str(numbers[0]))))]
+
+
 def write_features(path, labels, num_classes, width, seed=0):
     """Write float32 [N, width], clustered by class, to the .npy file `path`; returns the class centres."""
     rng = np.random.default_rng(seed)

@@ -16,6 +16,7 @@ import os
 import re
 import warnings
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -164,6 +165,36 @@ def all_reduce_(tensor, op=dist.ReduceOp.SUM):
     if world_size() > 1:
         dist.all_reduce(tensor, op)
     return tensor
+
+
+def sum_over_ranks_(tensors):
+    """In-place sums over the ranks of tensors of one type and device, by one collective; outside autograd."""
+    if world_size() > 1 and tensors:
+        whole = all_reduce_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def sum_of_ranks(array):
+    """The sum over the ranks of a NumPy array, on all of them."""
+    return array if world_size() == 1 else all_reduce_(_on_their_device(array)).cpu().numpy()
+
+
+def gather_arrays(array):
+    """The ranks' NumPy arrays [n, …], n each rank's own, one after the other: on rank 0, None on the others."""
+    if world_size() == 1:
+        return array
+    parts = []
+    for source, count in enumerate(gather_objects(len(array))):  # one at a time: the others need not have room for all
+        mine = array if source == rank() else np.empty((count, *array.shape[1:]), array.dtype)
+        part = broadcast_(_on_their_device(mine), source)
+        parts.append(part.cpu().numpy() if is_main() else None)
+    return np.concatenate(parts) if is_main() else None
+
+
+def _on_their_device(array):
+    """A copy, on the device of the ranks' collectives."""
+    return torch.from_numpy(np.array(array)).to("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def broadcast_(tensor, source=0):

@@ -56,8 +56,7 @@ class _Batches(Dataset):
     Slots are reused: a new one per batch would cost a fifth of a worker's time in page faults, and file descriptors.
     Raises WorkerError if there is no room for them.
 
-    A truncated record file is detected before each batch. If it is truncated during a read, SIGBUS kills the process:
-    a worker, whose death the main process explains, or with num_workers = 0 the training itself.
+    A record file that was truncated or overwritten is detected before each batch, and named where a read fails.
     """
 
     def __init__(self, dataset, file, slots, batch_size, num_workers, old):

@@ -258,9 +258,7 @@ class Trainer:
             self.scaler.scale(sum(terms.values()) / self.cfg.gradient_acc).backward()
 
     def update(self):
-        for parameter in self.replicated:
-            if parameter.grad is not None:
-                distributed.all_reduce_(parameter.grad)
+        distributed.sum_over_ranks_([p.grad for p in self.replicated if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         if self.cfg.clip_grad_norm > 0:
             together = [*self.backbone.parameters(), *self.extra.parameters()]

@@ -18,9 +18,9 @@ class WorkerError(UserError):
 
 
 class FileSize:
-    """Detects a change in size of a memory-mapped record file: reading past a truncated end kills with SIGBUS.
+    """Detects a change in size of a record file: it was truncated or overwritten.
 
-    A file that was replaced or deleted stays intact for processes that have it mapped.
+    A file that was replaced or deleted stays intact for processes that have it open.
     """
 
     def __init__(self, path):

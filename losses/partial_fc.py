@@ -3,7 +3,8 @@
 Each rank owns a contiguous range of classes. The normalised embeddings and labels of all ranks are gathered, a rank
 computes the cosines of the global batch to its own centres only, and from the other ranks the cross-entropy needs just
 two numbers per sample: the log-sum-exp over their shard and, if they own the target, its logit. Logits are never
-gathered: time and memory per rank scale with its share of the classes.
+gathered. A rank's centres and their optimiser state are those of its share of the classes, C / R of C on R ranks; its
+logits are [R·B, C / R], B·C numbers whatever R: more ranks do not lower them, only `sample_rate` does.
 
 With `sample_rate < 1` a step uses only some of the centres (the positives of the batch and random negatives). Their
 gradient is a sparse tensor of those rows, never a dense [num_local, embedding_size] one, and `attach` makes an ordinary

@@ -3,13 +3,31 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from core.distributed import gather
+from core.distributed import all_reduce_, gather, rank
 
 
 def local_labels(labels, start, num_local):
     """Labels [N] as positions among the classes start ... start + num_local - 1; -1 = the class is another rank's."""
     local = labels - start
     return torch.where((local >= 0) & (local < num_local), local, -1)
+
+
+class ShardedRows:
+    """A constant table [C, D] of which each rank holds a shard: the rows start ... start + len(shard) - 1.
+
+    `table[labels]`, labels int64 [B], are the rows [B, D]; all ranks ask together, each for as many labels.
+    """
+
+    def __init__(self, shard, start):
+        self.shard, self.start, self.dtype = shard, start, shard.dtype
+
+    def to(self, device):
+        return ShardedRows(self.shard.to(device), self.start)
+
+    def __getitem__(self, labels):
+        local = local_labels(gather(labels), self.start, len(self.shard))
+        rows = all_reduce_(torch.where((local >= 0)[:, None], self.shard[local.clamp(min=0)], 0))
+        return rows[rank() * len(labels) : (rank() + 1) * len(labels)]
 
 
 def sharded_cross_entropy(logits, labels):

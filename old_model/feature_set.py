@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shlex
+import weakref
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from core.config import REPO
 from core.errors import UserError
 from core.files import atomic_write
 from core.manifest import digest, read_manifest, write_manifest
+from core.rows import read_rows
 
 # Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data unseen by the old
 # one; EX (extended): on everything.
@@ -155,13 +157,61 @@ def open_array(path, ndim, kind):
     return array
 
 
+class RowFile:
+    """Reads rows of a .npy file (`ndim`, `kind`: see `open_array`) by system calls; `array` is its memory map.
+
+    `file[rows]`, rows int64 [B] or a slice, is an array of them. A file cut meanwhile is an error (core/rows.py).
+    Unpickled (in a spawned worker) it reopens the file.
+    Raises FeatureError with `remedy`, the next step; default: the command that writes the file.
+    """
+
+    def __init__(self, path, ndim, kind, remedy=None):
+        self.path, self.expected, self.array = path, (ndim, kind, remedy), open_array(path, ndim, kind)
+        self.dtype, self.shape, self.remedy = self.array.dtype, self.array.shape, remedy or rewrite(path)
+        self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+
+    def __reduce__(self):
+        return RowFile, (self.path, *self.expected)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, rows):
+        return self.read(np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows)
+
+    def read(self, rows, out=None):
+        """The rows int64 [B], in the file's dtype, or in `out` [B, …] and its dtype."""
+        outside = (rows < 0) | (rows >= len(self))
+        if outside.any():
+            raise IndexError(f"{self.path}: row {rows[outside][0]} is out of range, the file has {len(self)} rows")
+        if not self.array.flags.c_contiguous:  # Fortran order, as np.save writes a transposed array
+            stored = self.array[rows]
+        else:
+            direct = out is not None and out.dtype == self.dtype
+            stored = out if direct else np.empty((len(rows), *self.shape[1:]), self.dtype)
+            read_rows(self.file, self.array.offset, rows, stored, self._fail)
+        if out is None:
+            return stored
+        if stored is not out:
+            out[...] = stored
+        return out
+
+    def _fail(self, row, why):
+        if why is None:
+            raise FeatureError(f"{self.path}: truncated before the end of row {row}; {self.remedy}")
+        raise FeatureError(
+            f"{self.path}: row {row} cannot be read ({why}); check the disk. If the file is lost, {self.remedy}"
+        )
+
+
 def open_feature_set(files):
-    """`(features [N, D], labels [N], made_from)` of a FeatureSet, memory-mapped.
+    """`(features, labels, made_from)` of a FeatureSet: a RowFile [N, D], an array int [N].
 
     made_from: the facts for the manifest of a file made from them. Raises FeatureError if the lengths differ,
     ManifestError if the two are not of one record set.
     """
-    features, labels = open_array(files.feature, 2, np.floating), open_array(files.label, 1, np.integer)
+    features, labels = RowFile(files.feature, 2, np.floating), RowFile(files.label, 1, np.integer)
     if len(features) != len(labels) or not len(features):
         raise FeatureError(
             f"{files.feature}: {len(features)} rows, but {files.label.name} has {len(labels)}; both need one per "
@@ -170,7 +220,7 @@ def open_feature_set(files):
     manifest, of_labels = (read_manifest(path, rewrite(path)) for path in (files.feature, files.label))
     of_labels.require("records", manifest.get("records"), files.feature, f"rewrite both: {files.command()}")
     facts = {key: manifest.get(key) for key in ("records", "model")}
-    return features, labels, {"features": digest(files.feature), **facts}
+    return features, labels[:], {"features": digest(files.feature), **facts}
 
 
 def save_array(path, array, what=None, **facts):

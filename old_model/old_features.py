@@ -4,15 +4,14 @@ old_model/feature_set.py lists the files and the commands that write them. The l
 images that they decode (engine/loader.py), so a method finds them in its batch.
 """
 
-import os
 import pathlib
-import weakref
 
 import numpy as np
 
-from old_model.feature_set import FeatureError, label_path, open_array, rewrite, rewrite_from_images
+from old_model.feature_set import FeatureError, RowFile, label_path, rewrite, rewrite_from_images
 
 LABELS_SAMPLED = 1024  # rows whose labels are compared with the record file on opening
+FLAGS = 1 << 20  # credible flags read at once, until one is set
 
 
 class OldFeatures:
@@ -50,7 +49,7 @@ class OldFeatures:
                 "set embedding_size to the old model's, or use the features of an old model of that width; "
                 f"if the old model has changed, {rewrite(self.path)}"
             )
-        if self._credible and not self._credible.array.any():
+        if self._credible and not any(self._credible[i : i + FLAGS].any() for i in range(0, len(self), FLAGS)):
             raise FeatureError(f"{credible_path}: no row is credible; {rewrite(credible_path)}")
         rows = np.unique(np.linspace(0, len(train_set) - 1, LABELS_SAMPLED).astype(np.int64)) if len(train_set) else []
         self.compare_labels(rows, [train_set.label(int(row)) for row in rows])
@@ -84,72 +83,3 @@ class OldFeatures:
     def read_credible(self, rows):
         """bool [B]: which of the rows int64 [B] have a credible old feature."""
         return self._credible.read(rows) if self._credible else np.ones(len(rows), bool)
-
-
-class RowFile:
-    """Reads rows of a .npy file (`ndim`, `kind`: see `open_array`) by system calls; `array` is its memory map.
-
-    `file[rows]`, rows int64 [B] or a slice, is an array of them. Through the map, a truncated file or a failing disk
-    would kill the process with SIGBUS, and each uncached row would cost 128 KB of readahead. Unpickled (in a spawned
-    worker) it reopens the file.
-    Raises FeatureError with `remedy`, the next step; default: the command that writes the file.
-    """
-
-    def __init__(self, path, ndim, kind, remedy=None):
-        self.path, self.expected, self.array = path, (ndim, kind, remedy), open_array(path, ndim, kind)
-        self.dtype, self.shape, self.remedy = self.array.dtype, self.array.shape, remedy or rewrite(path)
-        self.file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.file)
-
-    def __reduce__(self):
-        return RowFile, (self.path, *self.expected)
-
-    def __len__(self):
-        return len(self.array)
-
-    def __getitem__(self, rows):
-        return self.read(np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows)
-
-    def read(self, rows, out=None):
-        """The rows int64 [B], in the file's dtype, or in `out` [B, …] and its dtype."""
-        outside = (rows < 0) | (rows >= len(self))
-        if outside.any():
-            raise IndexError(f"{self.path}: row {rows[outside][0]} is out of range, the file has {len(self)} rows")
-        if not self.array.flags.c_contiguous:  # Fortran order, as np.save writes a transposed array
-            stored = self.array[rows]
-        else:
-            direct = out is not None and out.dtype == self.dtype
-            stored = self._read_stored(rows, out if direct else np.empty((len(rows), *self.shape[1:]), self.dtype))
-        if out is None:
-            return stored
-        if stored is not out:
-            out[...] = stored
-        return out
-
-    def _read_stored(self, rows, values):
-        """Fill `values` [B, …], contiguous, of the file's dtype, and return it. Consecutive rows are read at once."""
-        size = self.array[:1].nbytes
-        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()
-        runs = [(rows[start], start * size, stop * size) for start, stop in zip(starts, [*starts[1:], len(rows)])]
-        if hasattr(os, "posix_fadvise"):
-            for row, begin, end in runs:  # all requests reach the disk at once
-                os.posix_fadvise(self.file, self.array.offset + row * size, end - begin, os.POSIX_FADV_WILLNEED)
-        memory = memoryview(values.reshape(-1).view(np.uint8))
-        for row, begin, end in runs:
-            self._read_run(row, size, memory[begin:end])
-        return values
-
-    def _read_run(self, row, size, memory):
-        """Fill `memory` with the rows from `row` on, of `size` bytes each."""
-        begin, done = self.array.offset + row * size, 0
-        while done < len(memory):  # network disks may return less than asked for
-            try:
-                read = os.preadv(self.file, [memory[done:]], begin + done)
-            except OSError as error:
-                raise FeatureError(
-                    f"{self.path}: row {row + done // size} cannot be read ({error.strerror}); check the disk. "
-                    f"If the file is lost, {self.remedy}"
-                ) from error
-            if not read:
-                raise FeatureError(f"{self.path}: truncated before the end of row {row + done // size}; {self.remedy}")
-            done += read

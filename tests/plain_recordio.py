@@ -183,7 +183,6 @@ def _ask_of_all(reader, rec, offsets):
         lambda: image_layout(reader),
         lambda answer, expected: (list(answer.keys), answer.num_classes) == expected,
     )
-    reader.release()
     with pickle.loads(pickle.dumps(reader)) as copy:
         assert copy.keys.tolist() == list(offsets)
 

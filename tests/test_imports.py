@@ -9,7 +9,8 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 GROUND = {"core"}
 BELOW = {
     "core": GROUND,
-    "recordio": GROUND,
+    "record_index": GROUND,
+    "recordio": GROUND | {"record_index"},
     "dataset": GROUND | {"recordio"},
     "old_model": GROUND | {"recordio", "dataset", "old_model"},
     "backbones": GROUND | {"backbones"},

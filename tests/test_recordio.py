@@ -122,11 +122,11 @@ def test_an_empty_file_has_no_records(tmp_path):
 def test_index_larger_than_a_block_and_with_other_line_ends(tmp_path, monkeypatch):
     path = write(tmp_path / "a.rec", {key: b"" for key in range(2000)})
     index = path.with_suffix(".idx")
-    from recordio import _read_index
+    from record_index import read_lines
 
     for text in (index.read_bytes(), index.read_bytes().rstrip(b"\n"), index.read_bytes().replace(b"\n", b"\r\n")):
         index.write_bytes(text)
-        keys, offsets = _read_index(index, block=1000)
+        keys, offsets = read_lines(index, block=1000)
         assert (keys == np.arange(2000)).all() and (offsets == 8 * np.arange(2000)).all()
 
 
@@ -236,7 +236,6 @@ def test_headers_and_labels_without_images(tmp_path):
                 and image.tobytes() == b"image"
                 and image.dtype == np.uint8
             )
-            del image  # else the file could not be closed
         assert reader.read_labels([4, 4, 0, 1, 2, 3]).tolist() == [4, 4, 3, 7, 6, 5]
         assert reader.read_labels(range(5)).dtype == np.float32
         with pytest.raises(RecordError, match="key 5"):
@@ -342,7 +341,30 @@ def test_errors_can_be_pickled():
     assert type(error) is RecordError and str(error) == "a.rec: key 1 at offset 2: wrong"
 
 
-def test_release_keeps_the_file_readable(three):
+def test_a_file_that_is_cut_meanwhile_is_named(three):
     with RecordReader(three) as reader:
-        reader.release()
-        assert reader.read(1) == b"\1" * 41
+        whole = three.read_bytes()
+        os.truncate(three, 60)
+        assert reader.read(0) == b"\0" * 40
+        for read in (reader.read, reader.read_raw, reader.read_record, reader.read_image):
+            for key in (1, 2):
+                with pytest.raises(RecordError, match=r"a\.rec: \d+ bytes, but 152 when it was opened"):
+                    read(key)
+        with pytest.raises(RecordError, match=r"a\.rec: \d+ bytes, but 152 when it was opened"):
+            reader.read_labels([2])
+        three.write_bytes(whole)
+        assert reader.read(2) == b"\2" * 42
+
+
+def test_a_disk_with_short_reads_or_none(three, monkeypatch):
+    pread = os.pread
+    with RecordReader(three) as reader:
+        monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 5), offset))
+        assert [reader.read(key) for key in range(3)] == [bytes([key]) * (40 + key) for key in range(3)]
+
+        def fail(*_):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "pread", fail)
+        with pytest.raises(RecordError, match=r"a\.rec: cannot be read at 48 \(Input/output error\); check the disk"):
+            reader.read(1)

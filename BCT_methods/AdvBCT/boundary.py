@@ -10,6 +10,7 @@ distance to it, outliers excluded. With a learnable scalar e per class and a thr
     point-to-set loss = mean over the images outside, ||f - c_y|| > r_y, of ||f - c_y|| - r_y
 """
 
+import os
 import pathlib
 import re
 import zipfile
@@ -20,11 +21,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.agreement import check_ranks_agree, check_shared
-from core.distributed import barrier, gather_objects, is_main, sum_over_ranks
+from core.distributed import (
+    barrier,
+    gather_arrays,
+    gather_objects,
+    is_main,
+    rank,
+    rows_of_rank,
+    sum_over_ranks,
+    world_size,
+)
 from core.files import atomic_write
 from core.manifest import ManifestError, digest, read_manifest, write_manifest
 from engine.monitor import log
-from old_model.by_class import check_labels, squared_distances_to_means, unit_class_means
+from losses.sharded import ShardedRows
+from old_model.by_class import ClassMeans
 from old_model.feature_set import FeatureError
 
 WHISKER = 1.5  # outliers lie this many interquartile ranges outside the quartiles
@@ -42,12 +53,26 @@ def class_boundaries(features, labels, num_classes):
     are kept. Zeros for a class without images. Two passes over the rows in chunks, sums in float64.
     Raises FeatureError for labels out of range or rows that are not finite.
     """
-    labels = np.asarray(labels)
-    check_labels(features, labels, num_classes)
-    centers = unit_class_means(features, labels, num_classes)
-    distance = np.sqrt(squared_distances_to_means(features, labels, centers))
-    radius, count = _radii(distance, labels, np.bincount(labels, minlength=num_classes))
-    return centers.astype(np.float32), radius.astype(np.float32), count
+    if len(labels) != len(features):
+        raise FeatureError(f"{len(features)} features, but {len(labels)} labels; run get_feature again")
+    centers = []
+    radius, count = boundaries_by_ranks(features, labels, num_classes, centers.append)
+    return np.concatenate(centers), radius, count
+
+
+def boundaries_by_ranks(features, labels, num_classes, put):
+    """As `class_boundaries`, by all ranks: `(radius, count)` on rank 0, None on the others, each reading its share.
+
+    put: takes the centres, float32 [b, D], a bucket after the other, the same on all ranks.
+    """
+    classes = ClassMeans(features, labels, num_classes)
+    for part, totals in classes.totals():
+        put((totals / np.maximum(classes.counts[part], 1)[:, None]).astype(np.float32))
+    distance = gather_arrays(np.sqrt(classes.squared_distances()))
+    if distance is None:
+        return None
+    radius, count = _radii(distance, np.asarray(labels[:]), classes.counts)
+    return radius.astype(np.float32), count
 
 
 def _radii(distance, labels, size):
@@ -70,34 +95,47 @@ def default_path(feature_path):
 
 
 def load_boundaries(path, old, num_classes):
-    """`(centers [C, D], radius [C], count [C])` tensors on the CPU, read from `path`; collective: call it on all ranks.
+    """`(centers, radius [C], count [C])`, on the CPU, read from `path`; collective: call it on all ranks.
 
-    old: OldFeatures. Rank 0 writes the file first unless its manifest says that it is made from these features.
-    Raises FeatureError for a damaged file or one of another shape; DisagreementError if not all ranks see the disk that
-    rank 0 would write to, before it computes, or if the ranks' files differ.
+    old: OldFeatures. The ranks write the file first unless its manifest says that it is made from these features.
+    centers: a ShardedRows of [C, D]. Raises FeatureError for a damaged file or one of another shape; DisagreementError
+    if not all ranks see the disk that the file is written to, before they compute, or if the ranks' files differ.
     """
     path = pathlib.Path(path)
     if reason := gather_objects(_why_redo(path, old) if is_main() else None)[0]:
         check_shared(path.parent, "set center_radius to a file on a disk that all machines share")
-        if is_main():
-            log.info("computing the boundaries: %s", reason)
-            _save(path, digest(old.path), *class_boundaries(old.features, old.labels[:], num_classes))
+        log.info("computing the boundaries: %s", reason)
+        _write(path, old, num_classes)
         barrier()
     check_ranks_agree(center_radius=digest(path) if path.is_file() else None)
+    start, stop = rows_of_rank(num_classes, rank(), world_size())
     try:
+        shape, centers = _read_rows(path, start, stop)
         with np.load(path) as file:
-            arrays = [torch.from_numpy(file[name]) for name in ("centers", "radius", "count")]
+            radius, count = (torch.from_numpy(file[name]) for name in ("radius", "count"))
     except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise FeatureError(
             f"{path}: not a readable file of centres and radii ({error}); delete it to have it rebuilt"
         ) from error
-    shapes = [(num_classes, old.features.shape[1]), (num_classes,), (num_classes,)]
-    if [tuple(array.shape) for array in arrays] != shapes:
+    if (shape, radius.shape, count.shape) != ((num_classes, old.features.shape[1]), (num_classes,), (num_classes,)):
         raise FeatureError(
-            f"{path}: centres {list(arrays[0].shape)}, but {old.path} has {num_classes} classes of width "
+            f"{path}: centres {list(shape)}, but {old.path} has {num_classes} classes of width "
             f"{old.features.shape[1]}; delete it to have it rebuilt, or set center_radius to another file"
         )
-    return arrays
+    return ShardedRows(torch.from_numpy(centers), start), radius, count
+
+
+def _read_rows(path, start, stop):
+    """`(shape [C, D], rows start ... stop - 1 float32)` of the centres, without reading the others into memory."""
+    with zipfile.ZipFile(path) as archive, archive.open("centers.npy") as member:
+        read = getattr(np.lib.format, "read_array_header_{}_{}".format(*np.lib.format.read_magic(member)))
+        shape, fortran, dtype = read(member)
+        if fortran or dtype != np.float32 or len(shape) != 2:
+            raise ValueError(f"centres of {dtype} {list(shape)}")
+        size = dtype.itemsize * shape[1]
+        member.seek(start * size, os.SEEK_CUR)
+        rows = np.frombuffer(bytearray(member.read((stop - start) * size)), np.float32)
+        return shape, rows.reshape(-1, shape[1])
 
 
 def _why_redo(path, old):
@@ -111,12 +149,24 @@ def _why_redo(path, old):
         return f"{path}: made from other features than {old.path}"
 
 
-def _save(path, features, centers, radius, count):
+def _write(path, old, num_classes):
+    """Compute the boundaries on all ranks; rank 0 writes them as np.savez does, the centres as they come."""
+    shape = num_classes, old.features.shape[1]
+    if not is_main():
+        boundaries_by_ranks(old.features, old.labels, num_classes, lambda centers: None)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            np.savez(file, centers=centers, radius=radius, count=count)
-            write_manifest(path, file, "class boundaries", features=features)
+            with zipfile.ZipFile(file, "w") as archive:
+                with archive.open("centers.npy", "w", force_zip64=True) as member:
+                    header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.float32))
+                    np.lib.format.write_array_header_1_0(member, {**header, "shape": shape})
+                    radius, count = boundaries_by_ranks(old.features, old.labels, num_classes, member.write)
+                for name, array in (("radius", radius), ("count", count)):
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.save(member, array)
+            write_manifest(path, file, "class boundaries", features=digest(old.path))
     except OSError as error:
         raise FeatureError(
             f"{path}: cannot be written ({error.strerror}); set center_radius to a writable path"
@@ -139,9 +189,9 @@ class ElasticBoundary(nn.Module):
 def point_to_set_loss(embeddings, labels, centers, radius, count, boundary, threshold):
     """Mean distance by which new features lie outside their class boundary, over those outside; 0 if none is.
 
-    embeddings: [B, D], this rank's new features, any scale; labels: int64 [B]. centers [C, D], radius [C] and count [C]
-    of `class_boundaries`, on the same device; a class with count <= 1 has no boundary. boundary: ElasticBoundary;
-    threshold: the distance t that r_max is moved towards.
+    embeddings: [B, D], this rank's new features, any scale; labels: int64 [B]. centers [C, D], or a ShardedRows, radius
+    [C] and count [C] of `class_boundaries`, on the same device; a class with count <= 1 has no boundary. boundary:
+    ElasticBoundary; threshold: the distance t that r_max is moved towards.
     Returns a scalar: the mean over the images outside in the *global* batch, the same on all ranks. Gradients go to
     the embeddings and to the boundary.
     """

@@ -14,8 +14,7 @@ from engine.extract import SharedArray, extract_features
 from engine.monitor import log
 from engine.schedule import warn_of_unreached
 from losses import OldPrototypes
-from old_model.feature_set import FeatureError, rewrite
-from old_model.old_features import RowFile
+from old_model.feature_set import FeatureError, RowFile, rewrite
 
 SHORT = 2.0  # median norm of old features below which raw class means hardly pull
 CLASSES_SAMPLED = 64  # evenly spread, for that median

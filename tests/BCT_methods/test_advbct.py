@@ -126,8 +126,11 @@ def test_the_file_is_written_once_and_again_for_other_features(tmp_path):
     old, path = Old(tmp_path / "x_feature.npy"), tmp_path / "x_center_radius.npz"
     assert default_path(old.path) == str(path)
     loaded = load_boundaries(path, old, CLASSES)
+    loaded = [loaded[0][torch.arange(CLASSES)], *loaded[1:]]
     for array, expected in zip(loaded, class_boundaries(old.features, old.labels, CLASSES)):
         assert torch.equal(array, torch.from_numpy(expected))
+    with np.load(path) as file:
+        assert {name: file[name].shape for name in file} == {"centers": (5, 3), "radius": (5,), "count": (5,)}
     names = sorted(file.name for file in tmp_path.iterdir() if "radius" in file.name)
     assert names == [path.name, f"{path.name}.json"]
     stamp = path.stat().st_mtime_ns
@@ -136,7 +139,7 @@ def test_the_file_is_written_once_and_again_for_other_features(tmp_path):
     old.features = -old.features
     np.save(old.path, old.features)
     os.utime(old.path, (1, 1))  # older by its time, as `cp -p` may leave it
-    torch.testing.assert_close(load_boundaries(path, old, CLASSES)[0], -loaded[0])
+    torch.testing.assert_close(load_boundaries(path, old, CLASSES)[0][torch.arange(CLASSES)], -loaded[0])
 
 
 def test_a_wrong_file_is_named(tmp_path):
@@ -149,6 +152,42 @@ def test_a_wrong_file_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(FeatureError, match="mine.npz: not a readable file .* delete it"):
             load_boundaries(path, old, CLASSES)
+
+
+class ManyOld:
+    def __init__(self, path):
+        random = np.random.default_rng(0)
+        self.labels = random.integers(0, 40, 300)
+        self.labels[self.labels == 7] = 8  # a class without features
+        self.features = random.normal(size=(300, 3)).astype(np.float32)
+        self.path = path
+
+
+def boundaries_on_rank(folder):
+    """`(centres, radius, count)` by a file that the ranks write together; the shard's rows; a batch of centres."""
+    by_class.CHUNK, by_class.BUCKET = 7, 12
+    old = ManyOld(f"{folder}/x_feature.npy")
+    centers, radius, count = load_boundaries(f"{folder}/{distributed.world_size()}.npz", old, 40)
+    batch = torch.arange(40)[distributed.rank() :: distributed.world_size()][:13]
+    return centers[torch.arange(40)], radius, count, len(centers.shard), centers[batch], batch
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_write_the_boundaries_of_one(tmp_path, ranks):
+    old = ManyOld(tmp_path / "x_feature.npy")
+    np.save(old.path, old.features)
+    expected = class_boundaries(old.features, old.labels, 40)
+    shards = 0
+    for centers, radius, count, shard, rows, batch in run_ranks(boundaries_on_rank, ranks, str(tmp_path)):
+        np.testing.assert_allclose(centers, expected[0], rtol=2e-7, atol=1e-9)  # a digit of float32
+        np.testing.assert_allclose(radius, expected[1], rtol=2e-7)
+        assert count.tolist() == expected[2].tolist()
+        assert torch.equal(rows, centers[batch])
+        shards += shard
+    assert shards == 40 and not centers[7].any()
+    alone = boundaries_on_rank(str(tmp_path))
+    for one, other in zip(alone, expected):
+        np.testing.assert_array_equal(one, other)
 
 
 # --- point to set -----------------------------------------------------------------------------------------------

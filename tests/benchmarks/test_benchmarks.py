@@ -55,6 +55,7 @@ def in_a_process(command, tmp_path):
         ("bench_methods --num-classes 40 --batch-size 4 --network tiny --embedding-size 16 --rounds 1", 9),
         ("bench_partial_fc --classes 500 --batch 8 --embedding-size 32 --rounds 2 --sample-rate 0.5 --optimizer", 2),
         ("bench_recordio --records 50 --rounds 2", 1),
+        ("bench_scale --lines 2000 --images 1000 --classes 200 --rows 500", 2),
         (f"bench_train configs/demo/f128_tiny_softmax_class30.py {TINY} --rec synthetic --gradient_acc 2", 1),
         (f"bench_train {METHOD.format('MixBCT')} {TINY} --draw 3 --fake-old --cold --clock processor", 1),
         (f"bench_train {METHOD.format('UniBCT')} {TINY} --rec synthetic --fake-old", 1),

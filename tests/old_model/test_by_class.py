@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from old_model import by_class
-from old_model.by_class import row_chunks, squared_distances_to_means, unit_class_means
+from old_model.by_class import ClassMeans, row_chunks, squared_distances_to_means
 from old_model.feature_set import FeatureError
 
 CLASSES, WIDTH = 6, 4
@@ -17,6 +18,15 @@ CLASSES, WIDTH = 6, 4
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(by_class, "CHUNK", 7)
+
+
+def unit_class_means(features, labels, num_classes, squares=None):
+    classes = ClassMeans(features, labels, num_classes, squares=squares)
+    means = np.zeros((num_classes, features.shape[1]))
+    for part, totals in classes.totals():
+        means[part] = totals / np.maximum(classes.counts[part], 1)[:, None]
+    np.testing.assert_array_equal(means[classes.classes], classes.means)
+    return means
 
 
 def unit_rows(features):
@@ -80,3 +90,17 @@ def test_some_rows_of_a_file(tmp_path):
     parts = list(row_chunks(mapped, picked))
     assert np.concatenate([part for part, _ in parts]).tolist() == picked.tolist() and len(parts) == 3
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in parts]), features[picked].astype(np.float64))
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_the_number_of_threads_changes_no_digit(squares):
+    random = np.random.default_rng(0)
+    features, labels = random.normal(size=(500, WIDTH)), random.integers(0, CLASSES, 500)
+    found = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        means = unit_class_means(features, labels, CLASSES, np.zeros(WIDTH) if squares else None)
+        found.append((means, squared_distances_to_means(features, labels, means)))
+    torch.set_num_threads(1)
+    for one, other in zip(*found):
+        np.testing.assert_array_equal(one, other)

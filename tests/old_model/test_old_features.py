@@ -11,7 +11,6 @@ import torch
 from dataset import SyntheticDataset
 from engine.loader import OldRows, TrainLoader
 from engine.monitor import init_logging
-from old_model import old_features
 from old_model.feature_set import FeatureError, FeatureSet
 from old_model.old_features import LABELS_SAMPLED, OldFeatures
 
@@ -188,14 +187,14 @@ def test_a_failing_disk(stored, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     old = OldFeatures(training_set(), stored.feature)
-    monkeypatch.setattr(old_features.os, "preadv", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(FeatureError, match="row 3 cannot be read .Input/output error.*get_feature.py"):
         old.read(np.array([3]))
 
 
 def test_a_disk_with_short_reads(stored, monkeypatch):
     preadv = os.preadv
-    monkeypatch.setattr(old_features.os, "preadv", lambda file, views, offset: preadv(file, [views[0][:5]], offset))
+    monkeypatch.setattr(os, "preadv", lambda file, views, offset: preadv(file, [views[0][:5]], offset))
     rows = OldFeatures(training_set(), stored.feature).read(np.array([3, 0]))
     assert rows.tolist() == np.arange(11.0 * WIDTH).reshape(11, WIDTH)[[3, 0]].tolist()
 

@@ -5,11 +5,14 @@ import pathlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from old_model import by_class
 from old_model.feature_set import FeatureError
+from tests.ranks import run_ranks
+from tools.get_feature.credible_entropy import low_entropy_rows
 from tools.get_feature.denoise_credible import credible_rows
 from tools.get_feature.get_avg_feature import class_means
 
@@ -216,3 +219,30 @@ def test_rows_and_dimensions_of_zeros():
 def test_ratios_that_are_none(ratio):
     with pytest.raises(FeatureError, match="--T"):
         credible_rows(np.ones((3, 2), np.float32), np.zeros(3, int), ratio)
+
+
+def on_rank(seed):
+    by_class.CHUNK, by_class.BUCKET = 7, 30
+    labels = np.random.default_rng(seed).integers(0, 12, 150)
+    labels[:12] = np.arange(12)
+    features = clustered(labels, seed=seed)
+    features[100] = features[99]  # a tie, where both are of one class
+    labels[99] = labels[100]
+    found = [
+        class_means(features, labels),
+        credible_rows(features, labels - 3, 0.6),
+        low_entropy_rows(features, labels),
+    ]
+    return [None if one is None else torch.from_numpy(one) for one in found]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_rows_and_find_the_same(ranks):
+    for seed in (0, 1):
+        means, credible, low = on_rank(seed)
+        assert 60 < credible.sum() < 150
+        results = run_ranks(on_rank, ranks, seed)
+        for theirs in results:
+            torch.testing.assert_close(theirs[0], means, rtol=2e-7, atol=1e-9)  # a digit of float32
+        assert torch.equal(results[0][1], credible) and torch.equal(results[0][2], low)
+        assert all(other[1:] == [None, None] for other in results[1:])

@@ -61,7 +61,7 @@ def test_entropy_against_loops(more, noise, seed):
     means, variance = means_and_variance(features, labels)
     expected, its_variance = entropy_slowly(features, labels)
     assert variance == pytest.approx(its_variance, rel=1e-9)
-    entropy = assignment_entropy(features, labels, means, variance)
+    entropy = assignment_entropy(features, means, variance)
     np.testing.assert_allclose(entropy, expected, atol=2e-3)
     assert entropy.dtype == np.float32
     # Rows whose entropy is at the threshold itself may fall to either side.

@@ -29,8 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 from core.errors import report_errors
 from core.manifest import read_manifest
 from old_model.by_class import normalise, row_chunks
-from old_model.feature_set import rewrite_from_images
-from old_model.old_features import RowFile
+from old_model.feature_set import RowFile, rewrite_from_images
 from tools.adapters.adapter import Adapter, AdapterError, unit
 
 KINDS = ("procrustes", "ridge")

@@ -32,8 +32,9 @@ import torch
 from tqdm import tqdm
 
 from core import distributed
+from core.distributed import rows_of_rank
 from core.errors import report_errors
-from old_model.by_class import chunks, count_classes, normalise, squared_distances_to_means, unit_class_means
+from old_model.by_class import ClassMeans, OwnRows, count_classes, normalise, row_chunks
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.cli import extract, make_parser, parse
 
@@ -44,29 +45,34 @@ def low_entropy_rows(features, labels, device="cpu"):
     """bool [N]: rows whose assignment entropy is at most ln(C) / 2.
 
     features: float [N, D], memory-mapped or not, any scale; labels: int [N], 0 ... C - 1 in any order.
+    The ranks share the rows; rank 0 returns the result, the others None.
     Raises FeatureError for non-finite rows, labels out of range or a class without images.
     """
     means, variance = means_and_variance(features, labels)
-    return assignment_entropy(features, labels, means, variance, device) <= math.log(len(means)) / 2
+    own = OwnRows(features, *rows_of_rank(len(features), distributed.rank(), distributed.world_size()))
+    return distributed.gather_arrays(assignment_entropy(own, means, variance, device) <= math.log(len(means)) / 2)
 
 
 def means_and_variance(features, labels):
-    """`(m float64 [C, D], v)`: class means of the normalised rows, variance of the distances to the own mean."""
-    counts = count_classes(labels)
-    means = unit_class_means(features, labels, len(counts))
-    return means, np.sqrt(squared_distances_to_means(features, labels, means)).var()
+    """`(m float32 [C, D], v)`: class means of the normalised rows, variance of the distances to the own mean."""
+    classes = ClassMeans(features, labels, len(count_classes(labels)))
+    means = [(totals / classes.counts[part, None]).astype(np.float32) for part, totals in classes.totals()]
+    means = np.concatenate(means)
+    distances = np.sqrt(classes.squared_distances())
+    mean = distributed.sum_of_ranks(distances.sum(keepdims=True)) / len(features)
+    return means, float(distributed.sum_of_ranks(np.square(distances - mean).sum(keepdims=True))[0]) / len(features)
 
 
-def assignment_entropy(features, labels, means, variance, device="cpu"):
+def assignment_entropy(features, means, variance, device="cpu"):
     """H float32 [N], in [0, ln C], as defined above; with zero variance p is 1 for the nearest class."""
     device = torch.device(device)
-    means = torch.from_numpy(means).to(device, torch.float32)
+    means = torch.from_numpy(means).to(device)
     squares = means.square().sum(1)
     variance = max(float(variance), 1e-6)  # above float32's rounding of distances between 0 and 2
     step = max(1, BLOCK // len(means))
     entropy = np.empty(len(features), dtype=np.float32)
     with tqdm(total=len(features), unit="row", desc="entropy", disable=None) as progress:
-        for part, rows, _ in chunks(features, labels):
+        for part, rows in row_chunks(features):
             normalise(rows)
             rows = torch.from_numpy(rows).to(device, torch.float32)
             blocks = [_entropy(block, means, squares, variance) for block in rows.split(step)]
@@ -93,10 +99,10 @@ def main(argv=None):
         _, _, device = distributed.init_distributed()
         if cfg is not None:
             extract(cfg, files, args)
+        features, labels, made_from = open_feature_set(files)
+        credible = low_entropy_rows(features, labels, device)
         if distributed.is_main():
             path = files.feature.with_name(f"{files.name}_credible_entropy_feature.npy")
-            features, labels, made_from = open_feature_set(files)
-            credible = low_entropy_rows(features, labels, device)
             if not credible.any():
                 raise FeatureError(
                     f"{files.feature}: no row has an entropy of at most ln(classes) / 2, nothing written; "

@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 
 from core import distributed
 from core.errors import report_errors
-from old_model.by_class import squared_distances_to_means, unit_class_means
+from old_model.by_class import ClassMeans
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.cli import extract, make_parser, parse
 
@@ -29,17 +29,38 @@ def credible_rows(features, labels, ratio):
     features: float [N, D], memory-mapped or not; labels: int [N], any order, gaps allowed; ratio: in (0, 1].
     Distances are Euclidean, between rows L2-normalised and then scaled to unit norm in each dimension over the set;
     ties, to float32's precision, go to the earlier row. An all-zero dimension is ignored.
+    The ranks share the rows; rank 0 returns the result, the others None.
     Raises FeatureError for a ratio outside (0, 1] or non-finite rows.
     """
     ratio = exact_ratio(ratio)
-    _, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    distances = scaled_distances(features, position, len(counts))
+    position = labels - labels.min()
+    if position.max() > len(labels):
+        position = np.unique(labels, return_inverse=True)[1]
+    counts = np.bincount(position)
+    distances = distributed.gather_arrays(scaled_distances(features, position, len(counts)))
     kept = -(-counts * ratio.numerator // ratio.denominator)  # the ceiling, in integers
-    order = np.lexsort((distances, position))  # by class, then distance; stable, so then by row
-    first = np.cumsum(counts) - counts
-    rank = np.arange(len(order)) - np.repeat(first, counts)
-    credible = np.empty(len(order), dtype=bool)
-    credible[order] = rank < np.repeat(kept, counts)
+    return None if distances is None else nearest_rows(distances, position, counts, kept)
+
+
+def nearest_rows(distances, position, counts, kept):
+    """bool [N]: the kept[c] rows with the smallest distances of each class c of counts[c] rows; ties to earlier rows.
+
+    distances: float32 [N], at least 0; position: int [N], class of each row.
+    """
+    keys = position.astype(np.uint64) << np.uint64(32) | distances.view(
+        np.uint32
+    )  # floats from 0 on order as their bits
+    ordered, first, some = np.sort(keys), np.cumsum(counts) - counts, np.flatnonzero(counts)
+    last = np.zeros(len(counts), np.uint64)
+    last[some] = ordered[(first + kept - 1)[some]]
+    credible = keys <= last[position]
+    surplus = np.searchsorted(ordered, last, "right") - first > kept
+    tied = np.flatnonzero(surplus[position])
+    tied = tied[keys[tied] == last[position[tied]]]
+    tied = tied[np.argsort(position[tied], kind="stable")]
+    number = np.arange(len(tied)) - np.searchsorted(position[tied], position[tied])  # among the tied rows of its class
+    room = kept - (np.searchsorted(ordered, last) - first)
+    credible[tied[number >= room[position[tied]]]] = False
     return credible
 
 
@@ -52,16 +73,18 @@ def exact_ratio(ratio):
 
 
 def scaled_distances(features, position, num_classes):
-    """float32 [N]: squared distance of each row to its class mean, both scaled as in `credible_rows`.
+    """float32 [n]: squared distance of each of this rank's rows to its class mean, both scaled as in `credible_rows`.
 
     position: int [N], class of each row, 0 … num_classes − 1. Two passes over the rows: dimension scales and class
     means are sums over the normalised rows, and the means of scaled rows are the scaled means. Computed in float64 and
     rounded to float32, so that equal distances, as of a class's only two rows, compare equal.
     """
     squares = np.zeros(features.shape[1])
-    means = unit_class_means(features, position, num_classes, squares)
+    classes = ClassMeans(features, position, num_classes, squares=squares)
+    for _ in classes.totals():
+        pass
     weights = np.divide(1.0, squares, out=np.zeros_like(squares), where=squares > 0)
-    return squared_distances_to_means(features, position, means, weights).astype(np.float32)
+    return classes.squared_distances(weights).astype(np.float32)
 
 
 def main(argv=None):
@@ -72,9 +95,9 @@ def main(argv=None):
         distributed.init_distributed()
         if cfg is not None:
             extract(cfg, files, args)
+        features, labels, made_from = open_feature_set(files)
+        credible = credible_rows(features, labels, args.T)
         if distributed.is_main():
-            features, labels, made_from = open_feature_set(files)
-            credible = credible_rows(features, labels, args.T)
             save_array(files.credible(args.T), credible, "credible rows", ratio=args.T, **made_from)
             print(f"wrote {files.credible(args.T)}: {credible.sum()} of {len(credible)} rows are credible")
             if credible.all() and args.T < 1:

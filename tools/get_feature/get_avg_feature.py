@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 from core import distributed
 from core.errors import report_errors
 from dataset import open_train_set
-from old_model.by_class import add_by_class, chunks, count_classes
+from old_model.by_class import ClassMeans, count_classes
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.cli import extract, make_parser, parse, record_path
 
@@ -26,18 +26,20 @@ def class_means(features, labels, num_classes=None):
     """L2-normalised mean of the features of each class.
 
     features: float [N, D], memory-mapped or not, as the model gave them; labels: int [N], 0 … C − 1 in any order;
-    num_classes: C, None = the largest label + 1. Returns float32 [C, D]; sums are float64.
+    num_classes: C, None = the largest label + 1. Returns float32 [C, D]; sums are float64. The ranks share the rows.
     Raises FeatureError for a class without images, labels out of range or non-finite rows.
     """
-    counts = count_classes(labels, num_classes)
-    sums = np.zeros((len(counts), features.shape[1]))
-    for _, rows, classes in chunks(features, labels):
-        add_by_class(sums, rows, classes)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)  # normalised, so no need to divide by the count
-    if not norms.all():
-        raise FeatureError(f"class {np.argmin(norms)}: its features sum to zero; check that the old model is trained")
-    sums /= norms
-    return sums.astype(np.float32)
+    classes = ClassMeans(
+        features, labels, len(count_classes(labels, num_classes)), weigh=lambda rows: np.ones(len(rows))
+    )
+    means = np.empty((len(classes.counts), features.shape[1]), np.float32)
+    for part, totals in classes.totals():
+        norms = np.linalg.norm(totals, axis=1, keepdims=True)  # normalised, so no need to divide by the count
+        if not norms.all():
+            wrong = part.start + np.argmin(norms)
+            raise FeatureError(f"class {wrong}: its features sum to zero; check that the old model is trained")
+        means[part] = totals / norms
+    return means
 
 
 def main(argv=None):
@@ -49,9 +51,9 @@ def main(argv=None):
         if cfg is not None:
             extract(cfg, files, args)
             num_classes = open_train_set(record_path(cfg, files)).num_classes
+        features, labels, made_from = open_feature_set(files)
+        means = class_means(features, labels, num_classes)
         if distributed.is_main():
-            features, labels, made_from = open_feature_set(files)
-            means = class_means(features, labels, num_classes)
             save_array(files.avg_feature, means, "class means", **made_from)
             print(f"wrote {files.avg_feature}: {means.shape[0]} classes")
     distributed.shutdown()

@@ -22,7 +22,7 @@ from recordio import IRHeader, RecordWriter, pack
 
 
 class _WithGaps(RecordDataset):
-    def _refuse_sparse(self, labels):
+    def _refuse_sparse(self, used):
         pass
 
 
@@ -38,8 +38,6 @@ def write_dense(rec):
             header, image = source.reader.read_record(int(source.keys[row]))
             label = label if header.flag == 0 else [label, *header.label[1:]]
             writer.write(row + 1, pack(header._replace(label=label), image))
-            if row % (1 << 14) == 0:
-                source.reader.release()
     return path, len(labels), len(found)
 
 

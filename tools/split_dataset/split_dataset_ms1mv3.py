@@ -151,7 +151,6 @@ def _copy(reader, keys, parts, labels, cut, in_data):
                     first_data.copy(reader, key, record)
                 if second:
                     second_data.copy(reader, key, record)
-            reader.release()
             bar.update(len(keys[chunk]))
 
 
