@@ -1,5 +1,6 @@
 # make demo        the whole flow on a small scale; ends with a table               SEED=1: other data and weights
 # make compare     all methods and an independent model on the demo's data          SEEDS="0 1 2": mean and range
+# make compare WIDTH=256    the same with new models of another width than the old one's 128; both are kept
 # make test        all tests
 # make test-cluster  two torchruns as two machines, with docs/cluster.md's commands
 # make lint        ruff check and ruff format --check
@@ -8,9 +9,11 @@
 PYTHON  ?= python3
 SEED    ?= 0
 SEEDS   ?= $(SEED)
+WIDTH   ?= 128
 MINUTES ?= 20
 BIN     := .venv/bin
 
+BESIDE  := $(if $(filter-out 128,$(WIDTH)),_f$(WIDTH))
 METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 RACT LCE
 
 .PHONY: help demo compare test test-cluster lint soak clean-demo
@@ -23,10 +26,10 @@ demo: .venv/.installed
 
 compare: .venv/.installed
 	for seed in $(SEEDS); do \
-	    PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $$seed $(METHODS) independent || exit 1; \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" WIDTH=$(WIDTH) bash tools/demo.sh $$seed $(METHODS) independent || exit 1; \
 	done
-	$(BIN)/python tools/ijbc_eval/compat_over_seeds.py $(SEEDS:%=demo/seed%/comparison/report.json) \
-	    --out demo/comparison.md
+	$(BIN)/python tools/ijbc_eval/compat_over_seeds.py $(SEEDS:%=demo/seed%/comparison$(BESIDE)/report.json) \
+	    --out demo/comparison$(BESIDE).md
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile

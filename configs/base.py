@@ -10,7 +10,8 @@ config = edict()
 
 # --- Model -----------------------------------------------------------------------------------------------------
 config.network = "r50"              # a name of backbones.names()
-config.embedding_size = 512         # width of the feature; a new model needs the old model's
+config.embedding_size = 512         # width of the feature; a new model's may differ from the old one's
+config.init_backbone = ""           # a checkpoint of this network and width to start from; "" = random weights
 config.dropout = 0.0                # probability, before the last linear layer
 config.fp16 = True                  # mixed precision on CUDA, in amp_dtype; the CPU stays float32
 config.amp_dtype = "float16"        # "float16" with a loss scaler, or "bfloat16" without one

@@ -35,6 +35,7 @@ PATH_KEYS = (
     "rec",
     "rec_val",
     "output",
+    "init_backbone",
     "old_embedding",
     "old_embedding_label",
     "credible_old_feature",

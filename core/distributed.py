@@ -270,6 +270,17 @@ def sum_over_ranks(tensor):
     return _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
 
 
+def mean_of_counted(total, number):
+    """Mean over those rows of the global batch that count, from each rank's sum of them, a scalar, and their number.
+
+    number: 0-d integer tensor; ranks may have different ones. The same on every rank, with the exact gradient of
+    `total`; 0 if no row counts. If all do, this is `global_mean` of the rank's mean, bit for bit.
+    """
+    everywhere = all_reduce_(number.clone())
+    share = number.to(total.dtype) * world_size() / everywhere.clamp(min=1)
+    return global_mean(total / number.clamp(min=1) * share)
+
+
 def global_mean(value):
     """Mean over the ranks of a scalar that each computed on its own, equally large, part of the batch.
 

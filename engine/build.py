@@ -5,6 +5,7 @@ import inspect
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from backbones import BackboneError, load_backbone
 from core.config import ConfigError
 from core.distributed import all_reduce_
 from losses import ArcFace, CombinedMarginLoss, CosFace
@@ -90,6 +91,24 @@ def make_scaler(device, enabled):
     Class shards differ between ranks, so one alone can overflow; skipping alone, it would diverge from the others.
     """
     return _Scaler(device=device.type, enabled=enabled, growth_interval=100)
+
+
+def start_from_file(backbone, cfg):
+    """Load the checkpoint `init_backbone` into the backbone; a softmax head, which no checkpoint needs, keeps its own.
+
+    Raises ConfigError, with the key, for a file that is missing or not of this network and width.
+    """
+    try:
+        loaded = load_backbone(cfg.init_backbone, cfg.network)
+    except (BackboneError, FileNotFoundError) as error:
+        raise ConfigError(f"{cfg.config_file}: init_backbone = {error}") from error
+    if loaded.num_features != cfg.embedding_size:
+        raise ConfigError(
+            f"{cfg.config_file}: init_backbone = {cfg.init_backbone}: gives {loaded.num_features} features, but "
+            f"embedding_size = {cfg.embedding_size}; set one to fit the other"
+        )
+    own = {key: value for key, value in backbone.state_dict().items() if key.startswith("cls_fc.")}
+    backbone.load_state_dict({**own, **loaded.state_dict()})
 
 
 # --- The parallel backbone ------------------------------------------------------------------------------------------

@@ -88,7 +88,16 @@ class SharedArray:
 
 
 def extract_features(
-    model, dataset, feature_path, label_path=None, *, embedding_size, batch_size=128, num_workers=2, made_from=None
+    model,
+    dataset,
+    feature_path,
+    label_path=None,
+    *,
+    embedding_size,
+    batch_size=128,
+    num_workers=2,
+    made_from=None,
+    device=None,
 ):
     """Embed all images of `dataset`, in record order and unflipped, into a .npy file; all ranks call it together.
 
@@ -98,7 +107,7 @@ def extract_features(
     dataset: a data set of dataset.py. Rank r of w embeds the r-th of w contiguous parts.
     feature_path: written atomically as float32 [N, embedding_size]; label_path, if given: int64 [N].
     batch_size: images per forward pass; num_workers: decoding processes per rank.
-    made_from: facts for the manifest of the features; None: no manifests.
+    made_from: facts for the manifest of the features; None: no manifests. device: of the images; None = the model's.
     Raises FeatureError for embeddings that are non-finite or of another width, and for a full disk; existing files stay
     as they were.
     """
@@ -109,7 +118,8 @@ def extract_features(
         arrays.append(SharedArray(feature_path, (len(dataset), embedding_size), np.float32))
         if label_path:
             arrays.append(SharedArray(label_path, (len(dataset),), np.int64))
-        _embed_rows_of_rank(model.eval(), dataset, arrays, embedding_size, batch_size, num_workers)
+        device = device or next(model.parameters()).device
+        _embed_rows_of_rank(model.eval(), dataset, arrays, embedding_size, batch_size, num_workers, device)
         for array in arrays:
             array.finish()
         barrier()
@@ -130,9 +140,8 @@ def extract_features(
 
 
 @torch.no_grad()
-def _embed_rows_of_rank(model, dataset, arrays, embedding_size, batch_size, num_workers):
+def _embed_rows_of_rank(model, dataset, arrays, embedding_size, batch_size, num_workers, device):
     start, stop = rows_of_rank(len(dataset), rank(), world_size())
-    device = next(model.parameters()).device
     loader = ExtractLoader(dataset, batch_size, device, num_workers, start, stop)
     row = start
     with tqdm(total=stop - start, unit="img", desc="features", disable=None if is_main() else True) as progress:

@@ -19,8 +19,6 @@ from engine.order import RowsInOrder, ShuffledRows
 from engine.workers import FileSize, WorkerError, Workers, start_worker
 from recordio import RecordError
 
-NO_LENGTH = 1e-12  # of an old feature: torch's normalize divides by no less
-
 
 class Batch(NamedTuple):
     """One rank's images of a step and their data. B = batch_size; row i of every field belongs to the same image."""
@@ -28,8 +26,8 @@ class Batch(NamedTuple):
     images: torch.Tensor  # float32 [B, 3, 112, 112] in [-1, 1], on the device
     labels: torch.Tensor  # int64 [B], on the device
     index: torch.Tensor  # int64 [B], on the CPU: rows in the training set and in every feature file
-    old: torch.Tensor | None = None  # float32 [B, D], on the device: old features as stored, not normalised
-    credible: torch.Tensor | None = None  # bool [B], on the CPU: which of `old` may be used
+    old: torch.Tensor | None = None  # float32 [B, D], on the device: old features as stored, not normalised; 0 = none
+    credible: torch.Tensor | None = None  # bool [B], on the CPU: which of `old` may be used, none of zeros among them
 
 
 class OldRows:
@@ -47,7 +45,7 @@ class OldRows:
         if not self.width:
             return None
         self.old.read(rows, out)
-        return self.old.read_credible(rows)
+        return self.old.read_credible(rows) & out.any(axis=1)
 
 
 class _Batches(Dataset):
@@ -162,20 +160,20 @@ class _Loader:
         index, old = torch.from_numpy(rows), None
         if credible is not None:
             old, credible = self._shared.old_rows[slot, : len(rows)], torch.from_numpy(credible)
-            self._warn_of_zeros(old, credible, rows)
+            self._tell_of_zeros(old, rows)
             old = to_device(old, self.device) if self.device.type == "cuda" else old.clone()
         return Batch(to_input(images, mirrored), to_device(torch.from_numpy(labels), self.device), index, old, credible)
 
-    def _warn_of_zeros(self, old, credible, rows):
-        """Log once, on rank 0, that an old feature in use has no direction."""
+    def _tell_of_zeros(self, old, rows):
+        """Log once, on rank 0, that images have no old feature."""
         if self._told or not is_main():
             return
-        zero = (torch.linalg.vector_norm(old, dim=1) < NO_LENGTH) & credible
+        zero = ~old.any(dim=1)
         if zero.any():
             self._told = True
             log.warning(
-                "%s: row %d is zero, as are %d of its batch of %d: it has no direction to be compatible with; "
-                "write the features again, or mark such rows in credible_old_feature",
+                "%s: row %d is zero, as are %d of its batch of %d: images without an old feature, which have no "
+                "old-side term",
                 *(self._shared.old.old.path, rows[int(zero.int().argmax())], int(zero.sum()), len(rows)),
             )
 

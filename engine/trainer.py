@@ -34,7 +34,16 @@ from core.manifest import write_manifest
 from core.state_file import save_atomically, write_atomically
 from dataset import open_train_set
 from engine import checkpoint
-from engine.build import make_optimizer, make_scaler, margin_loss, replicate, scales_loss, set_precision, unwrap
+from engine.build import (
+    make_optimizer,
+    make_scaler,
+    margin_loss,
+    replicate,
+    scales_loss,
+    set_precision,
+    start_from_file,
+    unwrap,
+)
 from engine.loader import OldRows, TrainLoader
 from engine.monitor import Monitor, NonFiniteLoss, init_logging, log, log_to_file, warn
 from engine.post_mortem import explain
@@ -42,7 +51,7 @@ from engine.run_state import refuse_non_finite_weights, restore, seed_everything
 from engine.schedule import make_schedule
 from engine.stop import StopRequest, resume_command, warn_of_static_rendezvous
 from engine.verification import Verifier
-from losses import PartialFC
+from losses import PartialFC, part_compared
 from losses.classifier import replicated_parameters
 from old_model.old_features import OldFeatures
 from old_model.provenance import made_from
@@ -79,6 +88,8 @@ class Trainer:
             self.made_from = made_from(cfg, self.train_set)
         check_ranks_agree(**self.made_from)
         self.old = self.open_old_features() if self.old_features else None
+        if self.old:
+            self.log_widths(self.old.width)
         self.loader = TrainLoader(
             self.train_set,
             cfg.batch_size,
@@ -100,7 +111,10 @@ class Trainer:
         self.epoch = self.step = 0
         self.best = {"accuracy": -1.0, "step": 0}  # of the verifications so far
 
-        self.backbone = replicate(self.build_backbone(), cfg, self.device, self.world_size)
+        backbone = self.build_backbone()
+        if cfg.init_backbone:
+            start_from_file(backbone, cfg)
+        self.backbone = replicate(backbone, cfg, self.device, self.world_size)
         alone = cfg.batch_size == 1 and any(isinstance(one, torch.nn.BatchNorm1d) for one in self.backbone.modules())
         require(cfg, "batch_size", not alone, "at least 2: BatchNorm has no statistics of one image")
         self.classifier = self.build_classifier().train().to(self.device)
@@ -142,10 +156,11 @@ class Trainer:
             )
         return train_set
 
-    def build_classifier(self):
-        """A losses.Classifier."""
+    def build_classifier(self, width=None):
+        """A losses.Classifier of embeddings of `width`, by default the new model's."""
         cfg = self.cfg
-        return PartialFC(margin_loss(cfg), cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16, cfg.seed)
+        width = width or cfg.embedding_size
+        return PartialFC(margin_loss(cfg), width, cfg.num_classes, cfg.sample_rate, cfg.fp16, cfg.seed)
 
     def open_old_features(self):
         """The old model's features of the training set, from the keys in old_model/keys.py."""
@@ -155,13 +170,7 @@ class Trainer:
                 f"{cfg.config_file}: {type(self).__name__} uses old features, but its configs/base.py declares no "
                 "old_embedding; start it with `config = edict(keys)`, keys from old_model.keys"
             )
-        return OldFeatures(
-            self.train_set,
-            cfg.old_embedding,
-            cfg.old_embedding_label,
-            cfg.get("credible_old_feature"),
-            cfg.embedding_size,
-        )
+        return OldFeatures(self.train_set, cfg.old_embedding, cfg.old_embedding_label, cfg.get("credible_old_feature"))
 
     def setup(self):
         """Check a method's keys, load prototypes, add extra modules; runs once data and models exist."""
@@ -282,6 +291,13 @@ class Trainer:
             self.save_backbone("model_best.pt")
         log.info("[mean][%d]Accuracy-Highest: %.5f at step %d", self.step, self.best["accuracy"], self.best["step"])
 
+    def log_widths(self, old_width):
+        """Say which part of a new feature is compared with old ones, if they differ in width."""
+        width = self.cfg.embedding_size
+        if width != old_width:
+            part = part_compared(width, old_width)
+            log.info("old features of width %d: new ones, of %d, are compared with them %s", old_width, width, part)
+
     def log_start(self):
         for key, value in sorted(self.cfg.items()):
             log.info(": %s%s", key.ljust(32), value)
@@ -303,7 +319,7 @@ class Trainer:
             path, cfg = pathlib.Path(self.cfg.output) / name, self.cfg
             facts = {"network": cfg.network, "width": cfg.embedding_size, "method": type(self).__name__}
             facts |= {"step": self.step, "finished": self.step == self.total_steps}
-            facts |= {key: self.made_from.get(key) for key in ("records", "old_model")}
+            facts |= {key: self.made_from.get(key) for key in ("records", "old_model", "init_backbone")}
 
             def write(file):
                 torch.save(self.network_state(), file)

@@ -2,6 +2,7 @@
 
 from losses.classifier import Classifier, Softmax
 from losses.margin import ArcFace, CombinedMarginLoss, CosFace
+from losses.old_width import part_compared, to_old_width, with_width
 from losses.partial_fc import PartialFC
 from losses.prototype import OldPrototypes, old_prototype_loss
 
@@ -14,4 +15,7 @@ __all__ = [
     "PartialFC",
     "Softmax",
     "old_prototype_loss",
+    "part_compared",
+    "to_old_width",
+    "with_width",
 ]

@@ -35,11 +35,18 @@ def sharded_cross_entropy(logits, labels):
 
     logits: [N, C_local], the global batch against this rank's classes. labels: `local_labels`, int64 [N].
     """
-    return _ShardedCrossEntropy.apply(logits, labels)
+    return _ShardedCrossEntropy.apply(logits, labels).mean()
+
+
+def cross_entropy_of_known(logits, labels):
+    """As `sharded_cross_entropy`, without the rows whose label no rank has; 0 if that is all of them."""
+    known = all_reduce_((labels >= 0).long()) > 0
+    losses = _ShardedCrossEntropy.apply(logits, labels)
+    return torch.where(known, losses, 0).sum() / known.sum().clamp(min=1)
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
-    """Mean of -log softmax at the target, over logits [N, C_local] whose classes are sharded over the ranks.
+    """-log softmax at the target, [N], of logits [N, C_local] whose classes are sharded over the ranks.
 
     One pass for the local softmax p and its log-sum-exp, one collective of two numbers per sample; the softmax over all
     ranks is then p * exp(local log-sum-exp - global), a factor that the backward applies in its single pass.
@@ -56,13 +63,12 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         parts = gather(torch.stack([log_sum, target])[None])  # [world, 2, N]
         total = parts[:, 0].logsumexp(0)
         ctx.save_for_backward(probability, (log_sum - total).exp(), column, here)
-        return (total - parts[:, 1].sum(0)).mean()
+        return total - parts[:, 1].sum(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         probability, share, column, here = ctx.saved_tensors
-        grad = grad / len(share)
         out = probability * (share * grad).unsqueeze(1)
         target = out.gather(1, column) - torch.where(here, grad, 0).unsqueeze(1)
         return out.scatter_(1, column, target), None

@@ -77,6 +77,11 @@ def normalise(rows):
     rows /= np.where(norms > 0, norms, 1.0)[:, None]
 
 
+def present(rows):
+    """1 for each row of [n, D], 0 for a row of zeros, which is an image without a feature: float64 [n]."""
+    return rows.any(axis=1).astype(np.float64)
+
+
 def inverse_lengths(rows):
     """1 / |row| of float64 [n, D], 0 for a row of zeros: [n]."""
     lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
@@ -101,10 +106,10 @@ def _totals(rows, labels, weights):
 
 
 def class_sums(features, labels, num_classes, weigh=inverse_lengths, squares=None):
-    """Sum of weight · row of each class: float64 [C, D], zeros for a class without rows.
+    """`(sum of weight · row of each class float64 [C, D], how many count int64 [C])`; zeros for a class without any.
 
     features: float [N, D], any scale; labels: int [N], any order, 0 … num_classes − 1. weigh: rows [n, D] -> weights
-    [n]; by default the rows are L2-normalised.
+    [n], 0 for a row of zeros, which does not count; by default the rows are L2-normalised.
     squares: float64 [D]; each dimension's sum of squares over all weighted rows is added to it, in the same pass.
     Raises FeatureError for a non-finite row.
     """
@@ -113,29 +118,32 @@ def class_sums(features, labels, num_classes, weigh=inverse_lengths, squares=Non
         rows = _values(features, part)
         weights = weigh(rows)
         classes, totals = _totals(rows, labels[part], weights)
-        return classes, totals, None if squares is None else np.square(weights) @ np.square(rows, out=rows)
+        absent = labels[part][weights == 0]
+        return classes, totals, absent, None if squares is None else np.square(weights) @ np.square(rows, out=rows)
 
-    sums = np.zeros((num_classes, features.shape[1]))
-    for _, (classes, totals, own) in in_threads(of_chunk, len(features)):
+    sums, counts = np.zeros((num_classes, features.shape[1])), np.bincount(labels, minlength=num_classes)
+    for _, (classes, totals, absent, own) in in_threads(of_chunk, len(features)):
         sums[classes] += totals
+        np.subtract.at(counts, absent, 1)
         if squares is not None:
             squares += own
-    return sums
+    return sums, counts
 
 
 def squared_distances_to_means(features, labels, means, weights=None):
-    """Squared distance of each L2-normalised row to its class mean: float64 [N].
+    """Squared distance of each L2-normalised row to its class mean: float64 [N]; NaN for a row of zeros, no feature.
 
     features, labels: as of `class_sums`; means: float64 [C, D]. weights [D]: factors on the squares; None = 1.
     """
 
     def of_chunk(part):
         rows = _values(features, part)
-        rows *= inverse_lengths(rows)[:, None]
+        scale = inverse_lengths(rows)
+        rows *= scale[:, None]
         rows -= means[labels[part]]
-        if weights is None:
-            return np.einsum("nd,nd->n", rows, rows)
-        return np.square(rows, out=rows) @ weights
+        found = np.einsum("nd,nd->n", rows, rows) if weights is None else np.square(rows, out=rows) @ weights
+        found[scale == 0] = np.nan
+        return found
 
     distances = np.empty(len(features))
     for part, found in in_threads(of_chunk, len(features)):
@@ -165,8 +173,8 @@ class ClassMeans:
     weigh, squares: of `class_sums`; squares is the sum over all ranks.
 
     `rows`, an OwnRows, and `position` [n]: this rank's rows, and the place of their classes among those that it has;
-    `means` float64 [c, D] of these, not normalised again, once `totals` is exhausted; `counts` int64 [C], rows of each
-    class on all ranks. On any number of ranks they are the same to float64's rounding.
+    `means` float64 [c, D] of these, not normalised again, once `totals` is exhausted; `counts` int64 [C], the features
+    of each class on all ranks, without rows of zeros. On any number of ranks they are the same to float64's rounding.
     """
 
     def __init__(self, features, labels, num_classes, weigh=inverse_lengths, squares=None):
@@ -176,8 +184,8 @@ class ClassMeans:
         counts = np.bincount(own, minlength=num_classes)
         self.classes = np.flatnonzero(counts)
         self.position = (np.cumsum(counts > 0) - 1)[own]
+        self.means, counts[self.classes] = class_sums(self.rows, self.position, len(self.classes), weigh, squares)
         self.counts = sum_of_ranks(counts)
-        self.means = class_sums(self.rows, self.position, len(self.classes), weigh, squares)
         if squares is not None:
             squares[:] = sum_of_ranks(squares)
 

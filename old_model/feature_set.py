@@ -1,7 +1,8 @@
 """The files of a feature set: names, the commands that write them, opening and saving.
 
 A feature set is named `<old model>_<set>`, such as `f128_r18_softmax_class70`: the old model's config name without its
-own set, and the set that was embedded. Row i of every file belongs to image i of that set's record file.
+own set, and the set that was embedded. For a record file of one's own it has any other name, and the scenario `own`.
+Row i of every file belongs to image i of that record file; a row of zeros is an image without an old feature.
 
     feature_save/<scenario>/<name>_feature.npy                      float32 [N, D], the model's output
                             <name>_label.npy                        int64 [N]
@@ -37,27 +38,29 @@ SETS = {
 }
 
 
+OWN = "own"  # scenario directory of names without a set
+
+
 class FeatureError(UserError, ValueError):
     """An unusable feature set name or file; the message names it and the command to run."""
 
 
 class FeatureSet:
-    """The files of one feature set. `name`: `<old model>_<set>`; `root`: the feature_save directory.
+    """The files of one feature set. `name`: `<old model>_<set>`, or any other; `root`: the feature_save directory.
 
-    Attributes: name, old_model, set, scenario, record (file name), and the paths feature, label, avg_feature.
-    Raises FeatureError for a name that does not end in one of SETS.
+    Attributes: name, old_model, set and record (file name), both None for any other name, scenario, and the paths
+    feature, label, avg_feature. Raises FeatureError for a name that is no file name.
     """
 
     def __init__(self, name, root=None):
         self.root = pathlib.Path(root) if root else REPO / "feature_save"
         self.name = name
+        if not name or pathlib.Path(name).name != name:
+            raise FeatureError(f"--SD {name}: must be a name, such as f128_r18_softmax_class70, not a path")
         self.old_model, _, self.set = name.rpartition("_")
-        if not self.old_model or self.set not in SETS or pathlib.Path(name).name != name:
-            raise FeatureError(
-                f"--SD {name}: must be <old model>_<set> with one of the sets {', '.join(SETS)}, "
-                "such as f128_r18_softmax_class70"
-            )
-        self.scenario, self.record = SETS[self.set]
+        if not self.old_model or self.set not in SETS:
+            self.old_model, self.set = name, None
+        self.scenario, self.record = SETS.get(self.set, (OWN, None))
         self.feature = self._path("feature")
         self.label = self._path("label")
         self.avg_feature = self._path("avg_feature")
@@ -72,7 +75,8 @@ class FeatureSet:
     def command(self, script="get_feature", options=""):
         """The command that writes this set's features (or, with another script, files derived from them)."""
         config = f" {self._config()}" if script == "get_feature" else ""
-        return f"python tools/get_feature/{script}.py{config}{options} --SD {self.name}{self._place(script)}"
+        record = " --rec REC" if script == "get_feature" and self.set is None else ""
+        return f"python tools/get_feature/{script}.py{config}{options} --SD {self.name}{record}{self._place(script)}"
 
     def _place(self, script):
         """Options for a feature_save elsewhere; get_feature also needs the old model and the images there."""
@@ -83,7 +87,13 @@ class FeatureSet:
             return f" --workspace {shlex.quote(str(root.parent))}"
         return f" --feature_save {shlex.quote(str(root))}"
 
+    def names_a_config(self):
+        """Whether the old model's name is that of a config."""
+        return self._config() != "CONFIG"
+
     def _config(self):
+        if self.set is None:
+            return "CONFIG"
         kind = self.set.rstrip("0123456789")
         for suffix in (f"_{kind}30", f"_{kind}100", f"_{self.set}", ""):
             stem = self.old_model + suffix
@@ -98,9 +108,10 @@ def _parse(path):
     kinds = "feature|label|avg_feature|credible_entropy_feature|credible_ratio_[0-9.]+_feature"
     match = re.fullmatch(rf"(.+?)_({kinds})\.npy", path.name)
     try:
-        return FeatureSet(match[1], path.parent.parent), match[2]
+        files = FeatureSet(match[1], path.parent.parent)
     except (FeatureError, TypeError):
         return None
+    return (files, match[2]) if files.set or path.parent.name == OWN else None
 
 
 def command_for(path):

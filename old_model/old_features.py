@@ -21,14 +21,14 @@ class OldFeatures:
         labels are checked here, all labels batch by batch (`compare_labels`).
     feature_path: …_feature.npy, float [N, D]. labels_path: int [N]; "" or None = the …_label.npy beside it.
     credible_path: bool [N], such as …_credible_ratio_90_feature.npy; "" or None = every row is credible.
-    embedding_size: the new model's; None = any.
 
-    `features` and `labels` are RowFiles: nothing is read before it is needed, and a file cut meanwhile is an error.
+    `width` is D. `features` and `labels` are RowFiles: nothing is read before it is needed, and a file cut meanwhile is
+    an error.
     Raises FeatureError, with the command to run, for files that are missing or of another training set;
     old_model/provenance.py compares their manifests.
     """
 
-    def __init__(self, train_set, feature_path, labels_path=None, credible_path=None, embedding_size=None):
+    def __init__(self, train_set, feature_path, labels_path=None, credible_path=None):
         if not feature_path:
             raise FeatureError("old_embedding is empty; set it in the config to a …_feature.npy of get_feature.py")
         self.path, self.record = pathlib.Path(feature_path), train_set.path
@@ -43,12 +43,6 @@ class OldFeatures:
                     f"{file.path}: {len(file)} rows, but {self.record} has {len(train_set)} images: "
                     f"made from another record file; {remedy}"
                 )
-        if embedding_size is not None and self.width != embedding_size:
-            raise FeatureError(
-                f"{self.path}: features of width {self.width}, but embedding_size is {embedding_size}; "
-                "set embedding_size to the old model's, or use the features of an old model of that width; "
-                f"if the old model has changed, {rewrite(self.path)}"
-            )
         if self._credible and not any(self._credible[i : i + FLAGS].any() for i in range(0, len(self), FLAGS)):
             raise FeatureError(f"{credible_path}: no row is credible; {rewrite(credible_path)}")
         rows = np.unique(np.linspace(0, len(train_set) - 1, LABELS_SAMPLED).astype(np.int64)) if len(train_set) else []

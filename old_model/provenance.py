@@ -8,7 +8,7 @@ from core.manifest import digest, read_manifest
 from old_model.feature_set import label_path, rewrite_from_images
 
 # Not made from the old model, or, center_radius, made anew by the run that finds it outdated.
-_OTHER_PATHS = ("rec", "rec_val", "output", "old_model_path", "center_radius")
+_OTHER_PATHS = ("rec", "rec_val", "output", "init_backbone", "old_model_path", "center_radius")
 
 
 def made_from(cfg, train_set):
@@ -20,6 +20,8 @@ def made_from(cfg, train_set):
     another record set, another model or other features.
     """
     found = {"records": train_set.digest()}
+    if cfg.init_backbone and pathlib.Path(cfg.init_backbone).is_file():
+        found["init_backbone"] = digest(cfg.init_backbone)
     manifests = {key: read_manifest(path, rewrite_from_images(path)) for key, path in _files(cfg).items()}
     for manifest in manifests.values():
         manifest.require("records", found["records"], train_set.path, rewrite_from_images(manifest.path))

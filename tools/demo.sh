@@ -4,6 +4,7 @@
 #
 #   tools/demo.sh [SEED [METHOD ...]]      METHOD: MixBCT (the default), UniBCT, weakenedL2, ..., independent
 #
+# WIDTH=256 in the environment trains new models of 256 dimensions against the old one's 128, beside those of 128.
 # Everything is written to demo/seed<SEED>/. Finished steps are skipped; an interrupted training run is resumed from
 # its last checkpoint.
 set -euo pipefail
@@ -13,8 +14,11 @@ shift || true
 [ $# -gt 0 ] || set -- MixBCT
 root=demo/seed$seed
 data=$root/dataset
-report=$root/report
-[ "$*" = MixBCT ] || report=$root/comparison
+width=${WIDTH:-128}                      # of the new models; the old one has 128
+beside=                                 # at the end of the names of what another width makes
+[ "$width" = 128 ] || beside=_f$width
+report=$root/report$beside
+[ "$*" = MixBCT ] || report=$root/comparison$beside
 features=$root/feature_save/OPclass
 old=f128_tiny_softmax
 run=(--workspace "$root" --seed "$seed")
@@ -96,21 +100,26 @@ for config in "${configs[@]}"; do
     shift
     before=$shared
     name=$(basename "$config" .py)
+    name=${name/f128/f$width}
     folder=${config%%/configs/*}
+    train=("$config" "${run[@]}")
+    [ "$width" = 128 ] || train+=(--embedding_size "$width" --output "work_dirs/$name")
     if [ "$method" = independent ]; then
         method_files=()
-        step "$root/work_dirs/$name/model.pt" python train_old_arc.py "$config" "${run[@]}"
+        step "$root/work_dirs/$name/model.pt" python train_old_arc.py "${train[@]}"
         models+=(--independent "independent=$root/work_dirs/$name/model.pt:tiny_x2")
-        step "$features/${name}_feature.npy" python tools/get_feature/get_feature.py "$config" --SD "$name" "${run[@]}"
+        step "$features/${name}_feature.npy" \
+            python tools/get_feature/get_feature.py "$config" --SD "$name" "${train[@]:1}"
         for kind in procrustes ridge; do        # its maps into the old model's space, learned afterwards
-            step "$features/$kind.npz" python tools/adapters/fit_adapter.py --kind "$kind" \
+            map=$features/$kind$beside.npz
+            step "$map" python tools/adapters/fit_adapter.py --kind "$kind" \
                 --new "$features/${name}_feature.npy" --old "$features/${old}_class70_feature.npy" \
-                --out "$features/$kind.npz"
-            models+=(--adapter "$kind=$features/$kind.npz@independent")
+                --out "$map"
+            models+=(--adapter "$kind=$map@independent")
         done
     else
         method_files=("$folder"/*.py "$folder/configs/base.py" "$config")
-        step "$root/work_dirs/$name/model.pt" python "$folder/train.py" "$config" "${run[@]}"
+        step "$root/work_dirs/$name/model.pt" python "$folder/train.py" "${train[@]}"
         models+=(--new "$method=$root/work_dirs/$name/model.pt:tiny_x2")
     fi
 done

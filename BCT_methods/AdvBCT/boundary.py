@@ -17,7 +17,6 @@ import zipfile
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from core.agreement import check_ranks_agree, check_shared
@@ -34,6 +33,7 @@ from core.distributed import (
 from core.files import atomic_write
 from core.manifest import ManifestError, digest, read_manifest, write_manifest
 from engine.monitor import log
+from losses.old_width import to_old_width
 from losses.sharded import ShardedRows
 from old_model.by_class import ClassMeans
 from old_model.feature_set import FeatureError
@@ -50,7 +50,8 @@ def class_boundaries(features, labels, num_classes):
     are dropped, where q1 = d[n // 4] and q3 = d[3 n // 4].
 
     Returns `(centers, radius, count)`: float32 [C, D]; float32 [C], the largest distance kept; int64 [C], how many
-    are kept. Zeros for a class without images. Two passes over the rows in chunks, sums in float64.
+    are kept. A row of zeros is no feature; zeros for a class without features. Two passes over the rows in chunks, sums
+    in float64.
     Raises FeatureError for labels out of range or rows that are not finite.
     """
     if len(labels) != len(features):
@@ -71,7 +72,8 @@ def boundaries_by_ranks(features, labels, num_classes, put):
     distance = gather_arrays(np.sqrt(classes.squared_distances()))
     if distance is None:
         return None
-    radius, count = _radii(distance, np.asarray(labels[:]), classes.counts)
+    there = ~np.isnan(distance)
+    radius, count = _radii(distance[there], np.asarray(labels[:])[there], classes.counts)
     return radius.astype(np.float32), count
 
 
@@ -189,14 +191,15 @@ class ElasticBoundary(nn.Module):
 def point_to_set_loss(embeddings, labels, centers, radius, count, boundary, threshold):
     """Mean distance by which new features lie outside their class boundary, over those outside; 0 if none is.
 
-    embeddings: [B, D], this rank's new features, any scale; labels: int64 [B]. centers [C, D], or a ShardedRows, radius
-    [C] and count [C] of `class_boundaries`, on the same device; a class with count <= 1 has no boundary. boundary:
-    ElasticBoundary; threshold: the distance t that r_max is moved towards.
+    embeddings: [B, D], this rank's new features, any scale, compared by `to_old_width`; labels: int64 [B].
+    centers [C, d_old], or a ShardedRows, radius [C] and count [C] of `class_boundaries`, on the same device; a class
+    with count <= 1 has no boundary. boundary: ElasticBoundary; threshold: the distance t that r_max is moved towards.
     Returns a scalar: the mean over the images outside in the *global* batch, the same on all ranks. Gradients go to
     the embeddings and to the boundary.
     """
-    new = F.normalize(embeddings.to(centers.dtype))
-    excess = torch.linalg.vector_norm(new - centers[labels], dim=1) - boundary(labels, radius, threshold)
+    own = centers[labels]
+    new = to_old_width(embeddings.to(own.dtype), own.shape[1])
+    excess = torch.linalg.vector_norm(new - own, dim=1) - boundary(labels, radius, threshold)
     outside = (excess > 0) & (count[labels] > 1)
     total, number = sum_over_ranks(torch.stack([torch.where(outside, excess, 0).sum(), outside.sum().to(excess.dtype)]))
     return total / number.detach().clamp(min=1)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.distributed import gather_with_grad, global_mean, rank
+from core.distributed import gather, gather_with_grad, mean_of_counted, rank
+from losses.old_width import to_old_width, with_width
 
 HIDDEN = 100
 NEW, OLD = 0, 1  # the adversary's two labels
@@ -43,33 +44,54 @@ class Discriminator(nn.Module):
     difference.
     """
 
-    def __init__(self, embedding_size):
+    def __init__(self, width):
         super().__init__()
-        self.hidden = nn.Linear(embedding_size, HIDDEN)
+        self.hidden = nn.Linear(width, HIDDEN)
         self.norm = nn.BatchNorm1d(HIDDEN)
         self.out = nn.Linear(HIDDEN, 2)
 
-    def forward(self, features):
-        """Features [B, D] -> log-probabilities [B, 2] of NEW and OLD; B is the same on every rank."""
+    def forward(self, features, counted):
+        """Features [B, D] -> log-probabilities [B, 2] of NEW and OLD; B is the same on every rank.
+
+        counted: bool [B], the rows whose statistics normalise in training; the other rows' outputs mean nothing.
+        """
         hidden, first = self.hidden(features), rank() * len(features)
         if self.training:
-            hidden = self.norm(gather_with_grad(hidden))[first : first + len(features)]
+            hidden = self._normalised(gather_with_grad(hidden), gather(counted))[first : first + len(features)]
         else:
             hidden = self.norm(hidden)
         return self.out(F.relu(hidden)).log_softmax(1)
+
+    def _normalised(self, hidden, counted):
+        """BatchNorm of hidden [N, 100] with the statistics of the rows that count, on which the host need not wait.
+
+        The running statistics, which training does not use, are those of all rows.
+        """
+        weight = (counted.to(hidden.dtype) / counted.sum().clamp(min=1))[:, None]
+        mean = (weight * hidden).sum(0)
+        variance = (weight * (hidden - mean).square()).sum(0)
+        of_counted = (hidden - mean) * (variance + self.norm.eps).rsqrt() * self.norm.weight + self.norm.bias
+        return torch.where(counted.all(), self.norm(hidden), of_counted)
 
 
 def adversarial_loss(discriminator, new, old, alpha, normalize_input=True):
     """NLL of the new features as NEW + NLL of the old ones as OLD, each a mean over the global batch.
 
-    new, old: [B, D], this rank's rows, any scale; normalize_input: L2-normalise both here. The discriminator gets the
+    Images without an old feature, rows of zeros, do not count on either side.
+
+    new [B, D], of any width, old [B, d_old]: this rank's rows, any scale; new ones go in as `to_old_width`.
+    normalize_input: L2-normalise both here. The discriminator gets the
     plain gradient, `new` the reversed one, scaled by alpha, `old` none. New and old features go through the
     discriminator separately, each with its own BatchNorm statistics.
     """
     dtype = discriminator.hidden.weight.dtype
     new, old = new.to(dtype), old.detach().to(dtype)
     if normalize_input:
-        new, old = F.normalize(new), F.normalize(old)
-    said_of_new = discriminator(reverse_gradient(new, alpha))[:, NEW]
-    said_of_old = discriminator(old)[:, OLD]
-    return global_mean(-said_of_new.mean() - said_of_old.mean())
+        new, old = to_old_width(new, old.shape[1]), F.normalize(old)
+    else:
+        new = with_width(new, old.shape[1])
+    counted = old.any(dim=1)
+    said_of_new = discriminator(reverse_gradient(new, alpha), counted)[:, NEW]
+    said_of_old = discriminator(old, counted)[:, OLD]
+    of_new, of_old = (torch.where(counted, said, 0).sum() for said in (said_of_new, said_of_old))
+    return mean_of_counted(-of_new - of_old, counted.sum())

@@ -28,7 +28,7 @@ class AdvBCT(Trainer):
         path = cfg.center_radius or default_path(cfg.old_embedding)
         self.classes = [array.to(self.device) for array in load_boundaries(path, self.old, cfg.num_classes)]
         self.extra["boundary"] = ElasticBoundary(cfg.num_classes)
-        self.extra["discriminator"] = Discriminator(cfg.embedding_size)
+        self.extra["discriminator"] = Discriminator(self.old.width)
 
     def losses(self, batch):
         cfg = self.cfg

@@ -7,27 +7,20 @@ import torch.nn.functional as F
 from old_model.feature_set import FeatureError, open_array, rewrite_from_images
 
 
-def load_prototypes(path, num_classes, embedding_size, classes=slice(None)):
-    """Read a …_avg_feature.npy, [num_classes, embedding_size], row = class: the rows `classes`, on the CPU in float32,
+def load_prototypes(path, num_classes, classes=slice(None)):
+    """Read a …_avg_feature.npy, [num_classes, d_old], row = class: the rows `classes`, on the CPU in float32,
     L2-normalised.
 
-    Raises FeatureError for a file that is missing, of another shape or not finite.
+    Raises FeatureError for a file that is missing, of another number of classes or not finite.
     """
     if not path:
         raise FeatureError(
             "old_prototype is empty; set it in the config to a …_avg_feature.npy written by get_avg_feature.py"
         )
     stored = open_array(path, 2, np.floating)
-    count, width = stored.shape
-    if width != embedding_size:
+    if len(stored) != num_classes:
         raise FeatureError(
-            f"{path}: prototypes of width {width}, but embedding_size is {embedding_size}; "
-            "set embedding_size to the old model's, or use prototypes of that width; "
-            f"if the old model has changed since, {rewrite_from_images(path)}"
-        )
-    if count != num_classes:
-        raise FeatureError(
-            f"{path}: {count} rows, but the training set has {num_classes} classes: "
+            f"{path}: {len(stored)} rows, but the training set has {num_classes} classes: "
             f"the prototypes were made from another record file; {rewrite_from_images(path)}"
         )
     prototypes = np.array(stored[classes], dtype=np.float32)

@@ -21,8 +21,9 @@ class BCT(Trainer):
     def setup(self):
         cfg = self.cfg
         require(cfg, "scale", cfg.scale > 0, "above 0")
-        old = self.extra["old_classifier"] = OldPrototypes(cfg.num_classes, cfg.embedding_size, stored=False)
-        old.prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, cfg.embedding_size, old.classes)
+        old = self.extra["old_classifier"] = OldPrototypes(cfg.num_classes, 0, stored=False)  # the file has the width
+        old.prototypes = load_prototypes(cfg.old_prototype, cfg.num_classes, old.classes)
+        self.log_widths(old.prototypes.shape[1])
 
     def losses(self, batch):
         new = self.backbone(batch.images)

@@ -11,7 +11,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 
 from BCT_methods.L2.loss import feature_l2_loss
 from core.config import require
-from core.distributed import global_mean
 from engine.trainer import Trainer
 
 
@@ -31,7 +30,7 @@ class L2(Trainer):
         cls_weight, l2_weight = self.cfg.loss_weight
         new = self.backbone(batch.images)
         distance = feature_l2_loss(new, batch.old, self.cfg.threshold)
-        return {"cls": cls_weight * self.classifier(new, batch.labels), "l2": l2_weight * global_mean(distance)}
+        return {"cls": cls_weight * self.classifier(new, batch.labels), "l2": l2_weight * distance}
 
 
 if __name__ == "__main__":

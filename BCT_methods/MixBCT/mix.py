@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from core.distributed import to_device
+from losses.old_width import with_width
 
 
 def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=None):
     """Replace int(B · mix_ratio) random credible rows of a batch by their old features.
 
-    embeddings: new features [B, D]. old_features: the same images' old features [B, D], any scale, on the same device.
+    embeddings: new features [B, d_new]. old_features: the same images' old features [B, d_old], any scale, on the same
+    device. The narrower ones are padded with zeros to D = max(d_new, d_old).
     credible: bool [B], on the CPU: images whose old feature may be used. mix_ratio: in [0, 1]. generator: a CPU
     torch.Generator; None = torch's own.
 
@@ -20,10 +22,10 @@ def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=No
     the others the embeddings themselves, with gradient (the classifier normalises all rows). With fewer credible rows
     all of them are replaced. Raises ValueError for mismatched shapes or a ratio out of range.
     """
-    if old_features.shape != embeddings.shape:
+    if embeddings.ndim != 2 or old_features.ndim != 2 or len(old_features) != len(embeddings):
         raise ValueError(
-            f"old features {list(old_features.shape)} and embeddings {list(embeddings.shape)} differ in shape; "
-            "embedding_size must be the old model's"
+            f"embeddings {list(embeddings.shape)} and old features {list(old_features.shape)} must be [B, d_new] and "
+            "[B, d_old]"
         )
     if credible.shape != embeddings.shape[:1] or credible.dtype != torch.bool:
         raise ValueError(f"credible must be bool [{len(embeddings)}], not {credible.dtype} {list(credible.shape)}")
@@ -37,4 +39,6 @@ def mix_old_features(embeddings, old_features, credible, mix_ratio, generator=No
 
     drawn = to_device(drawn, embeddings.device)
     old = F.normalize(old_features.detach()[drawn].float(), dim=1)
+    width = max(embeddings.shape[1], old.shape[1])
+    embeddings, old = with_width(embeddings, width), with_width(old, width)
     return embeddings.index_copy(0, drawn, old.to(embeddings.dtype))

@@ -20,6 +20,9 @@ class MixBCT(Trainer):
 
     old_features = "rows"
 
+    def build_classifier(self):
+        return super().build_classifier(max(self.cfg.embedding_size, self.old.width))
+
     def setup(self):
         ratio, batch = self.cfg.mix_ratio, self.cfg.batch_size
         require(self.cfg, "mix_ratio", 0 <= ratio <= 1, "in [0, 1]")

@@ -3,9 +3,9 @@
 Shengsen Wu et al., "Neighborhood Consensus Contrastive Learning for Backward-Compatible Representation", AAAI 2022,
 arXiv:2108.03372.
 
-Notation: f, g the L2-normalised new and old feature of an image, z, Z their cosines to all class centres of the new
-classifier, q_j, Z_j the old features and logits of a first-in, first-out queue, y labels, T the temperature,
-P(i) = {j: y_j = y_i}, w_ij = (g_i . q_j + 1) / 2.
+Notation: f the new feature of an image, `to_old_width`, g the L2-normalised old one, z, Z the cosines of both, whole,
+to all class centres of the new classifier, q_j, Z_j the old features and logits of a first-in, first-out queue, y
+labels, T the temperature, P(i) = {j: y_j = y_i}, w_ij = (g_i . q_j + 1) / 2.
 
     embedding loss = -mean_i 1/|P(i)| sum_{j in P(i)} w_ij log softmax_j(f_i . q_j / T)
     logit loss     = -mean_i 1/|P(i)| sum_{j in P(i)} w_ij log softmax_j(z_i . Z_j / T)
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.distributed import gather, rank, rows_of_rank, sum_over_ranks, world_size
+from losses.old_width import to_old_width
 
 HALF_BLOCK = 4096  # classes summed in half precision; the sums of these blocks are added in float32
 
@@ -24,17 +25,17 @@ HALF_BLOCK = 4096  # classes summed in half precision; the sums of these blocks 
 class NeighborhoodConsensusLoss(nn.Module):
     """Both losses, or the embedding loss alone, with their queue of old features.
 
-    embedding_size: D. num_classes: over all ranks; a rank keeps the logits of its own PartialFC shard.
+    width: d_old, of the old features. num_classes: over all ranks; a rank keeps the logits of its own PartialFC shard.
     queue_size: Q, how many of the newest old features are kept. temperature: T > 0 of both softmaxes.
     logit_dtype: of the queue's logits, [Q, num_local]. 8192 x 65,402 in float32 are 2.1 GB on one rank, an eighth of
     that on each of eight. float16 or bfloat16 (for CUDA) halves it; products are then taken in it, summed in float32.
     None: no logits in the queue, no logit loss.
 
-    Buffers, all saved in checkpoints: queue_embeddings [Q, D], queue_labels [Q] (-1 = empty slot) and position
+    Buffers, all saved in checkpoints: queue_embeddings [Q, d_old], queue_labels [Q] (-1 = empty slot) and position
     [] (the next slot to fill) are the same on all ranks, queue_logits [Q, num_local] is each rank's own.
     """
 
-    def __init__(self, embedding_size, num_classes, queue_size, temperature=1.0, logit_dtype=torch.float32):
+    def __init__(self, width, num_classes, queue_size, temperature=1.0, logit_dtype=torch.float32):
         super().__init__()
         if queue_size < 1 or not temperature > 0:
             raise ValueError(f"queue_size = {queue_size} must be at least 1 and temperature = {temperature} above 0")
@@ -42,7 +43,7 @@ class NeighborhoodConsensusLoss(nn.Module):
         logits = None if logit_dtype is None else torch.zeros(queue_size, stop - start, dtype=logit_dtype)
         self.queue_size = queue_size
         self.temperature = temperature
-        self.register_buffer("queue_embeddings", torch.zeros(queue_size, embedding_size))
+        self.register_buffer("queue_embeddings", torch.zeros(queue_size, width))
         self.register_buffer("queue_logits", logits)
         self.register_buffer("queue_labels", torch.full((queue_size,), -1, dtype=torch.int64))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
@@ -52,7 +53,7 @@ class NeighborhoodConsensusLoss(nn.Module):
     def forward(self, old_embeddings, old_logits, new_embeddings, new_logits, labels):
         """Enqueue the old features of the global batch, then compare the new ones with the whole queue.
 
-        old_embeddings, new_embeddings: [B, D], this rank's rows, any scale; B is the same on every rank.
+        old_embeddings [B, d_old], new_embeddings [B, D]: this rank's rows, any scale; B is the same on every rank.
         old_logits, new_logits: [world * B, num_local], cosines of the *global* batch, in rank order, to this rank's
         class centres (one process: [B, C]); the new ones from `gather_with_grad`. None if logit_dtype is.
         labels: int64 [B]; -1 = ignore this image: it does not count in the losses, and its slot stays empty.
@@ -66,7 +67,7 @@ class NeighborhoodConsensusLoss(nn.Module):
         self._check(old_embeddings, old_logits, new_embeddings, new_logits, labels)
         dtype = self.queue_embeddings.dtype
         old = F.normalize(old_embeddings.detach().to(dtype))
-        new = F.normalize(new_embeddings.to(dtype))
+        new = to_old_width(new_embeddings.to(dtype), self.queue_embeddings.shape[1])
         self.enqueue(gather(old), old_logits, gather(labels))
 
         positive = (labels[:, None] == self.queue_labels) & (self.queue_labels >= 0)  # [B, Q]
@@ -90,7 +91,7 @@ class NeighborhoodConsensusLoss(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings, logits, labels):
-        """Overwrite the oldest slots with embeddings [N, D], logits [N, num_local] (None if the queue has none) and
+        """Overwrite the oldest slots with embeddings [N, d_old], logits [N, num_local] (None if the queue has none) and
         labels [N], the same on all ranks.
 
         If there are more rows than slots, the last rows are kept. The position stays on the device, so no step waits
@@ -113,7 +114,7 @@ class NeighborhoodConsensusLoss(nn.Module):
             f"{name} {_shape(tensor)} instead of {shape}"
             for name, tensor, shape in (
                 ("old_embeddings", old_embeddings, features),
-                ("new_embeddings", new_embeddings, features),
+                ("new_embeddings", new_embeddings, [rows, new_embeddings.shape[-1]]),
                 ("old_logits", old_logits, logits),
                 ("new_logits", new_logits, logits),
             )

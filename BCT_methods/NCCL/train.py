@@ -16,6 +16,7 @@ from core.config import require
 from core.distributed import gather, gather_with_grad, to_device
 from engine.monitor import warn
 from engine.trainer import Trainer
+from losses import with_width
 
 
 class NCCL(Trainer):
@@ -37,7 +38,7 @@ class NCCL(Trainer):
         half = cfg.fp16 and self.device.type == "cuda"
         logit_dtype = torch.get_autocast_dtype("cuda") if half else torch.float32
         self.extra["consensus"] = NeighborhoodConsensusLoss(
-            *(cfg.embedding_size, cfg.num_classes, cfg.queue_size, cfg.temperature),
+            *(self.old.width, cfg.num_classes, cfg.queue_size, cfg.temperature),
             logit_dtype=logit_dtype if cfg.beta > 0 else None,
         )
 
@@ -52,10 +53,18 @@ class NCCL(Trainer):
         return terms if logit is None else {**terms, "logit": self.cfg.beta * logit}
 
     def logits(self, old, new):
-        """Cosines of the global batch's old and new features to this rank's class centres; gradient to the new only."""
+        """Cosines of the global batch's old and new features to this rank's class centres; gradient to the new only.
+
+        The narrower of old features and centres counts as padded with zeros.
+        """
         new_logits = self.classifier.cosines(gather_with_grad(new))
         with torch.no_grad():
-            return self.classifier.cosines(gather(old)), new_logits
+            old, width = gather(old), new.shape[1]
+            old_logits = self.classifier.cosines(with_width(old, width))
+            if old.shape[1] > width:  # the part that meets the centres is shorter than the feature
+                part, whole = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (old[:, :width], old))
+                old_logits = old_logits * (part / whole.clamp(min=1e-12))
+            return old_logits, new_logits
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Binjie Zhang, Yixiao Ge, Yantao Shen, Shupeng Su, Chun Yuan, Xuyuan Xu, Yexin Wang, Ying Shan,
 "Towards Universal Backward-Compatible Representation Learning", IJCAI 2022, arXiv:2203.01583.
 
-Per class, with new features N [n, D] (L2-normalised) and old ones V [n, D] (as stored):
+Per class, with new features N [n, D'] (L2-normalised, whole) and old ones V [n, D] (as stored):
 
     E = softmax over each row of N·Nᵀ/τ, the diagonal at −∞
     V̂ = (1 − λ)(I − λE)⁻¹ V
@@ -12,6 +12,8 @@ Per class, with new features N [n, D] (L2-normalised) and old ones V [n, D] (as 
 Only the mean of V̂ is needed. It is wᵀV with wᵀ = (1 − λ)/n · 1ᵀ(I − λE)⁻¹: one solution of the transposed system
 (I − λEᵀ) x = 1 instead of D right-hand sides. w is non-negative and sums to 1, since E's rows do: w_i is how often
 random walks over the class visit image i, and they rarely visit an outlier.
+
+An image whose row in V is zero has no old feature and is left out of its class; a class of such images has prototype 0.
 """
 
 import numpy as np
@@ -112,14 +114,17 @@ def _chunks(bounds, rows):
         first = last
 
 
-def _batches(counts, width):
-    """Batch classes of similar size: yields arrays of positions in `counts`, the largest classes first."""
+def _batches(counts, values):
+    """Batch classes of similar size: yields arrays of positions in `counts`, the largest classes first.
+
+    values: of an image's features, old and new together.
+    """
     order = np.argsort(counts, kind="stable")
     ascending = counts[order]
     stop = len(order)
     while stop:
         largest = int(ascending[stop - 1])
-        fit = max(1, BATCH_VALUES // (largest * (3 * largest + 2 * width)))
+        fit = max(1, BATCH_VALUES // (largest * (3 * largest + values)))
         start = max(int(np.searchsorted(ascending, ALIKE * largest)), stop - fit)
         yield order[start:stop]
         stop = start
@@ -131,20 +136,23 @@ def _refine_chunk(old, new, by_class, counts, damping, temperature):
     prototypes = torch.empty(len(counts), old.shape[1], dtype=old.dtype, device=device)
     offsets = torch.from_numpy(np.cumsum(counts) - counts).to(device)
     sizes = torch.from_numpy(counts).to(device)
-    for picked in _batches(counts, old.shape[1]):
+    for picked in _batches(counts, old.shape[1] + new.shape[1]):
         place = torch.arange(int(counts[picked].max()), device=device)
         picked = torch.from_numpy(picked).to(device)
         valid = place < sizes[picked, None]  # [b, n]; smaller classes are padded
         index = by_class[offsets[picked, None] + torch.where(valid, place, 0)]
-        weights = image_weights(new[index], valid, damping, temperature)
-        prototypes[picked] = (weights.unsqueeze(1) @ old[index]).squeeze(1)
+        values = old[index]
+        there = valid & values.any(dim=2)  # a row of zeros is an image without an old feature; with none of them 0 is
+        weights = image_weights(new[index], torch.where(there.any(1, True), there, valid), damping, temperature)
+        prototypes[picked] = (weights.unsqueeze(1) @ values).squeeze(1)
     return prototypes
 
 
 def image_weights(new, valid, damping, temperature):
     """Each image's weight in its class's prototype: w [b, n], rows sum to 1, padding 0.
 
-    new: L2-normalised new features of b classes, padded to n images, [b, n, D]; valid: bool [b, n], False = padding.
+    new: L2-normalised new features of b classes, padded to n images, [b, n, D]; valid: bool [b, n], False = padding or
+    an image that is left out.
     """
     size = valid.sum(dim=1)
     itself = torch.eye(new.shape[1], dtype=torch.bool, device=new.device)

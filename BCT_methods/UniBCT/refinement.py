@@ -39,11 +39,11 @@ class Refinement(OldPrototypes):
 
     old: the training set's OldFeatures; cfg: the run's config. The prototypes are zero until `refine` or
     `take_class_means` has run, on all ranks together; each also writes `<output>/prototypes_epoch_<e>.npy`, float32
-    [num_classes, embedding_size]. Raises FeatureError for a class without images.
+    [num_classes, d_old]. Raises FeatureError for a class without images.
     """
 
     def __init__(self, old, cfg, device):
-        super().__init__(cfg.num_classes, cfg.embedding_size, stored=True)
+        super().__init__(cfg.num_classes, old.width, stored=True)
         self.old, self.cfg, self.device = old, cfg, device
         empty = np.flatnonzero(np.bincount(old.labels[:], minlength=cfg.num_classes) == 0)
         if len(empty):
@@ -94,17 +94,20 @@ class Refinement(OldPrototypes):
         rows = np.flatnonzero(np.isin(labels, classes))
         parts = [rows[labels[rows] == label][:ROWS_SAMPLED] for label in classes]
         parts = [old.features[part].astype(np.float64) for part in parts]
+        parts = [part[there] for part in parts if (there := part.any(axis=1)).any()]
+        if not parts:
+            return
         norm = np.median(np.linalg.norm(np.concatenate(parts), axis=1))
         if norm < SHORT:
             scale = cfg.scale * np.median([np.linalg.norm(part.mean(axis=0)) for part in parts])
-            usual = math.sqrt(cfg.embedding_size)
+            usual = math.sqrt(old.width)
             log.warning(
                 "%s: the old features have norm %.2f (median), so the prototype term's effective scale, scale × norm "
                 "of the class means, is %.2f; coordinates of unit variance give √%d: to match that set scale = %.1f",
                 old.path,
                 norm,
                 scale,
-                cfg.embedding_size,
+                old.width,
                 usual / norm,
             )
 
@@ -127,7 +130,10 @@ class Refinement(OldPrototypes):
         except ValueError as error:
             raise FeatureError(f"{self.old.path}: {error}; {rewrite(self.old.path)}") from error
         self.prototypes = share.to(self.device, torch.float32)
-        scales = cfg.scale * torch.cat(distributed.gather_objects(self.prototypes.norm(dim=1).cpu()))
+        norms = torch.cat(distributed.gather_objects(self.prototypes.norm(dim=1).cpu()))
+        if not norms.any():
+            raise FeatureError(f"{self.old.path}: all its rows are zero; {rewrite(self.old.path)}")
+        scales = cfg.scale * norms[norms > 0]
         log.info(
             "epoch %d: effective scale of the prototype term, scale × norm of a prototype: median %.2f (%.2f to %.2f)",
             epoch,
@@ -136,7 +142,7 @@ class Refinement(OldPrototypes):
             scales.max(),
         )
         path = pathlib.Path(cfg.output) / f"prototypes_epoch_{epoch}.npy"
-        file = SharedArray(path, (cfg.num_classes, cfg.embedding_size), np.float32)
+        file = SharedArray(path, (cfg.num_classes, self.old.width), np.float32)
         try:
             file.write(self.classes.start, self.prototypes.cpu().numpy())
             file.finish()

@@ -314,7 +314,9 @@ def test_reversed_gradient_and_its_strength():
 
 def test_log_probabilities_in_evaluation_too():
     model = Discriminator(WIDTH).eval()
-    torch.testing.assert_close(model(torch.randn(3, WIDTH)).exp().sum(1), torch.ones(3))
+    torch.testing.assert_close(
+        model(torch.randn(3, WIDTH), torch.ones(3, dtype=torch.bool)).exp().sum(1), torch.ones(3)
+    )
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------

@@ -79,13 +79,6 @@ def test_a_method_whose_base_config_declares_no_old_features_is_told_what_to_wri
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_old_features_of_another_width_are_refused(method, folder):
-    write_old_features(folder, LABELS, width=WIDTH + 2)
-    with pytest.raises(FeatureError, match=f"of width {WIDTH + 2}, but embedding_size is {WIDTH}; set embedding_size"):
-        start(method, folder)
-
-
 @pytest.mark.parametrize(
     "method, key, value, text",
     [

@@ -87,8 +87,8 @@ def test_half_precision_is_summed_in_float32(dtype):
 
 def test_arguments_that_do_not_fit():
     new, old = batch()
-    with pytest.raises(ValueError, match="embedding_size"):
-        feature_l2_loss(new, old[:, :4])
+    with pytest.raises(ValueError, match="must be .B, D. and .B, d_old."):
+        feature_l2_loss(new, old[:4])
     with pytest.raises(ValueError, match="threshold"):
         feature_l2_loss(new, old, -0.1)
 

@@ -104,8 +104,8 @@ def test_keeps_the_embeddings_dtype(dtype):
 def test_arguments_that_do_not_fit():
     new, old = batch()
     credible = torch.ones(16, dtype=torch.bool)
-    with pytest.raises(ValueError, match="embedding_size"):
-        mix_old_features(new, old[:, :4], credible, 0.3)
+    with pytest.raises(ValueError, match=r"\[16, 8\] and old features \[4, 8\] must be"):
+        mix_old_features(new, old[:4], credible, 0.3)
     with pytest.raises(ValueError, match="credible"):
         mix_old_features(new, old, credible[:4], 0.3)
     with pytest.raises(ValueError, match="credible"):

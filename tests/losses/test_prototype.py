@@ -66,8 +66,8 @@ def test_half_precision_is_summed_in_float32(dtype):
 
 def test_arguments_that_do_not_fit():
     embeddings, labels, prototypes = batch()
-    with pytest.raises(ValueError, match="embedding_size"):
-        old_prototype_loss(embeddings, labels, prototypes[:, :4])
+    with pytest.raises(ValueError, match="must be .B, D. and .C, d_old."):
+        old_prototype_loss(embeddings, labels, prototypes[0])
     with pytest.raises(ValueError, match="scale"):
         old_prototype_loss(embeddings, labels, prototypes, 0.0)
 

@@ -63,11 +63,11 @@ def test_means_squares_and_distances_against_loops(labels, seed, dtype):
     np.testing.assert_array_equal(features, before)
 
 
-def test_a_row_of_zeros_stays_zero():
+def test_a_row_of_zeros_is_no_feature():
     features, labels = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([1, 1])
     means = unit_class_means(features, labels, 2)
-    np.testing.assert_allclose(means, [[0, 0], [0.3, 0.4]])
-    np.testing.assert_allclose(squared_distances_to_means(features, labels, means), [0.25, 0.25])
+    np.testing.assert_allclose(means, [[0, 0], [0.6, 0.8]])
+    np.testing.assert_allclose(squared_distances_to_means(features, labels, means), [0, np.nan], atol=1e-12)
 
 
 def test_a_non_finite_row_is_named():

@@ -33,7 +33,16 @@ def test_files_of_a_name(tmp_path, name, scenario, record):
     assert files.credible(1.0).name == f"{name}_credible_ratio_100_feature.npy"
 
 
-@pytest.mark.parametrize("name", ["f128_r18_softmax", "class70", "_class70", "f128_class71", "../f128_class70", ""])
+@pytest.mark.parametrize("name", ["f128_r18_softmax", "class70", "_class70", "f128_class71", "prod v1"])
+def test_any_other_name_is_one_of_ones_own_set(name, tmp_path):
+    files = FeatureSet(name, tmp_path)
+    assert (files.old_model, files.set, files.record, files.scenario) == (name, None, None, "own")
+    assert files.feature == tmp_path / "own" / f"{name}_feature.npy"
+    assert f"--SD {name} --rec REC" in command_for(files.feature)
+    assert command_for(tmp_path / "elsewhere" / f"{name}_feature.npy").endswith("--SD NAME")
+
+
+@pytest.mark.parametrize("name", ["../f128_class70", ""])
 def test_invalid_names_are_refused(name):
     with pytest.raises(FeatureError, match="class70"):
         FeatureSet(name)

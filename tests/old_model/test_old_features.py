@@ -32,7 +32,7 @@ def stored(tmp_path):
 
 
 def test_rows_are_returned_as_stored(stored):
-    old = OldFeatures(training_set(), stored.feature, embedding_size=WIDTH)
+    old = OldFeatures(training_set(), stored.feature)
     index = np.array([7, 0, 7, 10])
     rows = old.read(index)
     assert rows.dtype == np.float32 and len(old) == 11
@@ -65,11 +65,6 @@ def test_another_length(stored, which):
     np.save(getattr(stored, which), np.load(getattr(stored, which))[:-1])
     with pytest.raises(FeatureError, match=f"{which}.npy: 10 rows.*11 images.*another record file.*get_feature.py"):
         OldFeatures(training_set(), stored.feature)
-
-
-def test_another_width(stored):
-    with pytest.raises(FeatureError, match=f"width {WIDTH}, but embedding_size is 512.*get_feature.py configs/"):
-        OldFeatures(training_set(), stored.feature, embedding_size=512)
 
 
 @pytest.mark.parametrize("row", [0, 6, 10])

@@ -212,7 +212,20 @@ def test_rows_and_dimensions_of_zeros():
     features[:, 2] = 0
     features[5] = 0
     credible = credible_rows(features, np.zeros(12, int), 0.9)
-    assert credible.sum() == 11
+    assert credible.sum() == 10 and not credible[5]  # ceil(0.9 · 11) of those that have a feature
+
+
+def test_a_class_without_features_has_a_mean_of_zeros():
+    labels = np.arange(12) % 3
+    features = clustered(labels)
+    features[labels == 1] = 0
+    features[0] = 0
+    means = class_means(features, labels)
+    there = features.any(axis=1)
+    assert not means[1].any()
+    for label in (0, 2):
+        total = features[there & (labels == label)].sum(axis=0, dtype=np.float64)
+        np.testing.assert_allclose(means[label], total / np.linalg.norm(total), atol=1e-6)
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, 90])

@@ -85,6 +85,20 @@ def test_features_between_all_classes_are_dropped_and_others_kept():
     assert not credible[160:].any() and credible[:160].mean() > 0.95
 
 
+def test_rows_of_zeros_are_not_credible_and_none_of_the_others_business():
+    labels = np.arange(40) % 4
+    features = clustered(labels)
+    features[labels == 2] = 0
+    features[4] = 0
+    there = features.any(axis=1)
+    place = np.array([0, 1, -1, 2])
+    entropy = assignment_entropy(features, labels, *means_and_variance(features, labels))
+    few, of_few = features[there], place[labels[there]]
+    np.testing.assert_allclose(entropy[there], assignment_entropy(few, of_few, *means_and_variance(few, of_few)))
+    found = low_entropy_rows(features, labels)
+    assert np.array_equal(found[there], low_entropy_rows(few, of_few)) and not found[~there].any()
+
+
 def test_the_order_of_rows_does_not_matter():
     features, labels = corners()
     order = np.random.default_rng(0).permutation(len(labels))

@@ -29,9 +29,9 @@ echo "$*" >> calls
 root=demo/seed0
 new=$root/work_dirs/OPclass_tiny_to_tiny_x2
 for file in $root/dataset/IJBC/meta/ijbc_1N_probe_mixed.csv $root/dataset/ms1m-retinaface-t1/train_part_70_class.idx \\
-    $root/work_dirs/{f128_tiny_softmax_class30,f128_tiny_x2_arc_class70}/model.pt \\
-    ${new}_{MixBCT,BCT}_softmax_to_arc_f128/model.pt \\
-    $root/feature_save/OPclass/{{procrustes,ridge}.npz,f128_tiny_x2_arc_class70_feature.npy} \\
+    $root/work_dirs/{f128_tiny_softmax_class30,f{128,256}_tiny_x2_arc_class70}/model.pt \\
+    ${new}_{MixBCT,BCT}_softmax_to_arc_f{128,256}/model.pt \\
+    $root/feature_save/OPclass/{{procrustes,ridge}{,_f256}.npz,f{128,256}_tiny_x2_arc_class70_feature.npy} \\
     $root/feature_save/OPclass/f128_tiny_softmax_class70_{,avg_,credible_ratio_90_}feature.npy; do
     mkdir -p "$(dirname "$file")" && touch "$file"
 done
@@ -55,9 +55,9 @@ def demo(tmp_path):
     (tmp_path / "bin/python").write_text(PYTHON)
     (tmp_path / "bin/python").chmod(0o755)
 
-    def run(*methods, fail="", stop="", overrides=""):
+    def run(*methods, fail="", stop="", overrides="", width=""):
         environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-        environment |= {"FAIL": fail, "STOP": stop, "BCT_OVERRIDES": overrides}
+        environment |= {"FAIL": fail, "STOP": stop, "BCT_OVERRIDES": overrides, "WIDTH": width}
         (tmp_path / "calls").write_text("")
         command = ["bash", "tools/demo.sh", "0", *(methods or ["MixBCT", "BCT", "independent"])]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
@@ -106,6 +106,19 @@ def test_a_lost_result_is_made_again_and_what_follows_it_even_after_a_kill(demo,
 def test_overrides_are_part_of_a_run(demo):
     demo()
     assert names(demo(overrides="--num_epoch 1")[1]) == ALL
+
+
+def test_another_width_stands_beside(demo):
+    demo()
+    status, calls, _ = demo(width="256")
+    assert (status, names(calls)) == (0, ALL[ALL.index("MixBCT") :])  # the old model's files are those that are there
+    for call, name in zip(calls, names(calls)):
+        assert "f256" in call, call
+        if name in ("MixBCT", "BCT", "independent", "feature"):
+            assert re.search(r"--embedding_size 256 --output work_dirs/\S+256\S*( |$)", call), call
+    assert "--new MixBCT=demo/seed0/work_dirs/OPclass_tiny_to_tiny_x2_MixBCT_softmax_to_arc_f256/model.pt" in calls[-1]
+    assert "--out demo/seed0/comparison_f256 " in calls[-1] and "/procrustes_f256.npz@independent" in calls[-1]
+    assert names(demo()[1]) == names(demo(width="256")[1]) == ["report"]
 
 
 @pytest.mark.parametrize("how", ["fail", "stop"])

@@ -131,9 +131,10 @@ def refused(capsys, function, *arguments):
 
 def test_what_get_feature_refuses(place, capsys):
     config = place.read_text()
-    assert "--SD old_tiny_arc_class70" in refused(capsys, get_feature, place, "--SD", "other_arc_class70")
+    assert "--SD old_tiny_arc_class70" in refused(capsys, get_feature, place, "--SD", "f512_r18_arc_class70")
     assert "--SD old_tiny_arc_class70" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_data70")
-    assert "class70" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc")
+    error = refused(capsys, get_feature, place, "--SD", "old_tiny_arc")
+    assert "names none of the sets class30, class70" in error and "--rec FILE or --scenario NAME" in error
     assert "batch_size" in refused(capsys, get_feature, place, "--SD", "old_tiny_arc_class70", "--batchsize", "5")
     assert "give it first" in refused(capsys, denoise_credible, "--SD", "old_tiny_arc_class70", "--batch_size=5")
 

@@ -14,7 +14,7 @@ from core.files import lock
 from core.manifest import ManifestError, digest, read_manifest
 from dataset import open_train_set
 from engine.extract import extract_features
-from old_model.feature_set import FeatureError, FeatureSet
+from old_model.feature_set import SETS, FeatureError, FeatureSet
 
 
 def make_parser(description, config_needed=True):
@@ -27,8 +27,7 @@ def make_parser(description, config_needed=True):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", nargs=None if config_needed else "?", help="the old model's config; it comes first")
-    parser.add_argument("--SD", required=True, help="<old model>_<set>, such as f128_r18_softmax_class70")
+    parser.add_argument("--SD", required=True, help="<old model>_<set>, such as f128_r18_softmax_class70, or any name")
     parser.add_argument(
         "--feature_save", type=expand, help="output directory (default: feature_save/ beside work_dirs/)"
     )
@@ -42,22 +41,35 @@ def make_parser(description, config_needed=True):
 
 def parse(parser, argv=None):
     """`(args, cfg, files)`; cfg is None without a config. Raises ConfigError or FeatureError."""
-    args, overrides = parser.parse_known_args(argv)
-    if args.config is None:
-        if overrides:
-            parser.error(f"{' '.join(overrides)}: no config to override; give it first")
+    # Not a positional argument: argparse would take the value of an unknown option, a config's key, for it.
+    args, words = parser.parse_known_args(argv)
+    args.config = words.pop(0) if words and not words[0].startswith("-") else None
+    outside = getattr(args, "model", None) or getattr(args, "features", None)
+    if args.config is None and not outside:
+        if words:
+            parser.error(f"{' '.join(words)}: no config to override; give it first")
         return args, None, FeatureSet(args.SD, args.feature_save)
-    cfg = load_config(args.config, overrides)
+    if getattr(args, "network", None) and not outside:
+        words += ["--network", args.network]
+    cfg = load_config(args.config or REPO / "configs" / "base.py", words)
     files = FeatureSet(args.SD, args.feature_save or pathlib.Path(cfg.workspace) / "feature_save")
-    check_name(cfg, files)
+    if files.set is None and not (cfg.scenario or any(re.match("--rec(=|$)", word) for word in words)):
+        raise FeatureError(
+            f"--SD {files.name}: names none of the sets {', '.join(SETS)}; say with --rec FILE or --scenario NAME "
+            "which images it is of"
+        )
+    if not outside:
+        check_name(cfg, files)
     return args, cfg, files
 
 
 def check_name(cfg, files):
-    """The name must say which model made the features: another's name would put wrong features into later runs."""
+    """A name that is another config's would put wrong features into that one's runs."""
     own = re.fullmatch(r"(.+)_((class|data)\d+)", cfg.name)
     old_model = own[1] if own else cfg.name
     if files.old_model != old_model:
+        if not files.names_a_config():
+            return
         raise FeatureError(
             f"--SD {files.name}: names another model; for {cfg.config_file} use --SD {old_model}_{files.set}"
         )
@@ -74,6 +86,8 @@ def record_path(cfg, files):
     if cfg.rec == "synthetic":
         raise FeatureError(f"{cfg.config_file}: rec = synthetic has no images to embed; set rec to a record file")
     rec = pathlib.Path(cfg.rec)
+    if files.record is None:
+        return rec  # named by --rec or the scenario
     path = (rec if rec.is_dir() else rec.parent) / files.record
     if path.is_file():
         return path
@@ -87,10 +101,10 @@ def record_path(cfg, files):
     )
 
 
-def why_redo(cfg, files, model_path, train_set):
+def why_redo(files, model_path, train_set, expected):
     """Why the features of `files` must be extracted (again), or None if they are this model's of this record set.
 
-    Files without a manifest are somebody's own, and kept.
+    expected: what their manifest must say beside that. Files without a manifest are somebody's own, and kept.
     """
     for path in (files.feature, files.label):
         if not path.is_file():
@@ -104,9 +118,9 @@ def why_redo(cfg, files, model_path, train_set):
             return f"{manifest.path}: made from another record set than {train_set.path}"
     if features and model_path.is_file() and features.get("model") != digest(model_path):
         return f"{files.feature}: made from another model than {model_path}"
-    for name, key in (("network", "network"), ("width", "embedding_size")):
-        if features and features.get(name) != cfg[key]:
-            return f"{files.feature}: made with {key} = {features.get(name)}, not {cfg[key]}"
+    for key, value in expected.items():
+        if features and features.get(key) != value:
+            return f"{files.feature}: made with {key} = {features.get(key)}, not {value}"
 
 
 def extract(cfg, files, args):
@@ -122,7 +136,8 @@ def extract(cfg, files, args):
         train_set = open_train_set(rec)
         records, model_digest = train_set.digest(), digest(model_path) if model_path.is_file() else None
     check_ranks_agree(records=records, model=model_digest)
-    reason = "-f" if args.force else why_redo(cfg, files, model_path, train_set)
+    expected = {"network": cfg.network, "width": cfg.embedding_size}
+    reason = "-f" if args.force else why_redo(files, model_path, train_set, expected)
     reason = distributed.gather_objects(reason)[0]  # rank 0 decides: the others may not yet see the newest files
     if reason is None:
         say(f"{files.feature}: kept, it is of {model_path} and {rec}; -f extracts it again")
@@ -130,7 +145,7 @@ def extract(cfg, files, args):
     say(f"extracting: {reason}")
     with failing_together():
         model = _load_model(cfg, model_path, device, args.unfinished == "True")
-    with _locked(files):
+    with locked(files):
         extract_features(
             model,
             train_set,
@@ -171,7 +186,7 @@ def _load_model(cfg, path, device, unfinished):
 
 
 @contextlib.contextmanager
-def _locked(files):
+def locked(files):
     """Hold the lock of a feature set on rank 0; raises on all ranks if another run has it, or if some do not see it."""
     held = None
     with failing_together():

@@ -45,26 +45,33 @@ def low_entropy_rows(features, labels, device="cpu"):
     """bool [N]: rows whose assignment entropy is at most ln(C) / 2.
 
     features: float [N, D], memory-mapped or not, any scale; labels: int [N], 0 ... C - 1 in any order.
+    A row of zeros, an image without a feature, is not credible; a class of such images is none of the C.
     The ranks share the rows; rank 0 returns the result, the others None.
     Raises FeatureError for non-finite rows, labels out of range or a class without images.
     """
     means, variance = means_and_variance(features, labels)
     own = OwnRows(features, *rows_of_rank(len(features), distributed.rank(), distributed.world_size()))
-    return distributed.gather_arrays(assignment_entropy(own, means, variance, device) <= math.log(len(means)) / 2)
+    entropy = assignment_entropy(own, means, variance, device)
+    return distributed.gather_arrays(entropy <= math.log(len(means)) / 2)  # NaN is not
 
 
 def means_and_variance(features, labels):
-    """`(m float32 [C, D], v)`: class means of the normalised rows, variance of the distances to the own mean."""
-    classes = ClassMeans(features, labels, len(count_classes(labels)))
-    means = [(totals / classes.counts[part, None]).astype(np.float32) for part, totals in classes.totals()]
-    means = np.concatenate(means)
-    distances = np.sqrt(classes.squared_distances())
-    mean = distributed.sum_of_ranks(distances.sum(keepdims=True)) / len(features)
-    return means, float(distributed.sum_of_ranks(np.square(distances - mean).sum(keepdims=True))[0]) / len(features)
+    """`(m float32 [C, D], v)`: means of the normalised rows of the classes that have any, variance of the distances to
+    the own mean."""
+    classes, means = ClassMeans(features, labels, len(count_classes(labels))), []
+    for part, totals in classes.totals():
+        counts = classes.counts[part]
+        means.append((totals[counts > 0] / counts[counts > 0, None]).astype(np.float32))
+    distances, count = np.sqrt(classes.squared_distances()), max(1, int(classes.counts.sum()))
+    distances = distances[~np.isnan(distances)]
+    mean = distributed.sum_of_ranks(distances.sum(keepdims=True)) / count
+    variance = distributed.sum_of_ranks(np.square(distances - mean).sum(keepdims=True)) / count
+    return np.concatenate(means), float(variance[0])
 
 
 def assignment_entropy(features, means, variance, device="cpu"):
-    """H float32 [N], in [0, ln C], as defined above; with zero variance p is 1 for the nearest class."""
+    """H float32 [N], in [0, ln C], as defined above, NaN for a row of zeros; with zero variance p is 1 for the nearest
+    class."""
     device = torch.device(device)
     means = torch.from_numpy(means).to(device)
     squares = means.square().sum(1)
@@ -76,7 +83,7 @@ def assignment_entropy(features, means, variance, device="cpu"):
             normalise(rows)
             rows = torch.from_numpy(rows).to(device, torch.float32)
             blocks = [_entropy(block, means, squares, variance) for block in rows.split(step)]
-            entropy[part] = torch.cat(blocks).cpu().numpy()
+            entropy[part] = torch.where(rows.any(dim=1), torch.cat(blocks), math.nan).cpu().numpy()
             progress.update(len(rows))
     return entropy
 

@@ -28,7 +28,8 @@ def credible_rows(features, labels, ratio):
 
     features: float [N, D], memory-mapped or not; labels: int [N], any order, gaps allowed; ratio: in (0, 1].
     Distances are Euclidean, between rows L2-normalised and then scaled to unit norm in each dimension over the set;
-    ties, to float32's precision, go to the earlier row. An all-zero dimension is ignored.
+    ties, to float32's precision, go to the earlier row. An all-zero dimension is ignored; a row of zeros, an image
+    without a feature, is not credible and none of the n.
     The ranks share the rows; rank 0 returns the result, the others None.
     Raises FeatureError for a ratio outside (0, 1] or non-finite rows.
     """
@@ -38,19 +39,21 @@ def credible_rows(features, labels, ratio):
         position = np.unique(labels, return_inverse=True)[1]
     counts = np.bincount(position)
     distances = distributed.gather_arrays(scaled_distances(features, position, len(counts)))
-    kept = -(-counts * ratio.numerator // ratio.denominator)  # the ceiling, in integers
-    return None if distances is None else nearest_rows(distances, position, counts, kept)
+    if distances is None:
+        return None
+    present = counts - np.bincount(position[np.isnan(distances)], minlength=len(counts))
+    kept = -(-present * ratio.numerator // ratio.denominator)  # the ceiling, in integers
+    return nearest_rows(distances, position, counts, kept)
 
 
 def nearest_rows(distances, position, counts, kept):
     """bool [N]: the kept[c] rows with the smallest distances of each class c of counts[c] rows; ties to earlier rows.
 
-    distances: float32 [N], at least 0; position: int [N], class of each row.
+    distances: float32 [N], at least 0, or NaN, which comes last; position: int [N], class of each row.
     """
-    keys = position.astype(np.uint64) << np.uint64(32) | distances.view(
-        np.uint32
-    )  # floats from 0 on order as their bits
-    ordered, first, some = np.sort(keys), np.cumsum(counts) - counts, np.flatnonzero(counts)
+    bits = distances.view(np.uint32)  # floats from 0 on are in the order of their bits
+    keys = position.astype(np.uint64) << np.uint64(32) | bits
+    ordered, first, some = np.sort(keys), np.cumsum(counts) - counts, np.flatnonzero(kept)
     last = np.zeros(len(counts), np.uint64)
     last[some] = ordered[(first + kept - 1)[some]]
     credible = keys <= last[position]
@@ -73,7 +76,8 @@ def exact_ratio(ratio):
 
 
 def scaled_distances(features, position, num_classes):
-    """float32 [n]: squared distance of each of this rank's rows to its class mean, both scaled as in `credible_rows`.
+    """float32 [n]: squared distance of each of this rank's rows to its class mean, both scaled as in `credible_rows`;
+    NaN for a row of zeros.
 
     position: int [N], class of each row, 0 … num_classes − 1. Two passes over the rows: dimension scales and class
     means are sums over the normalised rows, and the means of scaled rows are the scaled means. Computed in float64 and

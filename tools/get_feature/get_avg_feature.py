@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 from core import distributed
 from core.errors import report_errors
 from dataset import open_train_set
-from old_model.by_class import ClassMeans, count_classes
+from old_model.by_class import ClassMeans, count_classes, present
 from old_model.feature_set import FeatureError, open_feature_set, save_array
 from tools.get_feature.cli import extract, make_parser, parse, record_path
 
@@ -27,18 +27,18 @@ def class_means(features, labels, num_classes=None):
 
     features: float [N, D], memory-mapped or not, as the model gave them; labels: int [N], 0 … C − 1 in any order;
     num_classes: C, None = the largest label + 1. Returns float32 [C, D]; sums are float64. The ranks share the rows.
+    A row of zeros is an image without a feature; a class of such images only has zeros.
     Raises FeatureError for a class without images, labels out of range or non-finite rows.
     """
-    classes = ClassMeans(
-        features, labels, len(count_classes(labels, num_classes)), weigh=lambda rows: np.ones(len(rows))
-    )
-    means = np.empty((len(classes.counts), features.shape[1]), np.float32)
+    classes = ClassMeans(features, labels, len(count_classes(labels, num_classes)), weigh=present)
+    means = np.zeros((len(classes.counts), features.shape[1]), np.float32)
     for part, totals in classes.totals():
         norms = np.linalg.norm(totals, axis=1, keepdims=True)  # normalised, so no need to divide by the count
-        if not norms.all():
-            wrong = part.start + np.argmin(norms)
+        there = classes.counts[part] > 0
+        if not norms[there].all():
+            wrong = part.start + np.flatnonzero(there)[np.argmin(norms[there])]
             raise FeatureError(f"class {wrong}: its features sum to zero; check that the old model is trained")
-        means[part] = totals / norms
+        means[part][there] = totals[there] / norms[there]
     return means
 
 
@@ -56,6 +56,8 @@ def main(argv=None):
         if distributed.is_main():
             save_array(files.avg_feature, means, "class means", **made_from)
             print(f"wrote {files.avg_feature}: {means.shape[0]} classes")
+            if without := int((~means.any(axis=1)).sum()):
+                print(f"{without} of them have no old feature: their rows are zero")
     distributed.shutdown()
 
 

@@ -113,6 +113,7 @@ class Comparison:
     def of_old(self):
         pools = {"self": "all", "self_held_out": "held out"}
         return {
+            "width": self.old.shape[1],
             "self": self.base.figures,
             "thresholds": {test: self.deployed.read(self.base.scores, pool) for test, pool in pools.items()},
         }
@@ -120,9 +121,10 @@ class Comparison:
     def assess(self, name, query, new):
         """All of a new model but the criterion: `(part of the report, cross Test or None, self Test)`.
 
-        new [T, D]: its template features; query [T, D of old]: those that search old galleries, or None.
+        new [T, D]: its template features; query [T, D]: those that search old galleries, or None.
         """
-        part, maps, tests = {"thresholds": {}, "flips": {}}, {}, {}
+        part, maps, tests = {"width": new.shape[1], "thresholds": {}, "flips": {}}, {}, {}
+        part["query_width"] = None if query is None else query.shape[1]
         for test, gallery, probes in (("cross", self.old, query), ("self", new, new)):
             if probes is None:
                 continue

@@ -26,14 +26,14 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
+from backbones.model_files import ModelFile
 from core.config import expand
 from core.errors import report_errors
 from tools.adapters.adapter import load_adapter, slerp
 from tools.ijbc_eval import compat_plots, compat_text, flips, refresh
 from tools.ijbc_eval.comparison import Comparison, criterion
 from tools.ijbc_eval.files import EvalError, check_writable, writing
-from tools.ijbc_eval.models import ModelFile
-from tools.ijbc_eval.options import add_data_arguments, open_evaluation, split_name, whole_number
+from tools.ijbc_eval.options import add_data_arguments, open_evaluation, split_name, whole_number, with_preprocessing
 from tools.ijbc_eval.thresholds import read_cohorts
 
 
@@ -120,13 +120,14 @@ def compare(evaluation, old, news, independent, adapters, arguments):
     orders = refresh.read_orders(evaluation, arguments.order, arguments.seed, old[1])
     comparison = Comparison(evaluation, old[1], arguments, cohorts, orders)
     report = {"data": describe(arguments, evaluation, comparison.deployed, cohorts)}
+    models = dict([old, *news, *([independent] if independent else [])])
+    report["data"]["preprocessing"] = {name: str(evaluation.store.preprocessing(one)) for name, one in models.items()}
     report["old"] = {"name": old[0], "file": old[1].file, **comparison.of_old()}
     ceiling, report["new"] = None, []
     if independent:
         name, model = independent
         features = evaluation.templates(model)
-        same_width = evaluation.store.width(model) == evaluation.store.width(old[1])
-        part, _, ceiling = comparison.assess(name, features if same_width else None, features)
+        part, _, ceiling = comparison.assess(name, features, features)
         report["independent"] = {"name": name, "file": model.file, **part}
     for name, file, query, features in rows(evaluation, comparison.old, news, adapters):
         part, cross, _ = comparison.assess(name, query, features)
@@ -135,7 +136,7 @@ def compare(evaluation, old, news, independent, adapters, arguments):
 
 
 def rows(evaluation, old, news, adapters):
-    """Yield `(name, file, query [T, D of old], features [T, D])` of each new model, then of each map both ways: the
+    """Yield `(name, file, query [T, D], features [T, D])` of each new model, then of each map both ways: the
     mapped query, and the midpoint of it and the old query on the sphere, for which both models run."""
     for name, model in news:
         yield name, model.file, evaluation.templates(model), evaluation.templates(model)
@@ -194,6 +195,9 @@ def main(argv=None):
     old = ModelFile(arguments.old, arguments.old_net)
     news = [parse_model(text, arguments.new_net) for text in arguments.new]
     independent = parse_model(arguments.independent, arguments.new_net) if arguments.independent else None
+    fed = with_preprocessing(arguments, {**dict([*news, *([independent] if independent else [])]), "old": old})
+    old, news = fed["old"], [(name, fed[name]) for name, _ in news]
+    independent = independent and (independent[0], fed[independent[0]])
     known = dict([*news, *([independent] if independent else [])])
     adapters = [parse_adapter(text, known) for text in arguments.adapter]
     names = [name for name, *_ in [*news, *adapters]]

@@ -7,6 +7,7 @@ import textwrap
 
 from prettytable import PrettyTable
 
+from losses import part_compared
 from tools.ijbc_eval.bootstrap import FEWEST, PERCENT
 from tools.ijbc_eval.plots import wrapped
 from tools.ijbc_eval.results import in_no_gallery
@@ -112,6 +113,14 @@ def verdicts(report):
 def caveats(report):
     """Warnings about how far the figures can be trusted."""
     data, lines = report["data"], []
+    old_width = report["old"]["width"]
+    for model in models(report):
+        if model["query_width"] not in (None, old_width):
+            compared = part_compared(model["query_width"], old_width)
+            lines.append(
+                f"{model['name']} has features of {model['width']} dimensions, {report['old']['name']} of {old_width}: "
+                f"its queries are compared with old ones {compared}, with its own whole."
+            )
     if data["protocol"] == "published":
         lines.append("Figures follow the published scripts (--protocol published), not the exact definitions.")
         if data["probes_in_no_gallery"]:

@@ -18,13 +18,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from backbones.model_files import Preprocessing, load_model
 from core.files import remove_leftovers, reserve
 from dataset import image_header
 from engine.workers import FileSize, WorkerError, Workers, start_worker
 from tools.ijbc_eval.align import SIZE, align, outside, similarity_matrices
 from tools.ijbc_eval.files import EvalError, sha256_of, writing
-from tools.ijbc_eval.models import INPUT_SCALE, load_model
 from tools.ijbc_eval.templates import LARGEST
+
+# The published IJB scripts feed (x − 127.5) / 128, while published training and feature extraction feed
+# (x − 127.5) / 127.5. 128 is the default, so that figures compare with published ones; --input-scale changes it.
+INPUT_SCALE = 128.0
 
 # Part of the cache key: change it with any change between an image file and the model's input.
 _PIPELINE = "similarity-112-bilinear-rgb-{:.17g}/1"  # the input scale, every digit of it
@@ -173,6 +177,9 @@ class EmbeddingStore:
             self._digests[model_file] = sha256_of(model_file.paths)
         return self._digests[model_file]
 
+    def preprocessing(self, model_file):
+        return model_file.preprocessing or Preprocessing(std=self.input_scale)
+
     def width(self, model_file):
         """Embedding size of a model, from the cache or by loading the model."""
         cached = self._cached(model_file)
@@ -190,7 +197,7 @@ class EmbeddingStore:
 
     def _load(self, model_file):
         if model_file not in self._loaded:
-            self._loaded[model_file] = load_model(model_file, self.device, self.input_scale)
+            self._loaded[model_file] = load_model(model_file, self.device, self.preprocessing(model_file))
         return self._loaded[model_file]
 
     def _cached(self, model_file):
@@ -206,6 +213,8 @@ class EmbeddingStore:
     def _key(self, model_file):
         """`(path of the cache file, what it is made from)`"""
         pipeline = _PIPELINE.format(self.input_scale)
+        if model_file.preprocessing:
+            pipeline = f"{pipeline} {model_file.preprocessing}"
         key = f"{pipeline} {model_file.found_network} {self.digest(model_file)} {self.data_key}"
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return self.cache_dir / "embeddings" / f"{name}.npy", key

@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 
+from losses import part_compared
 from tools.ijbc_eval.embed import EmbeddingStore
 from tools.ijbc_eval.files import EvalError
 from tools.ijbc_eval.metrics import pair_scores, search
 from tools.ijbc_eval.protocol import Protocol
-from tools.ijbc_eval.templates import Setting, template_features
+from tools.ijbc_eval.templates import Setting, as_query, template_features
 
 DEFAULT_CACHE = pathlib.Path("IJB_result") / "cache"
 
@@ -103,16 +104,18 @@ class Evaluation:
             print(f"note: {where}: {absent} templates are in no {what}; is every list complete?", file=sys.stderr)
 
     def check_widths(self, gallery_model, probe_model):
-        """EvalError unless both models' embeddings have the same size; called before hours of embedding.
+        """Say how queries are compared with a gallery of another embedding size; called before hours of embedding.
 
         A probe model that was trained against another old model than the gallery's gets a line on stderr.
         """
         probe_model.warn_of_another_old_model(gallery_model)
         widths = self.store.width(gallery_model), self.store.width(probe_model)
         if widths[0] != widths[1]:
-            raise EvalError(
-                f"{probe_model.file} has {widths[1]}-dimensional embeddings, {gallery_model.file} "
-                f"{widths[0]}-dimensional ones; use models of one embedding size"
+            compared = part_compared(widths[1], widths[0])
+            print(
+                f"note: {probe_model.file} has {widths[1]}-dimensional embeddings, {gallery_model.file} "
+                f"{widths[0]}-dimensional ones; queries are compared with the gallery {compared}",
+                file=sys.stderr,
             )
 
     def templates(self, model, setting=Setting()):
@@ -137,8 +140,8 @@ class Evaluation:
         return self.verify_in(self.templates(gallery_model, setting), self.templates(probe_model, setting))
 
     def verify_in(self, first, second):
-        """As `verify`, with given template features [T, D]."""
-        pairs = self.pairs
+        """As `verify`, with given template features [T, D] of both sides, of any widths."""
+        pairs, second = self.pairs, as_query(second, first.shape[1])
         return pair_scores(first[pairs.first_templates], second[pairs.second_templates], pairs.first, pairs.second)
 
     def identify(self, gallery_model, probe_model, setting=Setting()):
@@ -152,16 +155,17 @@ class Evaluation:
         return self.identify_mixed_in(self.templates(gallery_model, setting), self.templates(probe_model, setting))
 
     def identify_mixed_in(self, gallery_features, probe_features):
-        """As `identify_mixed`, with given template features [T, D]."""
+        """As `identify_mixed`, with given template features [T, D] of both sides, of any widths."""
         probes, galleries = self.probes, self.galleries.values()
+        probe_features = as_query(probe_features, gallery_features.shape[1])
         template, subject = (
             np.concatenate([getattr(gallery, what) for gallery in galleries]) for what in ("template", "subject")
         )
         return search(gallery_features[template], subject, probe_features[probes.template], probes.subject).rank
 
     def identify_in(self, gallery_features, probe_features):
-        """As `identify`, with given template features [T, D]."""
-        probes = probe_features[self.probes.template]
+        """As `identify`, with given template features [T, D] of both sides, of any widths."""
+        probes = as_query(probe_features, gallery_features.shape[1])[self.probes.template]
         return [
             search(gallery_features[gallery.template], gallery.subject, probes, self.probes.subject)
             for gallery in self.galleries.values()

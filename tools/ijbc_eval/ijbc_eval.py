@@ -20,12 +20,12 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
+from backbones.model_files import ModelFile
 from core.config import expand
 from core.errors import report_errors
 from tools.ijbc_eval import plots, results
 from tools.ijbc_eval.files import check_writable
-from tools.ijbc_eval.models import ModelFile
-from tools.ijbc_eval.options import add_data_arguments, open_evaluation, split_name
+from tools.ijbc_eval.options import add_data_arguments, open_evaluation, split_name, with_preprocessing
 from tools.ijbc_eval.templates import Setting
 
 
@@ -61,6 +61,8 @@ def evaluate(arguments):
     """Run the requested test; returns (path of the result file, result arrays)."""
     new = ModelFile(arguments.model_file, arguments.network)
     old = ModelFile(arguments.old_model_file, arguments.old_network) if arguments.old_model_file else new
+    fed = with_preprocessing(arguments, {"new": new, **({"old": old} if arguments.old_model_file else {})})
+    new, old = fed["new"], fed.get("old", fed["new"])
     evaluation = open_evaluation(arguments)
     evaluation.check_widths(old, new)
     name = new.name if old == new else f"{new.name}_to_{old.name}"
@@ -89,7 +91,9 @@ def evaluate(arguments):
         scores = np.stack([evaluation.verify(old, new, setting) for setting in settings])
         result = results.verification_result(names, scores, label, subset, protocol)
     result["models"] = models
+    result["widths"] = np.array([evaluation.store.width(old), evaluation.store.width(new)])
     result["input_scale"] = arguments.input_scale
+    result["preprocessing"] = np.array([str(evaluation.store.preprocessing(model)) for model in (old, new)])
     result["bad_images"] = evaluation.bad_images(old, new)
     if arguments.save_embeddings:
         result |= embeddings(evaluation, old, new)

@@ -3,10 +3,12 @@
 import argparse
 import os
 
+from backbones.model_files import ModelFile, Preprocessing
 from core.config import REPO, expand
+from tools.ijbc_eval.embed import INPUT_SCALE
 from tools.ijbc_eval.evaluation import DEFAULT_CACHE, Evaluation
+from tools.ijbc_eval.files import EvalError
 from tools.ijbc_eval.metrics import PROTOCOLS
-from tools.ijbc_eval.models import INPUT_SCALE
 from tools.ijbc_eval.protocol import SUBSETS
 
 
@@ -64,6 +66,13 @@ def add_data_arguments(parser):
         help=f"the models' input is (pixel - 127.5) / S (default: {INPUT_SCALE:g}, as published for IJB; training and "
         "feature extraction use 127.5); ignored by MXNet models that scale their input themselves",
     )
+    for_one = "for all models, or with NAME= for one"
+    help_mean = f"what is subtracted from the pixels {for_one} (default: 127.5)"
+    add("--mean", type=_for_model, action="append", default=[], metavar="[NAME=]M", help=help_mean)
+    help_std = f"what they are then divided by {for_one} (default: that of --input-scale)"
+    add("--std", type=_for_model, action="append", default=[], metavar="[NAME=]S", help=help_std)
+    help_bgr = "feed channels in the order BGR, as models of AdaFace and CVLFace want them: to all models, or to NAME"
+    add("--bgr", nargs="?", const="", action="append", default=[], metavar="NAME", help=help_bgr)
     add(
         "--protocol",
         choices=PROTOCOLS,
@@ -73,6 +82,38 @@ def add_data_arguments(parser):
         "with the nearest FPR; TPIR above the non-mated score number max(int(n*FPIR), 1) from the top; top-k from the "
         "hits in both galleries, and in both merged into one (mixed)",
     )
+
+
+def _for_model(text):
+    """An argparse type: `[NAME=]NUMBER` -> (name, number)."""
+    name, equals, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf") or (equals and not name):
+        raise argparse.ArgumentTypeError(f"must be a number or NAME=NUMBER, not {text}")
+    return name, value
+
+
+def with_preprocessing(arguments, models):
+    """The ModelFiles {name: ModelFile} with what --mean, --std and --bgr say of all or of one of them."""
+    named = {name for name, _ in (*arguments.mean, *arguments.std)} | set(arguments.bgr)
+    if unknown := sorted(named - {"", *models}):
+        raise EvalError(f"--mean, --std, --bgr: no model is named {unknown[0]!r}; NAME is one of {', '.join(models)}")
+    if any(value <= 0 for _, value in arguments.std):
+        raise EvalError("--std: must be above 0")
+    found = {}
+    for name, model in models.items():
+        mean, std = (
+            {key: value for key, value in given if key in ("", name)} for given in (arguments.mean, arguments.std)
+        )
+        bgr = bool({"", name} & set(arguments.bgr))
+        if mean or std or bgr:
+            values = [one.get(name, one.get("", usual)) for one, usual in ((mean, 127.5), (std, arguments.input_scale))]
+            model = ModelFile(model.file, model.network, Preprocessing(*values, bgr))
+        found[name] = model
+    return found
 
 
 def open_evaluation(arguments):

@@ -20,7 +20,7 @@ from tools.ijbc_eval.ascii_table import is_number
 from tools.ijbc_eval.files import EvalError
 from tools.ijbc_eval.metrics import Roster, Search
 from tools.ijbc_eval.options import split_name
-from tools.ijbc_eval.templates import l2_normalise
+from tools.ijbc_eval.templates import as_query, l2_normalise
 
 STEPS = tuple(range(0, 101, 10))  # shares of the gallery re-embedded, in %
 KINDS = ("random", "dispersion")  # orders that need no file
@@ -108,10 +108,11 @@ def dispersion(evaluation, model, rows):
 def searches(evaluation, old, query, new, cross_map, self_map, orders):
     """Search the gallery at each step of each order, each way: {(order, way): for each step [Search for each gallery]}.
 
-    old, new [T, D]: template features of the two models; query [T, D of old]: the new model's to be compared with old
-    ones, or None where it has none of that width. cross_map, self_map: ScoreMap of new/old and new/new, or None. Ways
+    old, new [T, D]: template features of the two models; query [T, D]: the new model's to be compared with old ones
+    (`as_query`), or None. cross_map, self_map: ScoreMap of new/old and new/new, or None. Ways
     that lack one of these are left out.
     """
+    query = None if query is None else as_query(query, old.shape[1])
     ways = ["plain"] if query is not None else []
     ways += ["calibrated"] if query is not None and cross_map and self_map else []
     ways += ["merged"] if self_map else []

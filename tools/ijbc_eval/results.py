@@ -2,6 +2,8 @@
 
 A result file is an npz of one test on one subset for K named runs:
     names str [K], task "11" or "1N", subset, protocol "exact" or "published", input_scale, bad_images str [·]
+    widths int [2]: dimensions of the gallery's and of the probes' model
+    preprocessing str [2]: what these two get
     models str: digest of the model's file, in a cross-test of the probes' and the gallery's model
     1:1   scores float32 [K, P], label bool [P] (same person); fprs [F], tprs [K, F], auc [K]
     1:N   scores float32 [K, G, Q], label bool [G, Q] (mated), rank int32 [K, G, Q], as in metrics.Search;

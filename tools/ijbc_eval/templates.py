@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 
 import numpy as np
+import torch
 from scipy import sparse
 
+from losses import to_old_width
 from tools.ijbc_eval.files import EvalError
 
 LARGEST = 1e30  # embeddings and features must be below, so that their lengths are far from float32's limit
@@ -62,6 +64,13 @@ def template_features(embs, embs_f, faces, setting=Setting(), bad=None):
             f"above {LARGEST:g}; correct the scores, or use another checkpoint"
         )
     return l2_normalise(features)
+
+
+def as_query(features, width):
+    """Template features float32 [T, D], L2-normalised -> the part that searches a gallery of `width`: [T, width]."""
+    if features.shape[1] == width:
+        return features  # normalising them again would change digits
+    return to_old_width(torch.from_numpy(features), width).numpy()
 
 
 def l2_normalise(features):

@@ -8,5 +8,5 @@ config = edict(keys)
 
 config.network = "r50"
 config.align_weight = 100.0         # factor on the alignment of class centres, a mean over all num_classes ×
-                                    # embedding_size entries: the more classes, the weaker the pull on each
+                                    # d_old entries: the more classes, the weaker the pull on each
 config.boundary_weight = 1.0        # factor on the boundary term

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from backbones.model_files import ModelFile
 from engine.workers import WorkerError
 from tools.ijbc_eval import embed
 from tools.ijbc_eval.align import REFERENCE, similarity_matrices
 from tools.ijbc_eval.embed import EmbeddingStore, UnusableImage, aligned_batches, aligned_face, read_image
 from tools.ijbc_eval.files import EvalError
-from tools.ijbc_eval.models import ModelFile
 from tools.ijbc_eval.protocol import Protocol
 
 

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from backbones import BackboneError
+from backbones import model_files as models
+from backbones.model_files import ModelFile, Preprocessing
 from core.files import atomic_write
 from core.manifest import digest, write_manifest
-from tools.ijbc_eval.files import EvalError
-from tools.ijbc_eval.models import ModelFile, load_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+
+def load_model(model_file, device=None, scale=128.0):
+    return models.load_model(model_file, device, Preprocessing(std=scale))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +43,7 @@ def test_mxnet_file_names():
 
 @pytest.mark.parametrize("file", ["model.txt", "model", "model,x", "model,²"])
 def test_unknown_kinds(file):
-    with pytest.raises(EvalError, match="unknown kind"):
+    with pytest.raises(BackboneError, match="unknown kind"):
         load_model(ModelFile(file))
 
 
@@ -58,7 +63,7 @@ def test_the_network_of_a_state_dict_is_found_by_its_keys(shared_models, tmp_pat
     images = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
     np.testing.assert_array_equal(load_model(told)(images), load_model(named)(images))
     assert ModelFile("a.onnx").found_network is None
-    with pytest.raises(EvalError, match=r"absent\.pt: no such file; check -m / -m_old"):
+    with pytest.raises(BackboneError, match=r"absent\.pt: no such model file; check the path"):
         _ = ModelFile(str(tmp_path / "absent.pt")).found_network
 
 
@@ -77,7 +82,7 @@ def test_input_scale(shared_models, shared_plain, fake_onnx, scale):
 def test_absent_onnxruntime_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.onnx").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EvalError, match="pip install onnxruntime"):
+    with pytest.raises(BackboneError, match="pip install onnxruntime"):
         load_model(ModelFile(str(tmp_path / "a.onnx")))
 
 
@@ -86,7 +91,7 @@ def test_absent_mxnet_is_one_line(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(vars(np), "bool", bool)  # what the import puts there is gone after the test
     monkeypatch.setitem(sys.modules, "mxnet", None)
-    with pytest.raises(EvalError, match="mxnet 1.9.1"):
+    with pytest.raises(BackboneError, match="mxnet 1.9.1"):
         load_model(ModelFile(str(tmp_path / "a,3")))
 
 
@@ -132,14 +137,14 @@ def fake_onnx(tmp_path, monkeypatch):
 
 def test_onnx_of_another_input_or_output(fake_onnx, monkeypatch):
     monkeypatch.setattr(FakeSession, "size", (224, 224))
-    with pytest.raises(EvalError) as caught:
+    with pytest.raises(BackboneError) as caught:
         load_model(ModelFile(fake_onnx))
     message = str(caught.value)
     assert message.startswith(f"{fake_onnx}: expects input 'input.1' tensor(float) ['N', 3, 224, 224]; export")
     assert "float32 [B,3,112,112]" in message and "invalid dimensions" in message
     monkeypatch.setattr(FakeSession, "size", (112, 112))
     monkeypatch.setattr(FakeSession, "output", 3)
-    with pytest.raises(EvalError, match=r"a\.onnx: output \[1, 3, 112\]"):
+    with pytest.raises(BackboneError, match=r"a\.onnx: output \[1, 3, 112\]"):
         load_model(ModelFile(fake_onnx))
 
 
@@ -175,7 +180,7 @@ def test_onnx_that_fails_later_is_one_line(fake_onnx, monkeypatch):
         (lambda rows: rows[:1], r"output \[1, 3\] for 5"),
     ):
         monkeypatch.setattr(FakeSession, "traced", staticmethod(traced))
-        with pytest.raises(EvalError, match=rf"a\.onnx: {message}"):
+        with pytest.raises(BackboneError, match=rf"a\.onnx: {message}"):
             model(torch.zeros((5, 112, 112, 3), dtype=torch.uint8))
 
 
@@ -202,7 +207,7 @@ def test_onnx_for_real(tmp_path, batch, node):
     expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2))
     np.testing.assert_allclose(load_model(ModelFile(str(tmp_path / "a.onnx")))(images), expected, atol=1e-5)
     (tmp_path / "b.onnx").write_bytes(b"torn")
-    with pytest.raises(EvalError, match=r"b\.onnx: onnxruntime cannot load it"):
+    with pytest.raises(BackboneError, match=r"b\.onnx: onnxruntime cannot load it"):
         load_model(ModelFile(str(tmp_path / "b.onnx")))
 
 
@@ -210,13 +215,13 @@ def test_onnx_for_real(tmp_path, batch, node):
 MXNET_CHECK = """
 import sys
 import numpy as np, torch
-from tools.ijbc_eval import models
-from tools.ijbc_eval.files import EvalError
+from backbones import BackboneError
+from backbones import model_files as models
 
 prefix, scales_itself = sys.argv[1], sys.argv[2] == "True"
 try:
     mx = models._import_mxnet(models.ModelFile("a,0"))
-except EvalError as error:
+except BackboneError as error:
     print("skip:", error)
     raise SystemExit
 data = mx.sym.Variable("data")
@@ -227,7 +232,7 @@ embedding = mx.sym.FullyConnected(pooled, num_hidden=7, no_bias=True, name="fc1"
 head = mx.sym.FullyConnected(embedding, num_hidden=2, no_bias=True, name="head")  # as checkpoints of training have
 arrays = {"fc1_weight": mx.nd.array(weight), "head_weight": mx.nd.zeros((2, 7))}
 mx.model.save_checkpoint(prefix, 3, head, arrays, {})
-model = models.load_model(models.ModelFile(prefix + ",3"))
+model = models.load_model(models.ModelFile(prefix + ",3"), None, models.Preprocessing(std=128.0))
 assert model.num_features == 7
 images = np.random.default_rng(1).integers(0, 256, (4, 112, 112, 3)).astype(np.uint8)
 expected = ((images.astype(np.float64) - 127.5) / 128).mean(axis=(1, 2)) @ weight.T
@@ -239,7 +244,7 @@ for expected, net in (("of another size", flat), ("['image']", other)):
     mx.model.save_checkpoint(prefix, 4, net, arrays, {})
     try:
         models.load_model(models.ModelFile(prefix + ",4"))
-    except EvalError as error:
+    except BackboneError as error:
         assert f"expects input {expected}; export it for float32 [B,3,112,112]" in str(error), error
         assert len(str(error).splitlines()) == 1
     else:
@@ -247,7 +252,7 @@ for expected, net in (("of another size", flat), ("['image']", other)):
 open(prefix + "-0003.params", "wb").write(b"torn")
 try:
     models.load_model(models.ModelFile(prefix + ",3"))
-except EvalError as error:
+except BackboneError as error:
     assert "MXNet cannot load it" in str(error)
     print("done")
 """

@@ -276,11 +276,6 @@ def test_a_template_whose_images_are_all_unreadable(made, fails):
     fails(made, r"ijbc_face_tid_mid\.txt line 1", f"template {template} are", options=["--skip-bad-images"])
 
 
-def test_models_of_unlike_width(made, fails, tmp_path, save_model):
-    wide = save_model(tmp_path / "wide.pt", num_features=24)
-    fails(made, "16-dimensional", "24-dimensional", options=["-m_old", wide, "-old_net", "tiny"])
-
-
 def test_a_model_that_cannot_be_loaded(made, fails, tmp_path):
     (tmp_path / "torn.pt").write_bytes(b"PK torn")
     fails(made, r"torn\.pt", options=["-m_old", tmp_path / "torn.pt", "-old_net", "tiny"])
