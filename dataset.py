@@ -35,6 +35,7 @@ _FORMATS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"BM": "BMP", b"GIF8": "
 _FORMATS |= {b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 _EXACT_FLOAT32 = 1 << 24  # float32 is exact for every integer up to here
 
+_walked = [(b"\0", None)]  # the bytes before the scan of the JPEG walked last, and what the walk has found there
 ImageLayout = namedtuple("ImageLayout", ["keys", "num_classes"])
 ImageHeader = namedtuple("ImageHeader", ["size", "end", "turned"])
 
@@ -139,17 +140,16 @@ class RecordDataset(_ImageSet):
     def _scan(self, step=1 << 14):
         """Yield `(rows as a slice, their classes int64 [n])` of the whole set, in order; refuse sparse ones."""
         used = np.zeros(self._end_of_classes(), bool)
-        with tqdm(total=self.num_image, desc=f"labels of {self.path.name}", unit="rec", disable=None) as bar:
-            for start in range(0, self.num_image, step):
-                part = slice(start, start + step)
-                found = self.reader.read_labels(self.keys[part])
-                wrong = ~((found >= 0) & (found < len(used)) & (np.mod(found, 1) == 0))
-                for i in np.flatnonzero(wrong)[:1]:
-                    self._checked(float(found[i]), self.keys[start + int(i)])
-                found = found.astype(np.int64)
-                used[found] = True
-                yield part, found
-                bar.update(len(found))
+        for start in tqdm(
+            range(0, self.num_image, step), desc=f"labels of {self.path.name}", unit="block", disable=None
+        ):
+            part = slice(start, start + step)
+            found = self.reader.read_labels(self.keys[part])
+            wrong = ~((found >= 0) & (found < len(used)) & (np.mod(found, 1) == 0))
+            for i in np.flatnonzero(wrong)[:1]:
+                self._checked(float(found[i]), self.keys[start + int(i)])
+            used[(found := found.astype(np.int64))] = True
+            yield part, found
         self._refuse_sparse(used)
 
     def _refuse_sparse(self, used):
@@ -306,7 +306,8 @@ def _jpeg_header(view):
     Cameras write EXIF directly after the start: obeyed. PIL and other re-encoders write it behind a JFIF segment:
     ignored, as it is behind another APP1 segment or a fill byte. OpenCV answers otherwise, each version its own way.
     """
-    at, size, exif = 2, None, None
+    start, state = _walked[0]  # the images of a set mostly begin alike, up to their scan
+    at, size, exif = state if view[: len(start)] == start else (2, None, None)
     for _ in range(_MOST_SEGMENTS):
         if at + 4 > len(view) or view[at] != 0xFF:
             break
@@ -320,6 +321,8 @@ def _jpeg_header(view):
             size = size or _HEIGHT_WIDTH.unpack_from(view, at + 5)[::-1]
         elif marker == _APP1 and exif is None:
             exif = view[at + 4 : at + 10] == b"Exif\0\0"
+        elif marker == _SCAN and at != len(start) and at < 1 << 12:
+            _walked[0] = bytes(view[:at]), (at, size, exif)
         at += 2 + (view[at + 2] << 8 | view[at + 3])
         if marker == _SCAN:
             behind = _BEHIND_SCAN.search(view, at)

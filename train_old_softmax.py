@@ -10,9 +10,10 @@ import pathlib
 
 import backbones
 from core.state_file import save_atomically
-from engine.build import unwrap
 from engine.trainer import Trainer
 from losses import Softmax
+
+HEAD = "cls_fc."  # the head's keys in backbones.common.SoftmaxHead
 
 
 class OldSoftmax(Trainer):
@@ -29,12 +30,14 @@ class OldSoftmax(Trainer):
         return {"cls": self.classifier(self.backbone(batch.images), batch.labels)}
 
     def network_state(self):
-        return {key: value for key, value in super().network_state().items() if not key.startswith("cls_fc.")}
+        return {key: value for key, value in super().network_state().items() if not key.startswith(HEAD)}
 
     def save_models(self):
         super().save_models()
         if self.rank == 0:
-            save_atomically(unwrap(self.backbone).cls_fc.state_dict(), pathlib.Path(self.cfg.output) / "softmax_fc.pt")
+            whole = super().network_state()
+            head = {key.removeprefix(HEAD): value for key, value in whole.items() if key.startswith(HEAD)}
+            save_atomically(head, pathlib.Path(self.cfg.output) / "softmax_fc.pt")
 
 
 if __name__ == "__main__":

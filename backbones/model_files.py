@@ -86,10 +86,15 @@ class ModelFile:
         path = self.paths[0]
         return read_manifest(path) if manifest_path(path).is_file() else Manifest(path)
 
+    @property
+    def identity(self):
+        """Digest of the model, as the manifests of what was made from it say."""
+        return digest(self.paths[0])
+
     def warn_of_another_old_model(self, old):
-        """A line on stderr if this model was trained against another old model than the ModelFile `old`."""
+        """A line on stderr if this model was trained against another old model than `old`, a ModelFile or stored."""
         expected = self.manifest.get("old_model")
-        if expected and expected != digest(old.paths[0]):
+        if expected and (old.identity or expected) != expected:
             _warn_once(f"{self.file}: trained against another old model than {old.file}")
 
     @functools.cached_property

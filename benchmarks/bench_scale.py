@@ -1,6 +1,6 @@
 """What a rank holds and waits for at 500 million images and 10 million classes: the plain way against this repo's.
 
-    python benchmarks/bench_scale.py                        two minutes, 3 GB on disk
+    python benchmarks/bench_scale.py                        minutes, 3 GB on disk
     python benchmarks/bench_scale.py --lines 1000000        smaller, the index extrapolated from there
 
 Prints a line for each part: the plain way (an index of Python arrays, a permutation, arrays in memory, all classes on

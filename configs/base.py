@@ -49,7 +49,9 @@ config.num_classes = 0              # 0 = from the header record; any other valu
 config.num_image = 0                # likewise; "synthetic" needs both
 config.num_workers = 2              # decoding processes per rank
 config.rec_val = ""                 # directory of the .bin verification sets; "" = the directory of `rec`
-config.val_targets = []             # .bin sets to verify on while training, such as ["lfw", "agedb_30"]
+config.val_targets = []             # .bin sets to verify on while training, such as ["lfw", "agedb_30"]; where the old
+                                    # model lies at old_model_path, M(new, old) is logged beside M(new, new)
+config.best_by = "self"             # which of the two chooses model_best.pt: "self" or "cross"
 
 # --- Run -------------------------------------------------------------------------------------------------------
 config.seed = 666                   # rank r seeds its generators with seed + r

@@ -71,6 +71,7 @@ RANGES = {
     "amp_dtype": (lambda v: v in ("float16", "bfloat16"), '"float16" or "bfloat16"'),
     "optimizer": (lambda v: v in ("sgd", "adamw"), '"sgd" or "adamw"'),
     "val_targets": (lambda v: all(isinstance(name, str) for name in v), 'a list of names, like ["lfw"]'),
+    "best_by": (lambda v: v in ("self", "cross"), '"self" or "cross"'),
     "checkpoint_steps": (lambda v: v >= 0, "at least 0"),
     "verbose": (lambda v: v > 0, "above 0"),
     "frequent": (lambda v: v > 0, "above 0"),

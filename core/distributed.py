@@ -271,14 +271,15 @@ def sum_over_ranks(tensor):
 
 
 def mean_of_counted(total, number):
-    """Mean over those rows of the global batch that count, from each rank's sum of them, a scalar, and their number.
+    """Mean over those rows of the global batch that count, from each rank's sum of them and their number.
 
-    number: 0-d integer tensor; ranks may have different ones. The same on every rank, with the exact gradient of
-    `total`; 0 if no row counts. If all do, this is `global_mean` of the rank's mean, bit for bit.
+    total: a scalar, or several sums of the same rows, whose means are added. number: 0-d integer tensor; ranks may have
+    different ones. The same on every rank, with the exact gradient of `total`; 0 if no row counts. If all do, this is
+    `global_mean` of the rank's mean, bit for bit.
     """
     everywhere = all_reduce_(number.clone())
     share = number.to(total.dtype) * world_size() / everywhere.clamp(min=1)
-    return global_mean(total / number.clamp(min=1) * share)
+    return global_mean((total / number.clamp(min=1) * share).sum())
 
 
 def global_mean(value):

@@ -26,7 +26,7 @@ SAME_RUN = ("network", "embedding_size", "num_classes", "num_image", "optimizer"
 UNLOGGED = ("resume", "overwrite", "config_file", "name", "workspace", "batch_size", "gradient_acc")
 # Keys without effect on model.pt: a run that differs in them alone is the same one. Of files the contents count.
 WITHOUT_EFFECT = MAY_DIFFER | {"scenario", "resume", "overwrite", "verbose", "val_targets", "save_all_states"}
-WITHOUT_EFFECT |= {"checkpoint_steps", "timeout"}
+WITHOUT_EFFECT |= {"checkpoint_steps", "timeout", "best_by"}
 
 
 def seed_everything(seed, deterministic):
@@ -170,7 +170,8 @@ def _restore(run, state):
         run.scaler.skipped = None if state["skipped"] is None else torch.tensor(state["skipped"], device=run.device)
     if state["random"] is not None:
         _set_random_state(run, state["random"])
-    run.best = dict(state["best"])
+    if state["config"].get("best_by", "self") == run.cfg.best_by:  # accuracies of two tests do not compare
+        run.best = dict(state["best"])
     # Continue at the same image of the same epoch, also with another global batch; rounded up to a whole step.
     run.epoch = state["epoch"]
     done = -(-(state["images"] - run.epoch * run.cfg.num_image) // run.global_batch)

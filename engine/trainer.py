@@ -128,7 +128,8 @@ class Trainer:
         self.classifier.attach(self.optimizer)
         self.schedule = make_schedule(self.optimizer, cfg, self.steps_per_epoch)
         self.scaler = make_scaler(self.device, scales_loss(cfg, self.device))
-        self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device)
+        old = self.open_old_model() if cfg.val_targets else None
+        self.verifier = Verifier(cfg.rec_val, cfg.val_targets, cfg.batch_size, self.device, old)
 
     # --- hooks: the parts of a run that a method may override -----------------------------------------------------
 
@@ -171,6 +172,13 @@ class Trainer:
                 "old_embedding; start it with `config = edict(keys)`, keys from old_model.keys"
             )
         return OldFeatures(self.train_set, cfg.old_embedding, cfg.old_embedding_label, cfg.get("credible_old_feature"))
+
+    def open_old_model(self):
+        """The old model, for cross-tests on val_targets; None unless old_model_path is a state dict."""
+        cfg, path = self.cfg, self.cfg.get("old_model_path") or ""
+        there = os.path.isfile(path) and path.endswith((".pt", ".pth", ".safetensors"))
+        require(cfg, "best_by", cfg.best_by == "self" or there, '"self" where old_model_path is no state dict')
+        return backbones.load_backbone(path, device=self.device) if there else None
 
     def setup(self):
         """Check a method's keys, load prototypes, add extra modules; runs once data and models exist."""
@@ -281,11 +289,13 @@ class Trainer:
     def verify(self):
         self.save_models()  # first: nothing that fails in here may cost the model
         distributed.broadcast_buffers(self.backbone)  # every rank verifies the model that is saved, rank 0's
-        accuracies = self.verifier.run(unwrap(self.backbone))
-        for name, value in accuracies.items():
-            log.info("[%s][%d]Accuracy-Flip: %.5f", name, self.step, value)
-            self.monitor.scalar(f"val/{name}", value, self.step)
-        mean = sum(accuracies.values()) / len(accuracies)
+        tests = self.verifier.run(unwrap(self.backbone))
+        for test, title, place in (("self", "Accuracy-Flip", "val"), ("cross", "Accuracy-Cross", "val_cross")):
+            for name, value in tests.get(test, {}).items():
+                log.info("[%s][%d]%s: %.5f", name, self.step, title, value)
+                self.monitor.scalar(f"{place}/{name}", value, self.step)
+        chosen = tests[self.cfg.best_by]
+        mean = sum(chosen.values()) / len(chosen)
         if mean > self.best["accuracy"]:
             self.best = {"accuracy": mean, "step": self.step}
             self.save_backbone("model_best.pt")
@@ -306,6 +316,8 @@ class Trainer:
             *(self.world_size, self.device.type, self.cfg.num_image, self.cfg.num_classes),
             *(self.steps_per_epoch, self.total_steps),
         )
+        for name, value in self.verifier.old_accuracies.items():
+            log.info("[%s]Accuracy-Old: %.5f, to be exceeded by Accuracy-Cross", name, value)
 
     # --- files ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from core.agreement import failing_together
 from core.distributed import rank, rows_of_rank, sum_of_ranks, world_size
 from old_model.feature_set import FeatureError, rewrite
 
@@ -44,11 +45,14 @@ def _values(features, part):
 
 def in_threads(function, count):
     """Yield `(part, function(part))` for the slices of `count` rows, in order; as many threads as torch uses."""
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), -(-count // CHUNK))
+    parts = (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+    if threads < 2:
+        yield from ((part, function(part)) for part in parts)
+        return
     with ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque()
-        for start in range(0, count, CHUNK):
-            part = slice(start, min(start + CHUNK, count))
+        for part in parts:
             waiting.append((part, pool.submit(function, part)))
             if len(waiting) > 2 * threads:
                 yield _finished(*waiting.popleft())
@@ -180,11 +184,12 @@ class ClassMeans:
     def __init__(self, features, labels, num_classes, weigh=inverse_lengths, squares=None):
         self.part = slice(*rows_of_rank(len(features), rank(), world_size()))
         self.rows, own = OwnRows(features, self.part.start, self.part.stop), np.asarray(labels[self.part])
-        check_labels(self.rows, own, num_classes)
-        counts = np.bincount(own, minlength=num_classes)
-        self.classes = np.flatnonzero(counts)
-        self.position = (np.cumsum(counts > 0) - 1)[own]
-        self.means, counts[self.classes] = class_sums(self.rows, self.position, len(self.classes), weigh, squares)
+        with failing_together():
+            check_labels(self.rows, own, num_classes)
+            counts = np.bincount(own, minlength=num_classes)
+            self.classes = np.flatnonzero(counts)
+            self.position = (np.cumsum(counts > 0) - 1)[own]
+            self.means, counts[self.classes] = class_sums(self.rows, self.position, len(self.classes), weigh, squares)
         self.counts = sum_of_ranks(counts)
         if squares is not None:
             squares[:] = sum_of_ranks(squares)

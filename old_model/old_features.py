@@ -33,9 +33,10 @@ class OldFeatures:
             raise FeatureError("old_embedding is empty; set it in the config to a …_feature.npy of get_feature.py")
         self.path, self.record = pathlib.Path(feature_path), train_set.path
         labels_path = pathlib.Path(labels_path or label_path(feature_path))
-        self.features, self.labels = RowFile(self.path, 2, np.floating), RowFile(labels_path, 1, np.integer)
+        self.features = _open("old_embedding", self.path, 2, np.floating)
+        self.labels = _open("old_embedding_label", labels_path, 1, np.integer)
         self.width = self.features.shape[1]
-        self._credible = RowFile(credible_path, 1, np.bool_) if credible_path else None
+        self._credible = _open("credible_old_feature", credible_path, 1, np.bool_) if credible_path else None
         for file in filter(None, (self.features, self.labels, self._credible)):
             if len(file) != len(train_set):
                 remedy = rewrite_from_images(file.path) if file is self._credible else rewrite(self.path)
@@ -77,3 +78,11 @@ class OldFeatures:
     def read_credible(self, rows):
         """bool [B]: which of the rows int64 [B] have a credible old feature."""
         return self._credible.read(rows) if self._credible else np.ones(len(rows), bool)
+
+
+def _open(key, *arguments):
+    """A RowFile of the file that a config's key names; the error names the key."""
+    try:
+        return RowFile(*arguments)
+    except FeatureError as error:
+        raise FeatureError(f"{key} = {error}") from error

@@ -20,7 +20,7 @@ def made_from(cfg, train_set):
     another record set, another model or other features.
     """
     found = {"records": train_set.digest()}
-    if cfg.init_backbone and pathlib.Path(cfg.init_backbone).is_file():
+    if cfg.get("init_backbone") and pathlib.Path(cfg.init_backbone).is_file():
         found["init_backbone"] = digest(cfg.init_backbone)
     manifests = {key: read_manifest(path, rewrite_from_images(path)) for key, path in _files(cfg).items()}
     for manifest in manifests.values():

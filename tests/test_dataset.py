@@ -327,3 +327,10 @@ def test_sets_can_be_pickled_for_spawned_workers(path):
         assert torch.equal(copy[4][0], dataset[4][0]) and copy[4][1:] == dataset[4][1:]
         assert copy.labels().tolist() == dataset.labels().tolist()
     assert len(pickle.dumps(records)) < 1500  # by path: neither the index nor the remembered labels travel
+
+
+def test_a_set_without_a_header_keeps_no_labels(tmp_path, make_record_set):
+    """Its classes are counted from them: eight bytes an image in every rank otherwise."""
+    dataset = RecordDataset(make_record_set(tmp_path, LABELS, header=False))
+    assert dataset.num_classes == 4 and dataset._labels is None
+    assert isinstance(dataset.keys, range) and dataset.labels().tolist() == LABELS

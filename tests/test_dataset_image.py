@@ -193,6 +193,36 @@ def test_what_follows_the_end_is_ignored(image, tail):
     assert image_header(image + tail).end == len(image)
 
 
+def test_what_is_remembered_of_the_last_image_changes_no_answer(monkeypatch):
+    other = encoded(".jpg", picture(), cv2.IMWRITE_JPEG_QUALITY, 30)
+    turned = JPEG[:2] + segment(0xE1, b"Exif\0\0" + bytes(20)) + JPEG[20:]  # for the segment of JFIF
+    images = [
+        JPEG,
+        PROGRESSIVE,
+        other,
+        turned,
+        with_size(JPEG, 7, 9),
+        JPEG[:-9],
+        JPEG[:400],
+        JPEG[:700] + END + bytes(9),
+    ]
+    images += [JPEG[:20] + segment(0xFE, b"x" * 5000) + JPEG[20:], PNG, b""]
+
+    def forget():
+        monkeypatch.setattr(dataset, "_walked", [(b"\0", None)])
+
+    for first in images:
+        for second in images:
+            forget()
+            expected = image_header(second)
+            forget()
+            image_header(first)
+            assert image_header(second) == expected == image_header(second)
+    forget()
+    image_header(JPEG)
+    assert JPEG.startswith(dataset._walked[0][0]) and len(dataset._walked[0][0]) > 500
+
+
 # --- EXIF orientation -------------------------------------------------------------------------------------------------
 
 TURNED = {  # TIFF 6.0, tag 274: what the decoded pixels must be turned by

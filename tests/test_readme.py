@@ -123,10 +123,7 @@ def test_links_of_the_documents_lead_somewhere():
             assert (document.parent / target).exists(), f"{document.relative_to(REPO)}: no {target}"
 
 
-# --- your own model and images: the commands' parts; tests of the tools run them --------------------------------------
-
-# Options of steps that are not in this tree yet.
-PENDING = {"get_feature.py": {"--model", "--rec"}, "compat_report.py": {"--pairs", "--gallery", "--probe"}}
+# --- your own model and images: tests/test_own_road.py runs the commands --------------------------------------
 
 
 def own_commands():
@@ -136,19 +133,6 @@ def own_commands():
 
 def code_blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (REPO / page).read_text(encoding="utf-8"), re.S)
-
-
-@pytest.mark.parametrize("command", own_commands())
-def test_the_own_road_names_scripts_and_options_that_exist(command):
-    script = next(word for word in command.split() if word.endswith(".py"))
-    assert (REPO / script).is_file()
-    options = set(re.findall(r" (--?[a-z_]+)", command.partition(script)[2], re.I))
-    if script.startswith("tools/"):
-        shown = subprocess.run(
-            [sys.executable, script, "--help"], cwd=REPO, capture_output=True, text=True, timeout=300
-        )
-        known = set(re.findall(r"(?<![\w-])--?[a-z_-]+", shown.stdout, re.I))
-        assert options - known <= PENDING.get(pathlib.Path(script).name, set())
 
 
 def test_the_own_roads_config_is_one_of_the_method(tmp_path):

@@ -93,5 +93,5 @@ def adversarial_loss(discriminator, new, old, alpha, normalize_input=True):
     counted = old.any(dim=1)
     said_of_new = discriminator(reverse_gradient(new, alpha), counted)[:, NEW]
     said_of_old = discriminator(old, counted)[:, OLD]
-    of_new, of_old = (torch.where(counted, said, 0).sum() for said in (said_of_new, said_of_old))
-    return mean_of_counted(-of_new - of_old, counted.sum())
+    totals = [torch.where(counted, -said, 0).sum() for said in (said_of_new, said_of_old)]
+    return mean_of_counted(torch.stack(totals), counted.sum())

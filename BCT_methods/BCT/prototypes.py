@@ -17,7 +17,10 @@ def load_prototypes(path, num_classes, classes=slice(None)):
         raise FeatureError(
             "old_prototype is empty; set it in the config to a …_avg_feature.npy written by get_avg_feature.py"
         )
-    stored = open_array(path, 2, np.floating)
+    try:
+        stored = open_array(path, 2, np.floating)
+    except FeatureError as error:
+        raise FeatureError(f"old_prototype = {error}") from error
     if len(stored) != num_classes:
         raise FeatureError(
             f"{path}: {len(stored)} rows, but the training set has {num_classes} classes: "

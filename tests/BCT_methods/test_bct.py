@@ -43,7 +43,7 @@ def test_prototypes_that_do_not_fit(tmp_path, rows, message):
 
 
 def test_prototypes_that_are_not_there(tmp_path):
-    with pytest.raises(FeatureError, match="get_avg_feature.py --SD f4_r18_arc_class70"):
+    with pytest.raises(FeatureError, match="^old_prototype = .*get_avg_feature.py --SD f4_r18_arc_class70"):
         load_prototypes(tmp_path / "OPclass" / "f4_r18_arc_class70_avg_feature.npy", 3)
     with pytest.raises(FeatureError, match="old_prototype is empty"):
         load_prototypes("", 3)

@@ -157,8 +157,10 @@ def test_a_saved_queue_goes_on_where_it_was():
 def test_what_does_not_fit_is_named():
     module = NeighborhoodConsensusLoss(WIDTH, CLASSES, 7)
     old, old_logits, new, new_logits, labels = next(batches(1, 4, dtype=torch.float32))
-    with pytest.raises(ValueError, match=r"new_embeddings \[4, 5\] instead of \[4, 6\]"):
-        module(old, old_logits, new[:, :5], new_logits, labels)
+    with pytest.raises(ValueError, match=r"old_embeddings \[4, 5\] instead of \[4, 6\]"):
+        module(old[:, :5], old_logits, new, new_logits, labels)
+    with pytest.raises(ValueError, match=r"new_embeddings \[3, 6\] instead of \[4, 6\]"):
+        module(old, old_logits, new[:3], new_logits, labels)
     with pytest.raises(ValueError, match=r"old_logits \[3, 7\] instead of \[4, 7\]"):
         module(old, old_logits[:3], new, new_logits, labels)
     with pytest.raises(ValueError, match=r"old_logits None instead of \[4, 7\], new_logits None instead"):

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -201,3 +202,25 @@ def test_copies_to_the_gpu_are_pinned_and_not_waited_for(device, calls):
     for form in (device, torch.device(device)):
         tensor = Recorded()
         assert to_device(tensor, form) is tensor and tensor.calls == calls
+
+
+def arrays_on_rank():
+    """Sums in one collective, of NumPy arrays, and arrays of different lengths one after the other."""
+    mine = distributed.rank() + 1
+    tensors = [torch.full((2, 3), float(mine)), torch.full((), 10.0 * mine), torch.arange(4.0).reshape(2, 2).T * mine]
+    distributed.sum_over_ranks_(tensors)
+    given = np.arange(3) * mine
+    total = distributed.sum_of_ranks(given)
+    assert given.tolist() == [0, mine, 2 * mine]
+    rows = distributed.gather_arrays(np.full((mine, 2), mine, np.float32))
+    return tensors, total.tolist(), None if rows is None else rows[:, 0].tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_arrays_and_several_tensors(ranks):
+    total = ranks * (ranks + 1) / 2
+    for rank, (tensors, summed, rows) in enumerate(run_ranks(arrays_on_rank, ranks)):
+        expected = [torch.full((2, 3), total), torch.full((), 10 * total), torch.arange(4.0).reshape(2, 2).T * total]
+        assert all(torch.equal(one, other) for one, other in zip(tensors, expected))
+        assert summed == [0, total, 2 * total]
+        assert rows == (None if rank else [float(one) for one in range(1, ranks + 1) for _ in range(one)])

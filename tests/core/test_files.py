@@ -62,7 +62,7 @@ def test_a_failed_sync_or_rename_leaves_the_old_file(tmp_path, monkeypatch):
 def in_another_process(function, *arguments):
     """Start `function(sender, ...)` and return the process and what it sends first."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=function, args=(sender, *arguments))
+    process = multiprocessing.get_context("fork").Process(target=function, args=(sender, *arguments), daemon=True)
     process.start()
     return process, receiver.recv()
 

@@ -270,7 +270,9 @@ def test_the_best_model_survives_a_resume(tmp_path, rec, monkeypatch):  # noqa: 
     """Verification says 0.5, 0.9, 0.7 | 0.8, 0.9, 0.95 after steps 2, 4, ...; the run is stopped after step 7."""
     (tmp_path / "pairs.bin").write_bytes(pickle.dumps(([png(value) for value in range(4)], [True, False])))
     said = iter([0.5, 0.9, 0.7, 0.8, 0.9, 0.95])
-    monkeypatch.setattr("engine.verification.Verifier.run", lambda self, backbone: {"a": next(said), "b": 0.5})
+    monkeypatch.setattr(
+        "engine.verification.Verifier.run", lambda self, backbone: {"self": {"a": next(said), "b": 0.5}}
+    )
     kept = {}
 
     class Watched(Stopped):

@@ -332,3 +332,48 @@ def test_ranks_verify_the_model_that_is_saved(tmp_path, rec):
     (first, saved), (second, _) = run_ranks(statistics_after_verification, 2, path)
     assert torch.equal(first, second) and torch.equal(first, saved)
     assert "[pairs][6]Accuracy-Flip: " in (tmp_path / "run/training.log").read_text()
+
+
+def test_the_cross_test_is_logged_and_may_choose_the_best_model(tmp_path, rec, monkeypatch):
+    """Self-tests say 0.5, 0.9, 0.7 after steps 2, 4, 6; cross-tests 0.6, 0.4, 0.8."""
+    torch.manual_seed(1)
+    torch.save(backbones.get_model("tiny", num_features=8).state_dict(), tmp_path / "old.pt")
+    images = [cv2.imencode(".png", np.full((112, 112, 3), value, np.uint8))[1].tobytes() for value in range(4)]
+    (tmp_path / "pairs.bin").write_bytes(pickle.dumps((images, [True, False])))
+
+    def train(name, **keys):
+        said = iter([(0.5, 0.6), (0.9, 0.4), (0.7, 0.8)])
+
+        def run_verifier(verifier, backbone):
+            own, cross = next(said)
+            assert verifier.old["pairs"].shape == (4, 8) and 0 <= verifier.old_accuracies["pairs"] <= 1
+            return {"self": {"pairs": own}, "cross": {"pairs": cross}}
+
+        monkeypatch.setattr("engine.verification.Verifier.run", run_verifier)
+        cfg = load_config(config(tmp_path, rec, name, val_targets=["pairs"], verbose=2, batch_size=8, **keys))
+        cfg.old_model_path = str(tmp_path / "old.pt")
+        trainer = Plain(cfg)
+        trainer.train()
+        return trainer.best, (tmp_path / name / "training.log").read_text()
+
+    best, log = train("self")
+    assert best == {"accuracy": 0.9, "step": 4}
+    for line in ("[pairs]Accuracy-Old: ", "[pairs][4]Accuracy-Flip: 0.90000", "[pairs][4]Accuracy-Cross: 0.40000"):
+        assert line in log
+    best, log = train("cross", best_by="cross")
+    assert best == {"accuracy": 0.8, "step": 6} and "[mean][4]Accuracy-Highest: 0.60000 at step 2" in log
+
+
+def test_best_by_cross_needs_an_old_model(tmp_path, rec):
+    images = [cv2.imencode(".png", np.full((112, 112, 3), value, np.uint8))[1].tobytes() for value in range(4)]
+    (tmp_path / "pairs.bin").write_bytes(pickle.dumps((images, [True, False])))
+    cfg = load_config(config(tmp_path, rec, val_targets=["pairs"], best_by="cross"))
+    with pytest.raises(
+        ConfigError, match=r"best_by = 'cross'; it must be \"self\" where old_model_path is no state dict"
+    ):
+        Plain(cfg)
+    torch.save(backbones.get_model("tiny", num_features=4).state_dict(), tmp_path / "old.pt")
+    cfg.old_model_path, cfg.best_by = str(tmp_path / "old.pt"), "self"
+    assert set(Plain(cfg).verifier.run(Plain(cfg).backbone)) == {"self", "cross"}  # of widths 8 and 4
+    with pytest.raises(ConfigError, match='best_by = \'best\'; it must be "self" or "cross"'):
+        load_config(config(tmp_path, rec, best_by="best"))

@@ -78,3 +78,74 @@ def test_accuracy_equals_a_plain_loop_over_sklearns_folds(pairs):
         scores.append(accuracy(test, best))
     assert k_fold_accuracy(first, second, same) == pytest.approx(np.mean(scores))
     assert 0.5 < np.mean(scores) < 1
+
+
+def test_verifier_uses_both_mirror_images(tmp_path):
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return x[:, 0, 0, :2] + 2  # depends on the left edge alone
+
+    left = np.zeros((112, 112, 3), np.uint8)
+    left[:, 0] = 200
+    images = [cv2.imencode(".png", x)[1].tobytes() for x in (left, left[:, ::-1].copy(), left, np.zeros_like(left))]
+    (tmp_path / "mirror.bin").write_bytes(pickle.dumps((images, [True, False])))
+    verifier = Verifier(tmp_path, ["mirror"], 3, torch.device("cpu"))
+    embeddings = verifier._embed(Net(), "mirror", verifier.sets["mirror"][0])
+    assert np.allclose(embeddings[0], embeddings[1]) and not np.allclose(embeddings[2], embeddings[3])
+    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1)
+
+
+class Corner(torch.nn.Module):
+    """The angle of the upper left pixel's red and green, turned by `degrees`."""
+
+    num_features = 2
+
+    def __init__(self, degrees):
+        super().__init__()
+        cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        self.turn = torch.tensor([[cos, sin], [-sin, cos]], dtype=torch.float32)
+
+    def forward(self, x):
+        return (x[:, :2, 0, 0] + 1) @ self.turn
+
+
+class Wider(Corner):
+    def forward(self, x):
+        return torch.nn.functional.pad(super().forward(x), (0, 1), value=0.7)
+
+
+def test_a_cross_test_has_the_old_model_on_first_images(tmp_path):
+    """Pairs of one person are 10 degrees apart, of two -40; a new model that is turned by 40 makes them 50 and 0."""
+    degrees = [(20, 30, True), (60, 20, False), (40, 50, True), (70, 30, False), (10, 20, True), (80, 40, False)]
+
+    def draw(angle):
+        image = np.zeros((112, 112, 3), np.uint8)
+        image[..., 2], image[..., 1] = 200 * np.cos(np.deg2rad(angle)), 200 * np.sin(np.deg2rad(angle))  # BGR
+        return cv2.imencode(".png", image)[1].tobytes()
+
+    images = [draw(angle) for pair in degrees for angle in pair[:2]]
+    write_set(tmp_path / "set.bin", images, [same for *_, same in degrees])
+    verifier = Verifier(tmp_path, ["set"], 4, torch.device("cpu"), old=Corner(0))
+    assert verifier.old_accuracies == {"set": 1.0}
+    # No threshold parts 0 from 50 the right way round: each fold takes what suits the majority of the other five.
+    assert verifier.run(Corner(40)) == {"self": {"set": 1.0}, "cross": {"set": 0.0}}
+    assert verifier.run(Corner(0)) == {"self": {"set": 1.0}, "cross": {"set": 1.0}}
+    assert Verifier(tmp_path, ["set"], 4, torch.device("cpu")).run(Corner(40)) == {"self": {"set": 1.0}}
+    # Of a wider new model the first coordinates meet the old ones; its self-test has all three.
+    assert verifier.run(Wider(40)) == {"self": {"set": 1.0}, "cross": {"set": 0.0}}
+    assert verifier.run(Wider(0)) == {"self": {"set": 1.0}, "cross": {"set": 1.0}}
+
+
+def test_training_mode_is_restored(tmp_path):
+    (tmp_path / "set.bin").write_bytes(pickle.dumps(([png(v) for v in range(8)], [True, False, True, False])))
+    modes = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            modes.append(self.training)
+            return x[:, 0, 0, :2]
+
+    net = Net().train()
+    assert set(Verifier(tmp_path, ["set"], 3, torch.device("cpu")).run(net)["self"]) == {"set"}
+    assert net.training and not any(modes)
+    assert not Verifier(tmp_path, [], 3, torch.device("cpu"))

@@ -45,13 +45,13 @@ def test_rows_are_returned_as_stored(stored):
 def test_missing_features_name_the_command(stored):
     stored.feature.unlink()
     command = "get_feature.py configs/f128_r18_softmax_class30.py --SD f128_r18_softmax_class70"
-    with pytest.raises(FeatureError, match=f"no such file.*{command}"):
+    with pytest.raises(FeatureError, match=f"^old_embedding = .*no such file.*{command}"):
         OldFeatures(training_set(), stored.feature)
 
 
 def test_missing_labels_name_the_command(stored):
     stored.label.unlink()
-    with pytest.raises(FeatureError, match="class70_label.npy: no such file.*get_feature.py"):
+    with pytest.raises(FeatureError, match="^old_embedding_label = .*class70_label.npy: no such file.*get_feature.py"):
         OldFeatures(training_set(), stored.feature)
 
 

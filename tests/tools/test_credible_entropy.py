@@ -92,9 +92,9 @@ def test_rows_of_zeros_are_not_credible_and_none_of_the_others_business():
     features[4] = 0
     there = features.any(axis=1)
     place = np.array([0, 1, -1, 2])
-    entropy = assignment_entropy(features, labels, *means_and_variance(features, labels))
+    entropy = assignment_entropy(features, *means_and_variance(features, labels))
     few, of_few = features[there], place[labels[there]]
-    np.testing.assert_allclose(entropy[there], assignment_entropy(few, of_few, *means_and_variance(few, of_few)))
+    np.testing.assert_allclose(entropy[there], assignment_entropy(few, *means_and_variance(few, of_few)))
     found = low_entropy_rows(features, labels)
     assert np.array_equal(found[there], low_entropy_rows(few, of_few)) and not found[~there].any()
 

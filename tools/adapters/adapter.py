@@ -13,7 +13,6 @@ import numpy as np
 
 from core.errors import UserError
 from core.files import atomic_write
-from core.manifest import digest
 
 STATED = {"kind", "new", "new_model", "new_width", "old", "old_model", "old_width"}
 STATED |= {"rows", "held_out_cosine", "strength"}  # of the fit
@@ -39,12 +38,16 @@ class Adapter:
     path: pathlib.Path
 
     def require(self, new, old):
-        """Raise AdapterError if the model files `new` and `old` are not those whose features it was fitted to."""
-        for side, path in (("new", new), ("old", old)):
-            if self.statement[f"{side}_model"] not in (None, digest(path)):
+        """Raise AdapterError if `new` and `old` are not the models whose features it was fitted to.
+
+        Each has `identity`, the digest of the model or None if that is not known, and `file`, for the message.
+        """
+        for side, model in (("new", new), ("old", old)):
+            known = self.statement[f"{side}_model"], model.identity
+            if None not in known and known[0] != known[1]:
                 raise AdapterError(
-                    f"{self.path}: fitted to {self.statement[side]}, which is not of {path}; fit a map to this model's "
-                    "features with tools/adapters/fit_adapter.py"
+                    f"{self.path}: fitted to {self.statement[side]}, which is not of {model.file}; fit a map to this "
+                    "model's features with tools/adapters/fit_adapter.py"
                 )
 
     def apply(self, features):

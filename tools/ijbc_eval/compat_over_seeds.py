@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 
 from core.config import expand
 from core.errors import report_errors
-from tools.ijbc_eval.compat_text import csv_text
+from tools.ijbc_eval.compat_csv import csv_text
 from tools.ijbc_eval.files import EvalError, writing
 
 COMPATIBLE = "compatible"
@@ -53,7 +53,8 @@ def read(paths):
     for path in paths:
         try:
             report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            data = report["data"] | {"order": report["new"][0]["refresh"][0]["order"]}
+            curves = report["new"][0]["refresh"]  # none without a gallery
+            data = report["data"] | {"order": curves[0]["order"] if curves else "none"}
             parts = [*report["new"], *([report["independent"]] if "independent" in report else [])]
             found = {"old model": accuracies(report["old"])}
             found |= {part["name"]: figures(part, report["old"], data["order"]) for part in parts}
@@ -77,7 +78,7 @@ def accuracies(part):
         f"{test} {name}": _scaled(part[test][key], 100)
         for test in ("self", "cross")
         for name, key in (("1:1", "tpr"), ("1:N", "tpir"))
-        if test in part
+        if key in part.get(test, {})
     }
 
 
@@ -86,7 +87,8 @@ def figures(part, old, order):
     found = accuracies(part)
     if COMPATIBLE in part:
         found[COMPATIBLE] = {"yes": "yes", "no": "no", "undecided": "undecided"}[part[COMPATIBLE]]
-        found |= {f"update gain {name}": part["update_gain"][key] for name, key in (("1:1", "tpr"), ("1:N", "tpir"))}
+        gain = part["update_gain"]
+        found |= {f"update gain {name}": gain[key] for name, key in (("1:1", "tpr"), ("1:N", "tpir")) if key in gain}
     for test, name in (("cross", "new/old"), ("self", "new/new")):
         for end, deployed in (("", "self"), ("_mapped", "self_held_out")):
             if test + end in part["thresholds"]:
@@ -129,7 +131,11 @@ def markdown(reports):
     data = reports[0][0]
     over = f"; mean (lowest to highest) of {len(reports)} seeds" if len(reports) > 1 else ""
     lines = [f"{data['subset']}{over}.", ""]
+    known = {column for _, found in reports for part in found.values() for column in part}
     for legend, columns in TABLES.items():
+        columns = [column for column in columns if column in known]
+        if not columns:
+            continue
         table = [["model", *columns], *rows(reports, columns)]
         widths = [max(map(len, column)) for column in zip(*table)]
         shown = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]

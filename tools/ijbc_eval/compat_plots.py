@@ -13,18 +13,19 @@ _WAYS = {"plain": (COLOURS[0], "o"), "calibrated": (COLOURS[2], "^"), "merged": 
 
 def plot_all(report, folder):
     plot_models(report, folder / "models.png")
-    plot_thresholds(report, folder / "thresholds.png")
-    plot_backfill(report, folder / "backfill.png")
+    if "genuine_pairs" in report["data"]:
+        plot_thresholds(report, folder / "thresholds.png")
+    if "gallery_templates" in report["data"]:
+        plot_backfill(report, folder / "backfill.png")
 
 
 def plot_models(report, path):
-    """Cross- and self-test of each new model, 1:1 above 1:N, with their intervals, and the old self-test as a line."""
-    data, models = report["data"], report["new"]
-    panels = [("tpr", f"1:1 TPR at FPR {data['fpr']:g}, %"), ("tpir", f"1:N TPIR at FPIR {data['fpir']:g}, %")]
+    """Cross- and self-test of each new model with intervals, 1:1 above 1:N, and the old self-test as a line."""
+    models, panels = report["new"], compat_text.operating_points(report)
     place = np.arange(len(models))
-    size = _WIDTH, 2 * (1.3 + 0.42 * len(models))
-    figure, both = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
-    for axes, (key, title) in zip(both, panels):
+    size = _WIDTH, len(panels) * (1.3 + 0.42 * len(models))
+    figure, column = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axes, (key, title) in zip(column[:, 0], panels.items()):
         for test, label, marker, colour, face in _TESTS:
             for row, model in zip(place + (0.14 if test == "self" else -0.14), models):
                 value, bounds = model[test][key], model[test].get("interval", {}).get(key)
@@ -45,7 +46,7 @@ def plot_models(report, path):
                 where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
                 side = "right" if role == "old" else "left"
                 axes.annotate(f"{role} self-test\n{value:.1f}", (value, 1), (0, 3), **where, ha=side, fontsize=8)
-        axes.set_title(title, loc="left", fontsize=10, pad=27)  # above the names of the lines
+        axes.set_title(f"{title}, %", loc="left", fontsize=10, pad=27)  # above the names of the lines
         axes.set(ylim=(len(models) - 0.5, -0.5), xlim=(0, 104))
         axes.set_yticks(place, [wrapped(model["name"], 24) for model in models], fontsize=9)
         axes.grid(True, axis="x", alpha=0.35)

@@ -1,8 +1,7 @@
-"""The compatibility report as text: for the terminal, as Markdown, as csv."""
+"""The compatibility report as text: for the terminal, as Markdown."""
 
-import csv
-import io
 import itertools
+import math
 import textwrap
 
 from prettytable import PrettyTable
@@ -17,8 +16,17 @@ _MEANS = {
     "published": "TPIR is the mean over the galleries; top-1 is the hits in both galleries over all probes, mixed "
     "top-1 the hits in both galleries merged into one.",
 }
-_PAIRS = {"self": "new/new", "cross": "new/old"}  # query/gallery
-_AT = {"rank1": "rank 1", "fpir": "FPIR {fpir:g}"}
+POINTS = {"tpr": "1:1 TPR at FPR {fpr:g}", "tpir": "1:N TPIR at FPIR {fpir:g}"}  # what the criterion compares
+_COLUMNS = {
+    "tpr": "1:1 TPR",
+    "tpir": "1:N TPIR",
+    "top1": "top-1",
+    "mixed_top1": "mixed top-1",
+    "accuracy": "ten-fold",
+    "auc": "AUC",
+}
+PAIRS = {"self": "new/new", "cross": "new/old"}  # query/gallery
+AT = {"rank1": "rank 1", "fpir": "FPIR {fpir:g}"}
 
 
 def models(report):
@@ -45,49 +53,47 @@ def points(report):
     """The operating points of the table, in a line above it."""
     data = report["data"]
     drawn = f"; [{PERCENT} % intervals, {data['subjects']} people]" if _has_intervals(data) else ""
-    return f"{data['subset']}, in %: 1:1 TPR at FPR {data['fpr']:g}, 1:N TPIR at FPIR {data['fpir']:g}{drawn}"
+    return f"{data['subset']}, in %: {', '.join(operating_points(report).values())}{drawn}"
+
+
+def operating_points(report):
+    """{"tpr", "tpir": what is compared there}, of those that the set has."""
+    return {key: form.format(**report["data"]) for key, form in POINTS.items() if key in report["old"]["self"]}
 
 
 def summary_rows(report):
     """`(header, rows of text)`: the old model, each new one in cross- and self-test, the independent one."""
-    data, old = report["data"], report["old"]
-    header = [
-        "model",
-        "test",
-        "1:1 TPR",
-        "1:N TPIR",
-        "top-1",
-        *(["mixed top-1"] if data["protocol"] == "published" else []),
-        "AUC",
-    ]
-    rows = [[old["name"], "old self-test", *_figures(old["self"])]]
-    blank = [""] * (len(header) - 4)
+    old, keys = report["old"], list(operating_points(report))
+    columns = [key for key in _COLUMNS if key in old["self"]]
+    header = ["model", "test", *(_COLUMNS[key] for key in columns)]
+    rows = [[old["name"], "old self-test", *_figures(old["self"], columns)]]
+    blank = [""] * (len(columns) - len(keys))
     for model in models(report):
         name, independent = model["name"], model is report.get("independent")
         if "cross" in model:
-            rows.append([name, "cross-test", *_figures(model["cross"])])
+            rows.append([name, "cross-test", *_figures(model["cross"], columns)])
         if not independent:
             apart, gain = model["difference"], model["update_gain"]
-            differences = [_with_interval(apart[key], apart["interval"].get(key), "+.2f") for key in ("tpr", "tpir")]
+            differences = [_with_interval(apart[key], apart["interval"].get(key), "+.2f") for key in keys]
             rows.append([name, "minus old self-test", *differences, *blank])
             rows.append([name, "better than old", *model["criterion"].values(), *blank])
             if set(gain.values()) != {None}:
-                rows.append([name, "update gain", *(_number(gain[key], 2) for key in ("tpr", "tpir")), *blank])
-        rows.append([name, "independent self-test" if independent else "new self-test", *_figures(model["self"])])
+                rows.append([name, "update gain", *(_number(gain[key], 2) for key in keys), *blank])
+        test = "independent self-test" if independent else "new self-test"
+        rows.append([name, test, *_figures(model["self"], columns)])
     return header, rows
 
 
-def _figures(figures):
-    intervals = figures.get("interval", {})
-    first = [_with_interval(figures[key], intervals.get(key)) for key in ("tpr", "tpir")]
-    tops = [_percent(figures[key]) for key in ("top1", "mixed_top1") if key in figures]
-    return [*first, *tops, _number(figures["auc"], 5)]
+def _figures(figures, columns):
+    bounds = figures.get("interval", {})
+    return [
+        _number(figures[key], 5) if key == "auc" else _with_interval(figures[key], bounds.get(key)) for key in columns
+    ]
 
 
 def verdicts(report):
     """A sentence for each new model: compatible or not, or in which test that is undecided."""
-    data, base, lines = report["data"], report["old"]["self"], []
-    places = {"tpr": f"1:1 TPR at FPR {data['fpr']:g}", "tpir": f"1:N TPIR at FPIR {data['fpir']:g}"}
+    base, places, lines = report["old"]["self"], operating_points(report), []
     for model in report["new"]:
         name, said = model["name"], model["criterion"]
         against = " and ".join(
@@ -123,26 +129,46 @@ def caveats(report):
             )
     if data["protocol"] == "published":
         lines.append("Figures follow the published scripts (--protocol published), not the exact definitions.")
-        if data["probes_in_no_gallery"]:
+        if data.get("probes_in_no_gallery"):
             lines.append(in_no_gallery(data["probes_in_no_gallery"]) + ".")
     if not _has_intervals(data):
         why = "--protocol published" if data["bootstrap"] else "--bootstrap 0"
         lines.append(f"The criterion is decided by the figures alone, without intervals ({why}).")
-    for count, name in (("impostor_pairs", "fpr"), ("non_mated_probes", "fpir")):
-        if data[count] * data[name] < 1:
-            what = f"{data[count]} {count.replace('_', ' ')}"
-            none = ": not a single error is allowed there" if data["protocol"] == "exact" else ""
-            lines.append(f"{what} are too few to resolve {name.upper()} {data[name]:g}{none}.")
-    if not data["threshold_claimed"]:
+    lines += too_few(data)
+    if not data.get("threshold_claimed", True):
         lines.append(
             f"Fewer than {FEWEST} of the {data['impostors_fitted']} impostor pairs that maps are fitted on are above "
             "the deployed threshold: nothing is claimed of mapped scores there."
         )
     if data["without_cohort"]:
         lines.append(f"{data['without_cohort']} of {data['subjects']} subjects are in no cohort.")
+    lines += stored_lines(report["stored"]) if "stored" in report else []
     if report["bad_images"]:
         lines.append(f"{len(report['bad_images'])} unusable images were left out; report.json names them.")
     return lines
+
+
+def too_few(data):
+    """A warning for each operating point that the lists do not resolve."""
+    lines = []
+    for count, name in (("impostor_pairs", "fpr"), ("non_mated_probes", "fpir")):
+        if data.get(count, math.inf) * data[name] < 1:
+            what = f"{data[count]} {count.replace('_', ' ')}"
+            none = ": not a single error is allowed there" if data["protocol"] == "exact" else ""
+            lines.append(f"{what} are too few to resolve {name.upper()} {data[name]:g}{none}.")
+    return lines
+
+
+def stored_lines(stored):
+    """What the old side's features lost by rounding."""
+    lost = []
+    for test, apart in stored["minus_float32"].items():
+        shown = [f"{_COLUMNS[key]} {_with_interval(value, None, '+.2f')}" for key, value in apart.items()]
+        lost.append(f"{test} {', '.join(shown)}")
+    return [
+        f"{stored['file']} is {stored['kind']}: cosine to float32 {stored['mean']:.6f} in the mean, "
+        f"{stored['lowest']:.6f} at worst; minus what float32 gives: {'; '.join(lost)}."
+    ]
 
 
 def _has_intervals(data):
@@ -152,8 +178,8 @@ def _has_intervals(data):
 def markdown(report):
     """The text of report.md, with the plots beside it."""
     header, rows = summary_rows(report)
-    data = report["data"]
-    galleries = ", ".join(f"{count} ({name})" for name, count in data["gallery_templates"].items())
+    data, means = report["data"], _MEANS[report["data"]["protocol"]] if "gallery_templates" in report["data"] else ""
+    both = "; it must be yes in 1:1 and in 1:N" if len(operating_points(report)) > 1 else ""
     lines = [
         f"# Compatibility with {report['old']['name']}, {data['subset']}",
         "",
@@ -161,36 +187,50 @@ def markdown(report):
         "",
         f"{points(report)}:",
         "",
-        _table(header, rows),
+        markdown_table(header, rows),
         "",
         "A cross-test searches the old model's gallery with the new model's queries; a self-test uses one model for "
-        "both. Better than old: yes or no if the interval of the difference says so, else undecided; it must be yes in "
-        "1:1 and in 1:N. Update gain: (M(new,old) − M(old,old)) / (M(independent,independent) − M(old,old)); it needs "
-        "an independently trained model that beats the old one. " + _MEANS[data["protocol"]],
+        f"both. Better than old: yes or no if the interval of the difference says so, else undecided{both}. Update "
+        "gain: (M(new,old) − M(old,old)) / (M(independent,independent) − M(old,old)); it needs an independently "
+        f"trained model that beats the old one. {means}".rstrip(),
         "",
         "![Self- and cross-test of each model](models.png)",
         "",
-        *_threshold_section(report),
-        *_refresh_section(report),
-        *_flips_section(report),
+        *(_threshold_section(report) if "genuine_pairs" in data else []),
+        *([*_refresh_section(report), *_flips_section(report)] if "gallery_templates" in data else []),
         "## Data",
         "",
-        f"{data['subset']}: {data['images']} images, {data['templates']} templates, {data['genuine_pairs']} genuine "
-        f"and {data['impostor_pairs']} impostor pairs of {data['subjects']} people, {data['probe_templates']} probe "
-        f"templates (at least {data['non_mated_probes']} of them non-mated in each gallery), galleries of {galleries} "
-        "templates.",
+        data_sentence(data),
         "",
     ]
     return "\n".join(lines)
 
 
+def data_sentence(data):
+    """How much there is of everything."""
+    parts = [f"{data['images']} images, {data['templates']} templates of {data['subjects']} people"]
+    if "genuine_pairs" in data:
+        parts.append(f"{data['genuine_pairs']} genuine and {data['impostor_pairs']} impostor pairs")
+    if "gallery_templates" in data:
+        galleries = ", ".join(f"{count} ({name})" for name, count in data["gallery_templates"].items())
+        parts.append(
+            f"{data['probe_templates']} probe templates (at least {data['non_mated_probes']} of them non-mated in each "
+            f"gallery), galleries of {galleries} templates"
+        )
+    return f"{data['subset']}: {', '.join(parts)}."
+
+
 def threshold_rows(report):
     """`(model, test, pairs, rates)` at the deployed threshold, rates as in thresholds.Pool or None where unclaimed."""
     old = report["old"]
-    found = [(old["name"], "old/old", which, old["thresholds"][key]) for key, which in _OLD_POOLS.items()]
+    found = [
+        (old["name"], "old/old", which, old["thresholds"][key])
+        for key, which in _OLD_POOLS.items()
+        if key in old["thresholds"]
+    ]
     for model in models(report):
         for key, rates in model["thresholds"].items():
-            test = _PAIRS[key.removesuffix("_mapped")]
+            test = PAIRS[key.removesuffix("_mapped")]
             mapped = key.endswith("_mapped")
             found.append((model["name"], test + ", mapped" * mapped, "held out" if mapped else "all", rates))
     return found
@@ -217,7 +257,7 @@ def _threshold_section(report):
         f"of the people and judged on the {data['impostors_held_out']} impostor and {data['genuine_held_out']} genuine "
         f"pairs of the other, held out. No interval for fewer than {FEWEST} errors.",
         "",
-        _table(["model", "test", "pairs", "threshold", "FMR", "FNMR %"], rows),
+        markdown_table(["model", "test", "pairs", "threshold", "FMR", "FNMR %"], rows),
         "",
         "![FMR and FNMR over the threshold, as they are and mapped](thresholds.png)",
         "",
@@ -226,7 +266,7 @@ def _threshold_section(report):
         lines += [
             "By cohort, at the same threshold; both people of a pair are of the cohort:",
             "",
-            _table(["cohort", "model", "test", "pairs", "FMR", "FNMR %"], groups),
+            markdown_table(["cohort", "model", "test", "pairs", "FMR", "FNMR %"], groups),
             "",
         ]
     return lines
@@ -255,7 +295,9 @@ def _refresh_section(report):
         "calibrated: the same with both kinds of scores mapped as above; merged: the old query on the old part, the "
         "new query on the new part, mapped.",
         "",
-        _table(["model", "order", "search", "area", "lowest", *(f"{percent} %" for percent in data["percent"])], rows),
+        markdown_table(
+            ["model", "order", "search", "area", "lowest", *(f"{percent} %" for percent in data["percent"])], rows
+        ),
         "",
         "![TPIR over the re-embedded share of the gallery](backfill.png)",
         "",
@@ -266,8 +308,8 @@ def _flips_section(report):
     rows = [
         [
             model["name"],
-            _PAIRS[test],
-            _AT[at].format(**report["data"]),
+            PAIRS[test],
+            AT[at].format(**report["data"]),
             str(found["flips"]),
             _with_interval(found["rate"], found["interval"]),
             _number(found["relative"], 2),
@@ -284,62 +326,12 @@ def _flips_section(report):
         "rank 1 and above each test's own threshold at the FPIR. Relative: the rate over (1 − err_old) · err_new, 1 if "
         f"the new model's errors have nothing to do with the old one's. No interval for fewer than {FEWEST} flips.",
         "",
-        _table(["model", "test", "at", "flips", "rate %", "relative"], rows),
+        markdown_table(["model", "test", "at", "flips", "rate %", "relative"], rows),
         "",
     ]
 
 
-def as_csv(report):
-    """All figures, a line each: model, test, figure, value and interval; shares, not percentages."""
-    lines = [("model", "test", "figure", "value", "low", "high")]
-
-    def add(model, test, figure, value, bounds=None):
-        lines.append((model, test, figure, value, *(bounds or (None, None))))
-
-    for model in [report["old"], *models(report)]:
-        name = model["name"]
-        for test in ("cross", "self"):
-            for figure in ("tpr", "tpir", "top1", "top5", "mixed_top1", "auc"):
-                if figure in model.get(test, {}):
-                    add(name, f"{test}-test", figure, model[test][figure], model[test].get("interval", {}).get(figure))
-        for figure in ("tpr", "tpir") if "difference" in model else ():
-            apart = model["difference"]
-            add(name, "cross-test", f"{figure} minus old", apart[figure], apart["interval"].get(figure))
-            add(name, "cross-test", f"{figure} better than old", model["criterion"][figure])
-            add(name, "cross-test", f"{figure} update gain", model["update_gain"][figure])
-        for curve in model.get("refresh", ()):
-            add(name, f"refresh, {curve['order']}, {curve['way']}", "area", curve["area"])
-        for test, both in model.get("flips", {}).items():
-            for at, found in both.items():
-                where = f"negative flips at {_AT[at].format(**report['data'])}"
-                add(name, f"{test}-test", where, found["rate"], found["interval"])
-                add(name, f"{test}-test", f"relative {where}", found["relative"])
-    for name, test, pairs, rates in threshold_rows(report):
-        for group, one in {"": rates, **(rates or {}).get("cohorts", {})}.items() if rates else ():
-            for figure in ("fmr", "fnmr"):
-                where = f"{test}, {pairs} pairs" + (f", {group}" if group else "")
-                add(name, where, figure, one[figure], one["interval"][figure])
-    return csv_text(lines)
-
-
-def maps_as_csv(maps):
-    """The score maps, [(model, test, ScoreMap or None)], a line a knot."""
-    lines = [("model", "test", "fmr", "score", "mapped")]
-    for name, test, found in maps:
-        for knot in zip(found.fmr, found.score, found.mapped) if found else ():
-            lines.append((name, _PAIRS[test], *map(float, knot)))
-    return csv_text(lines)
-
-
-def csv_text(lines):
-    """Rows as csv, floats with seven digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in line] for line in lines)
-    return text.getvalue()
-
-
-def _table(header, rows):
+def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 

@@ -1,4 +1,4 @@
-"""Embeddings of all images of a subset: read and aligned in worker processes, computed once per model and cached."""
+"""Embeddings of all images of a set: read and aligned in worker processes, computed once per model and cached."""
 
 import contextlib
 import dataclasses
@@ -11,24 +11,19 @@ import os
 import pathlib
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from backbones.model_files import Preprocessing, load_model
 from core.files import remove_leftovers, reserve
-from dataset import image_header
 from engine.workers import FileSize, WorkerError, Workers, start_worker
-from tools.ijbc_eval.align import SIZE, align, outside, similarity_matrices
+from tools.ijbc_eval.align import SIZE
 from tools.ijbc_eval.files import EvalError, sha256_of, writing
+from tools.ijbc_eval.images import UnusableImage
+from tools.ijbc_eval.stored import StoredFeatures
 from tools.ijbc_eval.templates import LARGEST
-
-# The published IJB scripts feed (x − 127.5) / 128, while published training and feature extraction feed
-# (x − 127.5) / 127.5. 128 is the default, so that figures compare with published ones; --input-scale changes it.
-INPUT_SCALE = 128.0
 
 # Part of the cache key: change it with any change between an image file and the model's input.
 _PIPELINE = "similarity-112-bilinear-rgb-{:.17g}/1"  # the input scale, every digit of it
@@ -44,57 +39,16 @@ class Embeddings:
     bad: np.ndarray
 
 
-class UnusableImage(Exception):
-    pass
-
-
-def read_image(path):
-    """An RGB image, uint8 [H, W, 3], of any format that OpenCV reads, decoded and turned as cv2.imread does.
-
-    UnusableImage also for a truncated JPEG or PNG: OpenCV before 4.11 decodes what is there, and fills the rest with
-    parts of the image decoded before it.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnusableImage(error.strerror) from None
-    if not data:
-        raise UnusableImage("empty file")
-    encoded = np.frombuffer(data, np.uint8)
-    size, end, _ = image_header(encoded)
-    if size is not None and end is None:
-        raise UnusableImage("truncated")
-    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
-    if image is None:
-        raise UnusableImage("cannot be decoded")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def aligned_face(path, landmarks, matrix):
-    """The aligned image, RGB uint8 [112, 112, 3]. landmarks [5, 2] (pixels) and their similarity matrix [2, 3].
-
-    UnusableImage for an image that cannot be read, and for landmarks that cannot be its own.
-    """
-    image = read_image(path)
-    size = image.shape[1::-1]
-    if outside(landmarks, size):
-        raise UnusableImage(f"its landmarks are outside the picture, {size[0]} x {size[1]} pixels")
-    aligned = align(image, matrix)
-    if not aligned.any():
-        raise UnusableImage("black when aligned")
-    return aligned
-
-
-class AlignedBatches(torch.utils.data.Dataset):
-    """Item i: aligns the i-th batch into a slot of memory shared with the main process, and says why images failed.
+class ImageBatches(torch.utils.data.Dataset):
+    """Item i: reads the i-th batch of an images.Images into a slot of memory shared with the main process, and says why
+    images failed.
 
     Slots are anonymous memory where processes can share it: /dev/shm, through which tensors would be sent, has 64 MB in
     a container, and a full one stops the workers for good.
     """
 
-    def __init__(self, image_dir, faces, batch_size, slots):
-        self.image_dir, self.faces, self.batch_size = pathlib.Path(image_dir), faces, batch_size
-        self.matrices = similarity_matrices(faces.landmarks)
+    def __init__(self, source, batch_size, slots):
+        self.source, self.batch_size = source, batch_size
         shape = slots, batch_size, SIZE, SIZE, 3
         if sys.platform == "linux":
             self.slots = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
@@ -102,32 +56,31 @@ class AlignedBatches(torch.utils.data.Dataset):
             self.slots = torch.empty(shape, dtype=torch.uint8).share_memory_()
 
     def __len__(self):
-        return -(-len(self.faces.names) // self.batch_size)
+        return -(-len(self.source) // self.batch_size)
 
     def __getitem__(self, item):
         """`(slot, a reason or "" for each image)`"""
         slot, reasons = item % len(self.slots), []
         first = item * self.batch_size
-        names = self.faces.names[first : first + self.batch_size]
-        for row, (name, image) in enumerate(zip(names, self.slots[slot].numpy()), first):
+        rows = range(first, min(first + self.batch_size, len(self.source)))
+        for row, image in zip(rows, self.slots[slot].numpy()):
             try:
-                path = self.image_dir / name.decode()
-                image[:], reason = aligned_face(path, self.faces.landmarks[row], self.matrices[row]), ""
+                image[:], reason = self.source.read(row), ""
             except UnusableImage as error:
                 image[:], reason = 0, str(error)
             reasons.append(reason)
         return slot, reasons
 
 
-def aligned_batches(image_dir, faces, batch_size, workers):
-    """Iterate over `(images, reasons)` in order, prepared ahead by `workers` processes (0: in this one).
+def image_batches(source, batch_size, workers):
+    """Iterate over `(images, reasons)` of an images.Images in order, prepared by `workers` processes (0: in this one).
 
     images: uint8 [b, 112, 112, 3], RGB, black where its reason, why an image is unusable, is not "".
     Raises WorkerError if a worker cannot start or dies.
     """
     ahead = 2  # batches per worker; one more is in use here
     try:
-        dataset = AlignedBatches(image_dir, faces, batch_size, workers * ahead + 1)
+        dataset = ImageBatches(source, batch_size, workers * ahead + 1)
         loader = torch.utils.data.DataLoader(
             dataset,
             batch_size=None,
@@ -138,7 +91,7 @@ def aligned_batches(image_dir, faces, batch_size, workers):
             persistent_workers=workers > 0,  # else one that has done its share would pass for dead
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
-        for slot, reasons in Workers(FileSize(image_dir), workers, "--workers").received(loader):
+        for slot, reasons in Workers(FileSize(source.folder), workers, "--workers").received(loader):
             yield dataset.slots[slot, : len(reasons)].clone(), reasons
     except OSError as error:
         raise WorkerError(f"--workers {workers}: cannot be started ({error}); start fewer") from error
@@ -149,11 +102,11 @@ def _unchanged(batch):
 
 
 class EmbeddingStore:
-    """Embeddings of models on one subset, cached in `cache_dir/embeddings` by the contents of model file and images."""
+    """Embeddings of models on one evaluation set, cached in `cache_dir/embeddings` by contents of models and images."""
 
     def __init__(
         self,
-        protocol,
+        evaluation_set,
         faces,
         cache_dir,
         batch_size=128,
@@ -161,12 +114,12 @@ class EmbeddingStore:
         skip_bad=False,
         fresh=False,
         device=None,
-        input_scale=INPUT_SCALE,
+        input_scale=None,
     ):
-        self.protocol, self.faces, self.cache_dir = protocol, faces, pathlib.Path(cache_dir)
+        self.set, self.images, self.cache_dir = evaluation_set, evaluation_set.images(faces), pathlib.Path(cache_dir)
         self.batch_size, self.workers = batch_size, workers
         self.skip_bad, self.fresh, self.device = skip_bad, fresh, device
-        self.input_scale = input_scale
+        self.input_scale = input_scale or evaluation_set.input_scale
         self._digests, self._loaded, self._found = {}, {}, {}
         for folder in ("embeddings", "meta"):
             remove_leftovers(self.cache_dir / folder)
@@ -178,15 +131,26 @@ class EmbeddingStore:
         return self._digests[model_file]
 
     def preprocessing(self, model_file):
+        """What a model is fed with, a Preprocessing; "stored" for stored features."""
+        if isinstance(model_file, StoredFeatures):
+            return "stored"
         return model_file.preprocessing or Preprocessing(std=self.input_scale)
 
     def width(self, model_file):
         """Embedding size of a model, from the cache or by loading the model."""
+        if isinstance(model_file, StoredFeatures):
+            return model_file.rows.shape[1]
         cached = self._cached(model_file)
         return cached.embs.shape[1] if cached else self._load(model_file).num_features
 
     def get(self, model_file):
-        """Embeddings of the model, cached or computed. EvalError on unusable images, unless skip_bad."""
+        """Embeddings of the model, cached or computed. EvalError on unusable images, unless skip_bad.
+
+        Of stored features: the rows of the images, which count as bad where there is none, and nothing mirrored.
+        """
+        if isinstance(model_file, StoredFeatures):
+            features, there = model_file.of_images(self.images)
+            return Embeddings(features, np.zeros_like(features), ~there)
         if self._cached(model_file) is None:
             self._found[model_file] = self._compute(model_file)
             self._loaded.pop(model_file, None)
@@ -207,7 +171,7 @@ class EmbeddingStore:
         return self._found[model_file]
 
     def _read(self, model_file):
-        array = read_cache(*self._key(model_file), len(self.faces.names))
+        array = read_cache(*self._key(model_file), len(self.images))
         return None if array is None else Embeddings(*array, np.isnan(array[0, :, 0]))
 
     def _key(self, model_file):
@@ -220,54 +184,49 @@ class EmbeddingStore:
         return self.cache_dir / "embeddings" / f"{name}.npy", key
 
     def _compute(self, model_file):
-        model, count = self._load(model_file), len(self.faces.names)
+        model, count = self._load(model_file), len(self.images)
         path, key = self._key(model_file)
         with (
             cache_writer(path, key, (2, count, model.num_features)) as write,
             tqdm(total=count, desc=f"embed {model_file.name}", unit="img", disable=None, file=sys.stderr) as bar,
         ):
             row = 0
-            for images, why in aligned_batches(self.protocol.image_dir, self.faces, self.batch_size, self.workers):
-                both = np.stack([model(images), model(images.flip(2))])
+            for pixels, why in image_batches(self.images, self.batch_size, self.workers):
+                both = np.stack([model(pixels), model(pixels.flip(2))])
                 self._check_finite(both, row, model_file)
                 bad = {row + place: reason for place, reason in enumerate(why) if reason}
                 if bad and not self.skip_bad:  # fail now, not after hours
                     self._refuse(bad)
                 both[:, [place - row for place in bad]] = np.nan
                 write(row, both)
-                row += len(images)
-                bar.update(len(images))
+                row += len(pixels)
+                bar.update(len(pixels))
         return self._read(model_file)
 
     def _check_finite(self, values, first, model_file):
         sound = (np.abs(values) < LARGEST).all(axis=(0, 2))
         if not sound.all():
-            name = self.faces.names[first + int(np.argmin(sound))].decode()
+            name = self.images.name(first + int(np.argmin(sound)))
             raise EvalError(f"{model_file.file}: the embedding of {name} is not finite; use another checkpoint")
 
     def _refuse(self, reasons):
-        """EvalError with the first unusable images and their lines in the landmark file."""
-        shown = [
-            f"{self.protocol.image_dir / self.faces.names[row].decode()} ({why + ', ' if why else ''}"
-            f"{self.protocol.landmark_file.name} line {row + 1})"
-            for row, why in sorted(reasons.items())[:_NAMED]
-        ]
+        """EvalError with the first unusable images and their places in the set's list."""
+        shown = []
+        for row, why in sorted(reasons.items())[:_NAMED]:
+            said = ", ".join(filter(None, (why, self.images.where(row))))
+            shown.append(f"{self.images.path(row)}" + f" ({said})" * bool(said))
         more = f" and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
-        raise EvalError(
-            f"unusable image(s): {'; '.join(shown)}{more}; restore images and landmarks of one release, or skip all "
-            "unusable images with --skip-bad-images"
-        )
+        raise EvalError(f"unusable image(s): {'; '.join(shown)}{more}; {self.images.remedy}")
 
     @functools.cached_property
     def data_key(self):
-        """Digest of names, landmarks and image contents.
+        """Digest of the images: names, contents and what else they are read by, such as landmarks.
 
         Hashing every image takes minutes at full size, so the digest is cached with the sizes and times of the files
         and recomputed only if one of those changes.
         """
-        signature = self._image_signature()
-        where = hashlib.sha256(str(self.protocol.root).encode()).hexdigest()[:16]
-        path = self.cache_dir / "meta" / f"{self.protocol.subset}_{where}_images.json"
+        signature = self.images.signature()
+        path = self.cache_dir / "meta" / f"{self.set.key}_images.json"
         if os.path.exists(path) and not self.fresh:
             try:
                 saved, content, digest = json.loads(path.read_bytes())
@@ -277,46 +236,10 @@ class EmbeddingStore:
                     return content
             except Exception as error:  # whatever comes of damaged bytes
                 print(f"{path}: damaged cache ({error}); reading the images again", file=sys.stderr)
-        content = self._image_digest()
+        content = self.images.content()
         with writing(path) as file:
             file.write(json.dumps([signature, content, _digest(signature, content)]).encode())
         return content
-
-    def _image_signature(self):
-        """Digest of the names, landmarks, sizes and times of the images; EvalError if an image is missing."""
-        folder, digest = self.protocol.image_dir, hashlib.sha256()
-        if not folder.is_dir():
-            raise EvalError(f"{folder}: no such directory; put the cropped images there")
-        for row, name in enumerate(self.faces.names.tolist()):
-            path = os.path.join(folder, name.decode())
-            try:
-                status = os.stat(path)
-            except (FileNotFoundError, NotADirectoryError):
-                raise EvalError(
-                    f"{self.protocol.landmark_file} line {row + 1}: image {path} does not exist; unpack the images "
-                    "again, in the folders that the list names, or remove the line from both lists"
-                ) from None
-            digest.update(f"{name.decode()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
-        digest.update(self.faces.landmarks.tobytes())
-        return digest.hexdigest()
-
-    def _image_digest(self):
-        digest, names = hashlib.sha256(self.faces.landmarks.tobytes()), self.faces.names.tolist()
-        bar = tqdm(total=len(names), desc="fingerprint of the images", unit="img", disable=None, file=sys.stderr)
-        with bar, ThreadPoolExecutor(4) as pool:
-            for start in range(0, len(names), 1024):
-                part = [name.decode() for name in names[start : start + 1024]]
-                for name, content in zip(part, pool.map(_hash_file, (self.protocol.image_dir / name for name in part))):
-                    digest.update(f"{name} {content}\n".encode())
-                bar.update(len(part))
-        return digest.hexdigest()
-
-
-def _hash_file(path):
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:  # reported with its line when the image is embedded
-        return f"unreadable: {error.strerror}"
 
 
 def _digest(signature, content):

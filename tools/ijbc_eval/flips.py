@@ -40,12 +40,11 @@ def negative_flips(old, new, mated, subject=None, bootstrap=None):
 
 def rows(evaluation, name, test, at, flipped):
     """Rows of the csv file: a line a query, with the names of its images."""
-    faces, probes = evaluation.faces, evaluation.probes
+    faces, probes, names = evaluation.faces, evaluation.probes, evaluation.set.template_names(evaluation.faces)
     found = []
     for gallery, which in zip(evaluation.galleries, flipped):
         for query in np.flatnonzero(which):
             template = probes.template[query]
             images = faces.names[np.unique(faces.image[faces.template == template])].astype(str)
-            ids = faces.template_ids[template], probes.subject[query]
-            found.append([name, test, at, gallery, *map(int, ids), " ".join(images)])
+            found.append([name, test, at, gallery, names[template], evaluation.person_of(template), " ".join(images)])
     return found

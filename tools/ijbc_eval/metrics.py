@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from engine.verification import accuracy_over_folds
 from tools.ijbc_eval.roc import Roc, most_allowed
 
 PROTOCOLS = ("exact", "published")  # how figures are computed, 1:1 and 1:N
@@ -67,6 +68,11 @@ def _in_parts(length, size, work):
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(work, parts):
             pass
+
+
+def fold_accuracy(scores, label):
+    """Ten-fold accuracy of cosines [P] with labels bool [P], as logged in training (engine/verification.py)."""
+    return accuracy_over_folds(2 - 2 * scores, label)
 
 
 def verification_summary(scores, label, fprs=FPRS, protocol="exact"):

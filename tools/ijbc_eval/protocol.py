@@ -6,7 +6,6 @@
 {subset}_1N_gallery_*.csv, {subset}_1N_probe_mixed.csv           TEMPLATE_ID,SUBJECT_ID,…  a row per image
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,54 +17,16 @@ import numpy as np
 
 from tools.ijbc_eval.align import MISFIT, misfit
 from tools.ijbc_eval.ascii_table import MAX_DIGITS, is_number, read_int_table
+from tools.ijbc_eval.evaluation_set import EvaluationSet, Faces, Pairs, Subjects
 from tools.ijbc_eval.files import EvalError, stamp, writing
+from tools.ijbc_eval.images import LooseCrops
 
 SUBSETS = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}
 _CACHE_VERSION = 3  # increment when the meaning of a cached array changes, or what is refused
 _LONGEST_NAME = 255
 
 
-@dataclasses.dataclass
-class Faces:
-    """names [N] (bytes), landmarks float32 [N, 5, 2] (pixels), scores float32 [N] (>= 0): one entry per image.
-
-    image, template, medium int32 [F]: one entry per line of face_tid_mid; rows of the arrays above, rows of
-    `template_ids` (int64 [T], ascending) and a number unique to each medium of a template.
-    """
-
-    names: np.ndarray
-    landmarks: np.ndarray
-    scores: np.ndarray
-    image: np.ndarray
-    template: np.ndarray
-    medium: np.ndarray
-    template_ids: np.ndarray
-
-
-@dataclasses.dataclass
-class Pairs:
-    """The 1:1 list, with the templates of each side numbered separately (see metrics.pair_scores).
-
-    first_templates, second_templates int32 [A], [B]: rows of Faces.template_ids that occur first and second in pairs.
-    first, second int32 [P]: indices into those two; label bool [P]: same person.
-    """
-
-    first_templates: np.ndarray
-    second_templates: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    label: np.ndarray
-
-
-@dataclasses.dataclass
-class Subjects:
-    """One gallery, or the probes: template int32 [Q] (rows of Faces.template_ids, each once), subject int64 [Q]."""
-
-    template: np.ndarray
-    subject: np.ndarray
-
-
-class Protocol:
+class Protocol(EvaluationSet):
     """The files of one subset ("IJBC" or "IJBB") under `data_dir`, read on demand.
 
     Nothing is written to the data directory. A cached part is used as long as its source files keep their size,
@@ -75,8 +36,9 @@ class Protocol:
     def __init__(self, data_dir, subset, cache_dir, fresh=False):
         if subset not in SUBSETS:
             raise EvalError(f"-s {subset}: unknown subset; use {' or '.join(SUBSETS)}")
-        self.subset, self.fresh = subset, fresh
+        self.name, self.fresh = subset, fresh
         self.root = pathlib.Path(data_dir).resolve() / subset
+        self.key = f"{subset}_{hashlib.sha256(str(self.root).encode()).hexdigest()[:16]}"
         self.cache_dir = pathlib.Path(cache_dir)
         self.image_dir = self.root / "loose_crop"
         prefix = self.root / "meta" / subset.lower()
@@ -108,13 +70,64 @@ class Protocol:
         def read():
             return vars(read_pairs(self.pair_file, self.face_file, faces.template_ids))
 
-        return Pairs(**self._cached("pairs", [self.pair_file, self.face_file], read))
+        pairs = Pairs(**self._cached("pairs", [self.pair_file, self.face_file], read))
+        self._note_unlisted(faces, [pairs.first_templates, pairs.second_templates], self.pair_file, "pair")
+        return pairs
 
-    def gallery(self, name, faces):
-        return self._subjects(self.gallery_files[name], f"gallery_{name}", faces)
+    def galleries(self, faces):
+        return {name: self._subjects(path, f"gallery_{name}", faces) for name, path in self.gallery_files.items()}
 
-    def probes(self, faces):
-        return self._subjects(self.probe_file, "probe", faces)
+    def probes(self, faces, galleries):
+        probes = self._subjects(self.probe_file, "probe", faces)
+        for name, gallery in galleries.items():
+            if not np.isin(probes.subject, gallery.subject).any():
+                raise EvalError(
+                    f"{self.probe_file}: no probe is of a subject in {self.gallery_files[name].name}; one of the two "
+                    "files is truncated or from another release"
+                )
+        listed = [probes.template, *(gallery.template for gallery in galleries.values())]
+        self._note_unlisted(faces, listed, self.root / "meta", "1:N list")
+        return probes
+
+    def people(self, faces, pairs, galleries, probes):
+        """Whose each template is, by the 1:N lists. EvalError if two of them disagree, or if a template of the 1:1 list
+        is in none of them."""
+        lists = {self.gallery_files[name]: gallery for name, gallery in galleries.items()} | {self.probe_file: probes}
+        ids, rows = np.unique(np.concatenate([one.subject for one in lists.values()]), return_inverse=True)
+        subject = np.full(len(faces.template_ids), -1, np.int32)
+        for path, one in lists.items():
+            mine, rows = rows[: len(one.template)], rows[len(one.template) :]
+            other = (subject[one.template] >= 0) & (subject[one.template] != mine)
+            if other.any():
+                row = int(np.argmax(other))
+                raise EvalError(
+                    f"{path}: template {faces.template_ids[one.template[row]]} is of subject {one.subject[row]} here "
+                    f"but of subject {ids[subject[one.template[row]]]} in another 1:N list; correct one of them"
+                )
+            subject[one.template] = mine
+        paired = np.concatenate([pairs.first_templates, pairs.second_templates])
+        if subject[paired].min() < 0:
+            template = faces.template_ids[paired[np.argmin(subject[paired])]]
+            raise EvalError(
+                f"{self.pair_file}: template {template} is in no 1:N list, so it is not known whose it is; complete "
+                "the csv files"
+            )
+        return ids, subject
+
+    def images(self, faces):
+        return LooseCrops(self.image_dir, faces, self.landmark_file)
+
+    def without_image(self, faces, template):
+        return EvalError(
+            f"{self.face_file} line {int(np.argmax(faces.template == template)) + 1}: all images of template "
+            f"{faces.template_ids[template]} are unusable, or have the detection score 0; restore at least one of them"
+        )
+
+    def _note_unlisted(self, faces, listed, where, what):
+        """A list that was cut off at the end of a line is betrayed only by the templates that it does not reach."""
+        absent = len(faces.template_ids) - len(np.unique(np.concatenate(listed)))
+        if absent:
+            print(f"note: {where}: {absent} templates are in no {what}; is every list complete?", file=sys.stderr)
 
     def _subjects(self, path, part, faces):
         def read():
@@ -124,8 +137,7 @@ class Protocol:
 
     def _cached(self, part, sources, read):
         made_from = json.dumps([_CACHE_VERSION, part, [stamp(path) for path in sources]])
-        where = hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
-        path = self.cache_dir / "meta" / f"{self.subset}_{where}_{part}.npz"
+        path = self.cache_dir / "meta" / f"{self.key}_{part}.npz"
         if os.path.exists(path) and not self.fresh:
             try:
                 with np.load(path) as saved:
@@ -301,18 +313,7 @@ def read_pairs(pair_file, face_file, template_ids):
     if label.min() == label.max():
         kind = "genuine (label 1)" if label.max() == 0 else "impostor (label 0)"
         raise EvalError(f"{pair_file}: has no {kind} pair, so there is no ROC; check that the file is complete")
-    (firsts, first), (seconds, second) = (_renumbered(side, len(template_ids)) for side in rows)
-    return Pairs(firsts, seconds, first, second, label.astype(bool))
-
-
-def _renumbered(rows, size):
-    """The distinct values of `rows`, ascending, and `rows` as indices into them; all values are below `size`."""
-    used = np.zeros(size, bool)
-    used[rows] = True
-    distinct = np.flatnonzero(used).astype(np.int32)
-    position = np.zeros(size, np.int32)
-    position[distinct] = np.arange(len(distinct), dtype=np.int32)
-    return distinct, position[rows]
+    return Pairs.of_rows(rows, label, len(template_ids))
 
 
 def _rows_of(template_ids, ids):

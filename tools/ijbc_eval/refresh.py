@@ -43,7 +43,7 @@ def read_orders(evaluation, asked, seed, model):
         name = text if text in KINDS else name or pathlib.Path(file).stem
         if name in found:
             raise EvalError(f"--order: two orders are named {name!r}; give each its own NAME=FILE")
-        found[name] = None if text in KINDS else _read_order(expand(file), drawn, evaluation.faces.template_ids)
+        found[name] = None if text in KINDS else _read_order(expand(file), drawn, evaluation)
     if "random" in asked:
         found["random"] = drawn
     if "dispersion" in asked:
@@ -51,8 +51,9 @@ def read_orders(evaluation, asked, seed, model):
     return found
 
 
-def _read_order(path, rows, template_ids):
-    row_of = {int(template_ids[row]): row for row in rows}
+def _read_order(path, rows, evaluation):
+    names, separator = evaluation.set.template_names(evaluation.faces).astype(str), evaluation.set.separator
+    row_of = {names[row]: row for row in rows}
     try:
         lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -61,11 +62,11 @@ def _read_order(path, rows, template_ids):
         ) from None
     numbers, fields_of_first = {}, None
     for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields:
+        if not line.strip():
             continue
+        fields = line.split(separator)
         fields_of_first = fields_of_first or len(fields)
-        template = int(fields[0]) if is_number(fields[0]) else None
+        template = str(int(fields[0])) if separator is None and is_number(fields[0]) else fields[0]
         if template not in row_of or template in numbers:
             problem = "is listed twice" if template in numbers else "is not a gallery template"
             raise EvalError(f"{path} line {number}: {fields[0][:40]!r} {problem}; correct the line")
@@ -76,7 +77,7 @@ def _read_order(path, rows, template_ids):
     if len(numbers) < len(rows):
         absent = next(template for template in row_of if template not in numbers)
         raise EvalError(f"{path}: lists {len(numbers)} of {len(rows)} gallery templates; add {absent} and the others")
-    return rows[np.argsort([-numbers[int(template_ids[row])] for row in rows], kind="stable")]
+    return rows[np.argsort([-numbers[names[row]] for row in rows], kind="stable")]
 
 
 def _number(text):

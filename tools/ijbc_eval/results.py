@@ -5,7 +5,9 @@ A result file is an npz of one test on one subset for K named runs:
     widths int [2]: dimensions of the gallery's and of the probes' model
     preprocessing str [2]: what these two get
     models str: digest of the model's file, in a cross-test of the probes' and the gallery's model
-    1:1   scores float32 [K, P], label bool [P] (same person); fprs [F], tprs [K, F], auc [K]
+    place str: which set of that name
+    1:1   scores float32 [K, P], label bool [P] (same person); fprs [F], tprs [K, F], auc [K];
+          accuracy [K], ten-fold, where that is customary
     1:N   scores float32 [K, G, Q], label bool [G, Q] (mated), rank int32 [K, G, Q], as in metrics.Search;
           galleries str [G]; mixed_rank int32 [K, Q], in the galleries merged into one;
           fpirs [F], tpirs [K, R, F], tops [T], top_rates [K, R, T]: R = the galleries, mean, if published also mixed
@@ -21,25 +23,26 @@ from tools.ijbc_eval import metrics
 from tools.ijbc_eval.files import EvalError, writing
 
 
-def verification_result(names, scores, label, subset, protocol="exact"):
-    """The arrays of a 1:1 result: names [K], scores float32 [K, P], label bool [P]."""
-    tprs, aucs = zip(*(metrics.verification_summary(one, label, protocol=protocol) for one in scores))
-    return {
+def verification_result(names, scores, label, subset, protocol="exact", fprs=metrics.FPRS, folds=False):
+    """The arrays of a 1:1 result: names [K], scores float32 [K, P], label bool [P]; folds: with ten-fold accuracy."""
+    tprs, aucs = zip(*(metrics.verification_summary(one, label, fprs, protocol) for one in scores))
+    accuracy = {"accuracy": np.array([metrics.fold_accuracy(one, label) for one in scores])} if folds else {}
+    return accuracy | {
         "task": "11",
         "subset": subset,
         "protocol": protocol,
         "names": np.array(names),
         "scores": scores,
         "label": label,
-        "fprs": np.array(metrics.FPRS),
+        "fprs": np.array(fprs),
         "tprs": np.array(tprs),
         "auc": np.array(aucs),
     }
 
 
-def identification_result(names, runs, mixed_rank, subset, galleries, protocol="exact"):
+def identification_result(names, runs, mixed_rank, subset, galleries, protocol="exact", fpirs=metrics.FPIRS):
     """The arrays of a 1:N result: names [K], runs K lists with a Search for each gallery, mixed_rank int [K, Q]."""
-    tops, tpirs = zip(*(metrics.identification_summary(*run, protocol) for run in zip(runs, mixed_rank)))
+    tops, tpirs = zip(*(metrics.identification_summary(*run, protocol, fpirs) for run in zip(runs, mixed_rank)))
     return {
         "task": "1N",
         "subset": subset,
@@ -50,26 +53,31 @@ def identification_result(names, runs, mixed_rank, subset, galleries, protocol="
         "scores": np.array([[one.score for one in run] for run in runs]),
         "rank": np.array([[one.rank for one in run] for run in runs]),
         "label": np.array([one.mated for one in runs[0]]),
-        "fpirs": np.array(metrics.FPIRS),
+        "fpirs": np.array(fpirs),
         "tpirs": np.array(tpirs),
         "tops": np.array(metrics.TOP),
         "top_rates": np.array(tops),
     }
 
 
-def free_path(path, models):
-    """`path` or, where the result of other models lies, `path` with six digits of the digest `models` in its name."""
+def free_path(path, models, place):
+    """`path` or, where the result of other models or of another set lies, `path` with digits of what differs.
+
+    models: digest of the models; place: the set's key, absent in results of earlier versions.
+    """
     try:
         with np.load(path) as saved:
-            other = str(saved["models"]) != models
+            parts = [models[:6]] if str(saved["models"]) != models else []
+            parts += [place[-6:]] if str(saved.get("place", place)) != place else []
     except FileNotFoundError:
         return path
     except Exception:  # no result file, or one that does not say
-        other = True
-    if not other:
+        parts = [models[:6]]
+    if not parts:
         return path
-    free = path.with_name(f"{path.stem}_{models[:6]}{path.suffix}")
-    print(f"note: {path} is of other models or does not say of which; this result goes to {free}", file=sys.stderr)
+    free = path.with_name("_".join([path.stem, *parts]) + path.suffix)
+    said = "is of other models or images, or does not say of which"
+    print(f"note: {path} {said}; this result goes to {free}", file=sys.stderr)
     return free
 
 
@@ -100,12 +108,13 @@ def load(path, protocol="exact"):
             [metrics.Search(*parts) for parts in zip(label, ranks, run)] for ranks, run in zip(found["rank"], scores)
         ]
         mixed_rank = found.get("mixed_rank", [None] * len(runs))  # exact figures do not need it
-        return identification_result(names, runs, mixed_rank, subset, galleries, protocol)
+        return identification_result(names, runs, mixed_rank, subset, galleries, protocol, found["fpirs"])
     if label.all() or not label.any():
         raise EvalError(
             f"{path}: label has pairs of one kind only, so there is no ROC; save genuine and impostor pairs"
         )
-    return verification_result(names, scores, label, subset, protocol)
+    fprs, folds = found["fprs"], "accuracy" in found
+    return verification_result(names, scores, label, subset, protocol, fprs, folds)
 
 
 def _read(path):
@@ -115,14 +124,22 @@ def _read(path):
         if not isinstance(saved, np.lib.npyio.NpzFile):
             raise ValueError("a single array, not an npz")
         with saved:
-            wanted = ("scores", "label", "names", "subset", "rank", "galleries", "mixed_rank")
+            wanted = ("scores", "label", "names", "subset", "rank", "galleries", "mixed_rank", "accuracy")
             found = {key: saved[key] for key in wanted if key in saved.files}
+            found |= {"fprs": _rates(saved, "fprs", metrics.FPRS), "fpirs": _rates(saved, "fpirs", metrics.FPIRS)}
     except Exception as error:  # whatever NumPy and zipfile raise on damaged bytes
         raise EvalError(f"{path}: cannot be read as a result file ({error}); write it with ijbc_eval.py -R") from None
     missing = [key for key in ("scores", "names", "label") if key not in found]
     if missing:
         raise EvalError(f"{path}: has no array {missing[0]!r}; write it with ijbc_eval.py -R")
     return found
+
+
+def _rates(saved, key, usual):
+    """The rates that a file's figures were read at; `usual` where it has none, or no rates."""
+    rates = saved[key] if key in saved.files else np.array(usual)
+    sound = rates.dtype.kind == "f" and rates.ndim == 1 and len(rates) and ((rates > 0) & (rates <= 1)).all()
+    return rates if sound else np.array(usual)
 
 
 def _checked_label(path, label):
@@ -181,9 +198,11 @@ def tables(result):
     exact = result["protocol"] == "exact"
     read = "" if exact else ", published"
     if result["task"] == "11":
-        table = PrettyTable([f"1:1 TPR % at FPR{read}", *(f"{fpr:g}" for fpr in result["fprs"]), "AUC"])
-        for name, tprs, auc in zip(result["names"], result["tprs"], result["auc"]):
-            table.add_row([name, *map(percent, tprs), f"{auc:.6f}"])
+        folds = ["ten-fold accuracy"] if "accuracy" in result else []
+        table = PrettyTable([f"1:1 TPR % at FPR{read}", *(f"{fpr:g}" for fpr in result["fprs"]), "AUC", *folds])
+        accuracy = [[percent(value)] for value in result["accuracy"]] if folds else [[]] * len(result["names"])
+        for name, tprs, auc, shown in zip(result["names"], result["tprs"], result["auc"], accuracy):
+            table.add_row([name, *map(percent, tprs), f"{auc:.6f}", *shown])
         if not exact:
             return table.get_string()  # the nearest point may lie above the FPR, so the list's resolution is no limit
         impostors = np.count_nonzero(~result["label"])
@@ -192,7 +211,8 @@ def tables(result):
     table = PrettyTable([f"1:N %{read}", "gallery", *columns])
     for name, tops, tpirs in zip(result["names"], result["top_rates"], result["tpirs"]):
         for gallery, top, tpir in zip([*result["galleries"], "mean", *([] if exact else ["mixed"])], tops, tpirs):
-            table.add_row([name, gallery, *map(percent, top), *map(percent, tpir)])
+            if gallery != "mean" or len(result["galleries"]) > 1:
+                table.add_row([name, gallery, *map(percent, top), *map(percent, tpir)])
     others = int(np.min(np.count_nonzero(~result["label"], axis=1)))
     text = table.get_string() + _resolution("FPIR", result["fpirs"], others, "non-mated probes", 1 if exact else 2)
     nowhere = int(np.count_nonzero(~result["label"].any(axis=0)))

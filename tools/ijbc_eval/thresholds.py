@@ -167,8 +167,9 @@ class Deployed:
         return {**self.read(score_map(scores), "held out"), "threshold": score_map.threshold(self.threshold)}
 
 
-def read_cohorts(path, subjects):
-    """`(names, group int [S])` from lines of `subject group`, also with commas and a header; subjects int64 [S].
+def read_cohorts(path, subjects, separator=None):
+    """`(names, group int [S])` from lines of `subject group`, also with commas and a header; subjects int64 [S], or
+    names of people with a separator, a tab.
 
     The group of a subject without a line is −1; lines of other subjects are ignored. EvalError for any other line.
     """
@@ -178,12 +179,13 @@ def read_cohorts(path, subjects):
         raise EvalError(f"{path}: cannot be read ({error}); --cohorts takes lines of `subject group`") from None
     group_of = {}
     for number, line in enumerate(lines, 1):
-        fields = line.replace(",", " ").split(maxsplit=1)
-        if not fields or (number == 1 and not is_number(fields[0])):
+        fields = line.split(separator, 1) if separator else line.replace(",", " ").split(maxsplit=1)
+        known = separator or not fields or is_number(fields[0])
+        if not line.strip() or not fields or (number == 1 and not known):
             continue
-        if len(fields) < 2 or not is_number(fields[0]):
+        if len(fields) < 2 or not known:
             raise EvalError(f"{path} line {number}: expected `subject group`, found {line.strip()[:80]!r}; correct it")
-        subject, group = int(fields[0]), fields[1].strip()
+        subject, group = fields[0] if separator else int(fields[0]), fields[1].strip()
         if group_of.setdefault(subject, group) != group:
             raise EvalError(
                 f"{path} line {number}: subject {subject} is in {group!r} here and in {group_of[subject]!r} above; "
@@ -191,6 +193,9 @@ def read_cohorts(path, subjects):
             )
     known = {subject: group_of[subject] for subject in subjects.tolist() if subject in group_of}
     if not known:
-        raise EvalError(f"{path}: none of its {len(group_of)} subjects is evaluated; use the csv files' SUBJECT_ID")
+        raise EvalError(
+            f"{path}: none of its {len(group_of)} subjects is evaluated; use the csv files' SUBJECT_ID, "
+            "or the names of the folders"
+        )
     number_of = {name: number for number, name in enumerate(sorted(set(known.values())))}
     return list(number_of), np.array([number_of.get(known.get(subject), -1) for subject in subjects.tolist()])

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from backbones.model_files import ModelFile
 from core.manifest import ManifestError, digest
 from old_model import by_class
 from old_model.feature_set import save_array
@@ -207,6 +208,7 @@ def test_a_map_of_another_model(tmp_path):
     for name, path in models.items():
         path.write_text(name)
     adapter.statement.update({f"{name}_model": digest(models[name]) for name in ("new", "old")})
+    models = {name: ModelFile(str(path)) for name, path in models.items()}
     adapter.require(models["new"], models["old"])
     with pytest.raises(AdapterError, match="map.npz: fitted to .*/new_feature.npy, which is not of .*/other.pt; fit"):
         adapter.require(models["other"], models["old"])

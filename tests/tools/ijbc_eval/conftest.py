@@ -131,6 +131,47 @@ def save_model():
     return make_model
 
 
+class Degrees:
+    """A model that reads a grey image's value v as an angle: (cos, sin) of v + offset degrees."""
+
+    num_features = 2
+
+    def __init__(self, offset):
+        self.offset = offset
+
+    def __call__(self, images):
+        angle = np.deg2rad(images.numpy()[:, 56, 56, 0].astype(float) + self.offset)
+        return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+
+
+@pytest.fixture
+def degree_models(tmp_path, monkeypatch):
+    """`models(old=0, new=7)` -> {name: path}: models of these offsets, whose scores are cosines of differences of v."""
+
+    def make(**offsets):
+        paths = {name: tmp_path / f"{name}.pt" for name in offsets}
+        for name, path in paths.items():
+            path.write_text(name)
+        load = lambda model_file, *_: Degrees(offsets[model_file.name])  # noqa: E731
+        monkeypatch.setattr("tools.ijbc_eval.embed.load_model", load)
+        monkeypatch.setattr("backbones.model_files.ModelFile.found_network", "tiny")
+        monkeypatch.chdir(tmp_path)
+        return {name: str(path) for name, path in paths.items()}
+
+    return make
+
+
+@pytest.fixture
+def draw_crop():
+    """`draw(path, v)` writes an aligned crop of the grey value v, and its parents."""
+
+    def draw(path, value, size=112):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.full((size, 112, 3), value, np.uint8))
+
+    return draw
+
+
 class Plain:
     """The whole evaluation of a SmallSet by loops over single images, templates and pairs, in float64."""
 

@@ -15,8 +15,9 @@ from backbones.model_files import ModelFile
 from engine.workers import WorkerError
 from tools.ijbc_eval import embed
 from tools.ijbc_eval.align import REFERENCE, similarity_matrices
-from tools.ijbc_eval.embed import EmbeddingStore, UnusableImage, aligned_batches, aligned_face, read_image
+from tools.ijbc_eval.embed import EmbeddingStore, image_batches
 from tools.ijbc_eval.files import EvalError
+from tools.ijbc_eval.images import UnusableImage, aligned_face, read_image
 from tools.ijbc_eval.protocol import Protocol
 
 
@@ -41,9 +42,9 @@ def open_store(made, cache, **options):
 
 def test_workers_deliver_the_same_in_the_same_order(small):
     made, _ = small
-    faces = open_store(made, made.data_dir / "cache").faces
-    alone = [images.numpy() for images, _ in aligned_batches(made.root / "loose_crop", faces, 5, 0)]
-    aided = [images.numpy() for images, _ in aligned_batches(made.root / "loose_crop", faces, 5, 2)]
+    source = open_store(made, made.data_dir / "cache").images
+    alone = [images.numpy() for images, _ in image_batches(source, 5, 0)]
+    aided = [images.numpy() for images, _ in image_batches(source, 5, 2)]
     assert len(alone) == -(-len(made.faces) // 5) > 2 * 2 + 1  # more batches than slots
     np.testing.assert_array_equal(np.concatenate(alone), np.concatenate(aided))
 
@@ -56,16 +57,16 @@ def test_workers_send_no_images_through_dev_shm(small, monkeypatch):
 
     for how in ("_share_fd_cpu_", "_share_filename_cpu_", "share_memory_"):
         monkeypatch.setattr(torch.UntypedStorage, how, refuse, raising=False)
-    faces = open_store(small[0], small[0].data_dir / "cache").faces
-    [images] = [images for images, _ in aligned_batches(small[0].root / "loose_crop", faces, 1000, 1)]
-    assert len(images) == len(faces.names) and images.numpy().any(axis=(1, 2, 3)).all()
+    source = open_store(small[0], small[0].data_dir / "cache").images
+    [images] = [images for images, _ in image_batches(source, 1000, 1)]
+    assert len(images) == len(source) and images.numpy().any(axis=(1, 2, 3)).all()
 
 
 def test_a_killed_worker_is_one_line(small, monkeypatch, tmp_path):
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(embed, "aligned_face", die)
+    monkeypatch.setattr("tools.ijbc_eval.images.aligned_face", die)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # asks more often
     store = open_store(small[0], tmp_path / "cache", workers=2)
     with pytest.raises(WorkerError, match=r"killed by SIGKILL, probably out of memory .*: lower --workers 2"):
@@ -229,7 +230,7 @@ def test_room_is_reserved_before_the_first_image_is_read(small, tmp_path, monkey
         assert partial.stat().st_blocks * 512 >= 2 * len(made.faces) * 16 * 4
         raise Begun
 
-    monkeypatch.setattr(embed, "aligned_batches", begin)
+    monkeypatch.setattr(embed, "image_batches", begin)
     with pytest.raises(Begun):
         open_store(made, tmp_path / "cache").get(model)
 

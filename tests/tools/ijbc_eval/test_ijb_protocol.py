@@ -32,9 +32,9 @@ def test_everything_arrives(shared_set, tmp_path):
     assert [ids[row] for row in pairs.first_templates] == sorted({first for first, *_ in shared_set.pairs})
     assert [ids[row] for row in pairs.second_templates] == sorted({second for _, second, _ in shared_set.pairs})
     for name, listed in shared_set.galleries.items():
-        found = protocol.gallery(name, faces)
+        found = protocol.galleries(faces)[name]
         assert [(ids[row], subject) for row, subject in zip(found.template, found.subject)] == listed
-    found = protocol.probes(faces)
+    found = protocol.probes(faces, protocol.galleries(faces))
     assert [(ids[row], subject) for row, subject in zip(found.template, found.subject)] == shared_set.probes
 
 
@@ -58,14 +58,14 @@ def readers(monkeypatch):
 def read_all(made, cache, fresh=False):
     protocol = Protocol(made.data_dir, made.subset, cache, fresh)
     faces = protocol.faces()
-    return faces, protocol.pairs(faces), protocol.probes(faces)
+    return faces, protocol.pairs(faces), protocol.probes(faces, protocol.galleries(faces))
 
 
 def test_the_cache_is_used_until_a_file_changes(tmp_path, make_ijb, rewrite_meta, readers):
     made, cache = make_ijb(tmp_path / "data", subjects=4), tmp_path / "cache"
     read_all(made, cache)
     faces, pairs, _ = read_all(made, cache)
-    assert readers == {"read_faces": 1, "read_pairs": 1, "read_subjects": 1}
+    assert readers == {"read_faces": 1, "read_pairs": 1, "read_subjects": 3}
     assert pairs.label.dtype == bool and faces.names.dtype.kind == "S"
     path = made.meta("template_pair_label.txt")
     times, text = path.stat(), path.read_text()
@@ -73,13 +73,13 @@ def test_the_cache_is_used_until_a_file_changes(tmp_path, make_ijb, rewrite_meta
     path.write_text(f"{first[:-1]}{1 - int(first[-1])}\n{rest}")  # as long as before, and dated as before
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert read_all(made, cache)[1].label[0] != pairs.label[0]
-    assert readers == {"read_faces": 1, "read_pairs": 2, "read_subjects": 1}
+    assert readers == {"read_faces": 1, "read_pairs": 2, "read_subjects": 3}
     made.faces[0] = (*made.faces[0][:2], 77, *made.faces[0][3:])
     rewrite_meta(made)
     read_all(made, cache)
-    assert readers == {"read_faces": 2, "read_pairs": 3, "read_subjects": 2}
+    assert readers == {"read_faces": 2, "read_pairs": 3, "read_subjects": 6}
     read_all(made, cache, fresh=True)
-    assert readers == {"read_faces": 3, "read_pairs": 4, "read_subjects": 3}
+    assert readers == {"read_faces": 3, "read_pairs": 4, "read_subjects": 9}
 
 
 def test_two_data_directories_do_not_share_a_cache(tmp_path, make_ijb):
@@ -122,10 +122,10 @@ def test_a_damaged_cache_is_read_again(tmp_path, make_ijb, capsys, damage, fresh
     made, cache = make_ijb(tmp_path / "data", subjects=4), tmp_path / "cache"
     expected = read_all(made, cache)
     paths = sorted((cache / "meta").iterdir())
-    assert len(paths) == 3
+    assert len(paths) == 5  # faces, pairs, two galleries, probes
     for path in paths:
         damage(path)
-    for lines, again in ((0 if fresh else 3, fresh), (0, False)):
+    for lines, again in ((0 if fresh else 5, fresh), (0, False)):
         for found, part in zip(read_all(made, cache, again), expected):
             for key, array in vars(part).items():
                 np.testing.assert_array_equal(vars(found)[key], array)
@@ -139,7 +139,7 @@ def test_a_cache_of_an_earlier_version_is_read_again_without_a_word(tmp_path, ma
     for path in (cache / "meta").iterdir():
         np.savez(path, stamps=np.array("2"), names=np.array([b"1.jpg"]))
     read_all(made, cache)
-    assert set(readers.values()) == {2} and not capsys.readouterr().err
+    assert list(readers.values()) == [2, 2, 6] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -193,11 +193,11 @@ def test_a_list_of_two_columns(tmp_path, make_ijb):
     protocol = Protocol(made.data_dir, "IJBC", tmp_path / "cache")
     path.write_text("\n".join(["TEMPLATE_ID,SUBJECT_ID", *rows]) + "\n")
     faces = protocol.faces()
-    assert protocol.probes(faces).subject.tolist() == [subject for _, subject in made.probes]
+    assert protocol.probes(faces, protocol.galleries(faces)).subject.tolist() == [subject for _, subject in made.probes]
     path.write_text(path.read_text()[:-2])
     message = rf"probe_mixed\.csv line {len(rows) + 1}: .*add a newline"
     with pytest.raises(EvalError, match=message):
-        protocol.probes(faces)
+        protocol.probes(faces, protocol.galleries(faces))
 
 
 def test_rows_of_a_template_in_several_places_and_windows_line_ends(tmp_path, make_ijb):
@@ -207,6 +207,6 @@ def test_rows_of_a_template_in_several_places_and_windows_line_ends(tmp_path, ma
     path.write_bytes("\r\n".join([header, *rows, *rows[::-1], ""]).encode())
     protocol = Protocol(made.data_dir, "IJBC", tmp_path / "cache")
     faces = protocol.faces()
-    found = protocol.probes(faces)
+    found = protocol.probes(faces, protocol.galleries(faces))
     ids = faces.template_ids
     assert [(ids[row], subject) for row, subject in zip(found.template, found.subject)] == made.probes

@@ -8,8 +8,8 @@ import pytest
 
 from tools.ijbc_eval import flips, refresh
 from tools.ijbc_eval.bootstrap import Bootstrap
+from tools.ijbc_eval.evaluation_set import EvaluationSet, Subjects
 from tools.ijbc_eval.files import EvalError
-from tools.ijbc_eval.protocol import Subjects
 
 # Gallery templates 10 … 13 (rows 0 … 3) of the people 100 … 103; people 104 and 105 are not enrolled. Query templates
 # 20 … 29 (rows 4 … 13). An angle is a feature; the new model's scores are half as far apart as the old one's.
@@ -58,6 +58,8 @@ def evaluation():
         galleries={"G1": gallery},
         probes=Subjects(np.arange(4, 14), np.array(QUERIES)),
         subjects=(np.arange(100, 106), people),
+        set=EvaluationSet(),
+        person_of=lambda template: 100 + people[template],
     )
 
 

@@ -84,7 +84,7 @@ def test_options_that_are_given_the_wrong_kind_of_path(made, shared_models, monk
     for folder in ("there", "there.pt", "there.onnx"):
         pathlib.Path(folder).mkdir()
     before = set(pathlib.Path().iterdir())
-    monkeypatch.setattr(embed, "aligned_batches", None)  # nothing is embedded
+    monkeypatch.setattr(embed, "image_batches", None)  # nothing is embedded
     options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
     with pytest.raises(SystemExit, match="1"), report_errors():
         ijbc_eval.main([*options, *place])
@@ -110,7 +110,7 @@ def test_a_read_only_directory(made, shared_models, monkeypatch, capsys, where):
     pathlib.Path("IJB_result").mkdir()
     monkeypatch.setattr(core.files, "open_temporary", read_only)
     monkeypatch.setattr(tools.ijbc_eval.files, "open_temporary", read_only)
-    monkeypatch.setattr(embed, "aligned_batches", None)  # nothing is embedded
+    monkeypatch.setattr(embed, "image_batches", None)  # nothing is embedded
     options = ["-m", str(shared_models["new_model"]), "-net", "tiny", "-d", str(made.data_dir), "--workers", "0"]
     with pytest.raises(SystemExit, match="1"), report_errors():
         ijbc_eval.main([*options, "--cache-dir", "cache"])
