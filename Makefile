@@ -32,7 +32,7 @@ compare: .venv/.installed
 	    --out demo/comparison$(BESIDE).md
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-cluster: .venv/.installed-test
 	$(BIN)/python -m pytest tests/cluster.py

@@ -28,6 +28,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+LONG = ("test_own_road.py", "test_readme.py", "test_torchrun.py", "test_kill_and_resume.py", "test_every_method.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of long tests first: of several processes none is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _gpus_where_marked(request):
     """Tests marked `gpu` see the machine's GPUs, or are skipped where it has too few; all others see none."""
