@@ -141,15 +141,13 @@ class Comparison:
         }
 
     def assess(self, name, query, new):
-        """All of a new model but the criterion: `(part of the report, cross Test or None, self Test)`.
+        """All of a new model but the criterion: `(part of the report, cross Test, self Test)`.
 
-        new [T, D]: its template features; query [T, D]: those that search old galleries, or None.
+        new [T, D]: its template features; query [T, D']: those that search old galleries.
         """
-        part, maps, tests = {"width": new.shape[1], "thresholds": {}, "flips": {}}, {}, {}
-        part["query_width"] = None if query is None else query.shape[1]
+        part = {"width": new.shape[1], "query_width": query.shape[1], "thresholds": {}, "flips": {}}
+        maps, tests = {}, {}
         for test, gallery, probes in (("cross", self.old, query), ("self", new, new)):
-            if probes is None:
-                continue
             tests[test] = one = measure(self.evaluation, gallery, probes, self.reading)
             part[test] = one.figures
             if self.deployed:
@@ -162,7 +160,7 @@ class Comparison:
             if one.searches:
                 part["flips"][test] = self._flips(name, test, one)
         part["refresh"] = self._refresh(query, new, maps)
-        return part, tests.get("cross"), tests["self"]
+        return part, tests["cross"], tests["self"]
 
     def stored(self, old, exact, news):
         """What rounding cost: `{"file", "kind", "mean", "lowest", "minus_float32": {test: {"tpr", "tpir"}}}`.

@@ -121,7 +121,7 @@ def caveats(report):
     data, lines = report["data"], []
     old_width = report["old"]["width"]
     for model in models(report):
-        if model["query_width"] not in (None, old_width):
+        if model["query_width"] != old_width:
             compared = part_compared(model["query_width"], old_width)
             lines.append(
                 f"{model['name']} has features of {model['width']} dimensions, {report['old']['name']} of {old_width}: "

@@ -109,14 +109,11 @@ def dispersion(evaluation, model, rows):
 def searches(evaluation, old, query, new, cross_map, self_map, orders):
     """Search the gallery at each step of each order, each way: {(order, way): for each step [Search for each gallery]}.
 
-    old, new [T, D]: template features of the two models; query [T, D]: the new model's to be compared with old ones
-    (`as_query`), or None. cross_map, self_map: ScoreMap of new/old and new/new, or None. Ways
-    that lack one of these are left out.
+    old, new [T, D]: template features of the two models; query [T, D']: the new model's to be compared with old ones
+    (`as_query`). cross_map, self_map: ScoreMap of new/old and new/new, or None: ways that need it are left out.
     """
-    query = None if query is None else as_query(query, old.shape[1])
-    ways = ["plain"] if query is not None else []
-    ways += ["calibrated"] if query is not None and cross_map and self_map else []
-    ways += ["merged"] if self_map else []
+    query = as_query(query, old.shape[1])
+    ways = ["plain", *["calibrated"] * bool(cross_map and self_map), *["merged"] * bool(self_map)]
     found = {(order, way): [[] for _ in STEPS] for order in orders for way in ways}
     probes = evaluation.probes
     for gallery in evaluation.galleries.values():
@@ -127,7 +124,7 @@ def searches(evaluation, old, query, new, cross_map, self_map, orders):
         for start in range(0, len(probes.template), _CHUNK):
             part = slice(start, start + _CHUNK)
             asked = probes.template[part]
-            cross = query[asked] @ old[rows].T if query is not None else None
+            cross = query[asked] @ old[rows].T
             own = new[asked] @ new[rows].T
             mapped = self_map(own) if self_map else None
             parts = {"plain": (cross, own)}

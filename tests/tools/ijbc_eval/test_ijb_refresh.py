@@ -106,14 +106,10 @@ def test_ten_queries_while_four_templates_are_re_embedded(evaluation):
 
 def test_what_cannot_be_searched_is_left_out(evaluation):
     orders = {"one": np.array(ORDER)}
-    rest = NEW_FEATURES, None, doubled, orders
-    assert list(refresh.searches(evaluation, OLD_FEATURES, None, *rest)) == [("one", "merged")]
-    assert list(refresh.searches(evaluation, OLD_FEATURES, QUERY_FEATURES, *rest)) == [
-        ("one", "plain"),
-        ("one", "merged"),
-    ]
-    found = refresh.searches(evaluation, OLD_FEATURES, QUERY_FEATURES, NEW_FEATURES, None, None, orders)
-    assert list(found) == [("one", "plain")]
+    features = OLD_FEATURES, QUERY_FEATURES, NEW_FEATURES
+    found = refresh.searches(evaluation, *features, None, doubled, orders)
+    assert list(found) == [("one", "plain"), ("one", "merged")]
+    assert list(refresh.searches(evaluation, *features, None, None, orders)) == [("one", "plain")]
 
 
 def test_many_queries_are_searched_in_parts(evaluation, monkeypatch):
