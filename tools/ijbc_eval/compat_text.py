@@ -293,7 +293,8 @@ def _refresh_section(report):
         f"whole refresh. Orders: random (seed {data['seed']}), dispersion (templates whose images differ most first), "
         "or a file's. Plain: the new query on everything, so 0 % is the cross-test and 100 % the new self-test; "
         "calibrated: the same with both kinds of scores mapped as above; merged: the old query on the old part, the "
-        "new query on the new part, mapped.",
+        "new query on the new part, mapped."
+        + ("" if "genuine_pairs" in data else " Maps need pairs: here plain alone."),
         "",
         markdown_table(
             ["model", "order", "search", "area", "lowest", *(f"{percent} %" for percent in data["percent"])], rows
