@@ -4,6 +4,7 @@
 else, from the cached embeddings to the report, is written once for any of them.
 """
 
+import abc
 import dataclasses
 
 import numpy as np
@@ -76,7 +77,7 @@ class Subjects:
     subject: np.ndarray
 
 
-class EvaluationSet:
+class EvaluationSet(abc.ABC):
     """One evaluation set. Lists are read, and mistakes in them found, when a part is asked for.
 
     name: in tables and file names. key: in the names of cached files, another for each place on disk.
@@ -95,37 +96,37 @@ class EvaluationSet:
     stored_gallery = False
     separator = None  # of the columns in files that name its people or templates; None: blanks
 
+    @abc.abstractmethod
     def faces(self):
         """The Faces."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def images(self, faces):
         """The images.Images of `faces`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pairs(self, faces):
         """The Pairs."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def galleries(self, faces):
         """Gallery name -> Subjects."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def probes(self, faces, galleries):
         """The Subjects that are searched; EvalError if nobody of a gallery is among them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def people(self, faces, pairs, galleries, probes):
         """`(names [S] of the people, ascending; int32 [T]: whose each template is, as a row of them, −1: in no list)`.
 
         pairs, galleries, probes: as above, None where the set has none. EvalError if lists disagree.
         """
-        raise NotImplementedError
 
     def template_names(self, faces):
         """How files name the templates: numbers or text [T]."""
         return faces.template_ids
 
+    @abc.abstractmethod
     def without_image(self, faces, template):
         """An EvalError: no image of the template, a row of template_ids, is usable."""
-        raise NotImplementedError
