@@ -8,7 +8,7 @@ import pytest
 
 from tools.ijbc_eval import flips, refresh
 from tools.ijbc_eval.bootstrap import Bootstrap
-from tools.ijbc_eval.evaluation_set import EvaluationSet, Subjects
+from tools.ijbc_eval.evaluation_set import Subjects
 from tools.ijbc_eval.files import EvalError
 
 # Gallery templates 10 … 13 (rows 0 … 3) of the people 100 … 103; people 104 and 105 are not enrolled. Query templates
@@ -58,7 +58,7 @@ def evaluation():
         galleries={"G1": gallery},
         probes=Subjects(np.arange(4, 14), np.array(QUERIES)),
         subjects=(np.arange(100, 106), people),
-        set=EvaluationSet(),
+        set=types.SimpleNamespace(separator=None, template_names=lambda faces: faces.template_ids),
         person_of=lambda template: 100 + people[template],
     )
 
