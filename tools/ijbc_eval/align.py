@@ -31,11 +31,11 @@ def similarity_matrices(landmarks, reference=REFERENCE):
 def misfit(landmarks, reference=REFERENCE):
     """How far landmarks [N, 5, 2] lie from `reference` after alignment, pixels of the aligned image: float64 [N].
 
-    The root mean square over the five points; infinite for a face that alignment would turn upside down: the points in
-    reverse order fit well, but the wrong way round.
+    The root mean square over the five points; infinite for a face that alignment would turn by more than 60 degrees.
+    Such points fit well, but are in reverse order, or of the picture before EXIF turned it.
     """
     factor, _, residual = _fit(landmarks, reference)
-    return np.where(factor.real < 0, np.inf, residual)
+    return np.where(factor.real < np.abs(factor) / 2, np.inf, residual)
 
 
 def outside(landmarks, size):

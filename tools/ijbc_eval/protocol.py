@@ -59,9 +59,9 @@ class Protocol(EvaluationSet):
         apart = misfit(faces.landmarks) > MISFIT
         if apart.any():
             print(
-                f"note: {self.landmark_file}: {np.count_nonzero(apart)} of {len(apart)} lines have landmarks unlike a "
-                f"face, the first in line {np.argmax(apart) + 1}: full profiles, or points in another order than eyes, "
-                "nose, mouth corners, each from left to right",
+                f"note: {self.landmark_file}: {np.count_nonzero(apart)} of {len(apart)} lines have landmarks unlike "
+                f"an upright face, the first in line {np.argmax(apart) + 1}: full profiles, faces turned by more than "
+                "60 degrees, or points in another order than eyes, nose, mouth corners, each from left to right",
                 file=sys.stderr,
             )
         return faces

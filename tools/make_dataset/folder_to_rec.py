@@ -198,8 +198,9 @@ def make(root, out, landmarks=None, resize=False, val=0.0, skip=None, seed=0, wo
         photos.scratch.unlink()
     if conversion.unlike:
         said += (
-            f"\nnote: {conversion.unlike} of {conversion.aligned} aligned images have landmarks unlike a face, such as "
-            f"{os.fsdecode(conversion.first_unlike)}: full profiles, or points in another order than in other lines"
+            f"\nnote: {conversion.unlike} of {conversion.aligned} aligned images have landmarks unlike an upright "
+            f"face, such as {os.fsdecode(conversion.first_unlike)}: full profiles, points in another order than in "
+            "other lines, or of the picture before EXIF turned it"
         )
     return f"{out}: {said}"
 

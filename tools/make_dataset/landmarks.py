@@ -29,7 +29,7 @@ class Landmarks:
     """The landmarks of a file, `[name]`: float64 [5, 2], or None. 16 bytes of memory a line; pickled by path.
 
     name: bytes, the image's path below ROOT with "/". Raises LandmarkError for a malformed line, a name listed twice,
-    and where most of the first 1,000 lines have points in another order than a face's.
+    and where most of the first 1,000 lines have points unlike an upright face: in another order, or turned.
     """
 
     def __init__(self, path):
@@ -50,8 +50,9 @@ class Landmarks:
         apart = misfit(np.array(tried)) > MISFIT
         if 2 * apart.sum() > len(apart):
             raise LandmarkError(
-                f"{self.path}: {apart.sum()} of the first {len(apart)} lines have points unlike a face; write them in "
-                "the order eyes, nose, mouth corners, each from left to right, x before y, in pixels"
+                f"{self.path}: {apart.sum()} of the first {len(apart)} lines have points unlike an upright face; write "
+                "them in the order eyes, nose, mouth corners, each from left to right, x before y, in pixels of the "
+                "picture as displayed (EXIF orientation applied)"
             )
         hashes = np.frombuffer(hashes, np.uint64)
         order = np.argsort(hashes, kind="stable")

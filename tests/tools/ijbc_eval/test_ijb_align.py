@@ -45,6 +45,12 @@ def test_misfit_tells_a_face_from_points_in_another_order():
     assert np.isinf(misfit(landmarks[:, ::-1])).all()  # as a face it fits, but upside down
 
 
+def test_misfit_of_a_turned_face():
+    turns = np.radians([-90, -65, -55, 0, 55, 65, 90, 180])
+    turned = np.stack([REFERENCE @ [[np.cos(one), np.sin(one)], [-np.sin(one), np.cos(one)]] for one in turns])
+    assert np.isinf(misfit(turned)).tolist() == [True, True, False, False, False, True, True, True]
+
+
 def test_warp_is_bilinear_with_black_outside():
     image = np.random.default_rng(0).integers(1, 255, (90, 120, 3)).astype(np.uint8)
     matrix = np.array([[1.0, 0.0, 10.0], [0.0, 1.0, 20.0]])

@@ -168,7 +168,7 @@ def test_landmarks_unlike_a_face_are_pointed_out_every_time(tmp_path, make_ijb, 
     rewrite_meta(made)
     for _ in range(2):
         read_all(made, tmp_path / "cache")
-        line = f"score.txt: 2 of {len(made.faces)} lines have landmarks unlike a face, the first in line 5:"
+        line = f"score.txt: 2 of {len(made.faces)} lines have landmarks unlike an upright face, the first in line 5:"
         assert line in capsys.readouterr().err
 
 

@@ -176,7 +176,7 @@ def test_odd_landmarks_are_noted(tmp_path):
         "".join(f"p/{number}.png,{','.join(map(str, its.ravel()))}\n" for number, its in enumerate(points))
     )
     said = make(tmp_path / "in", tmp_path / "out", landmarks=tmp_path / "l.csv")
-    assert "note: 1 of 5 aligned images have landmarks unlike a face, such as p/4.png" in said
+    assert "note: 1 of 5 aligned images have landmarks unlike an upright face, such as p/4.png" in said
 
 
 # --- held-out people ------------------------------------------------------------------------------------------------

@@ -63,11 +63,15 @@ def test_a_wrong_file_is_refused(tmp_path, name, lines, reason):
         Landmarks(written(tmp_path / name, *lines))
 
 
-@pytest.mark.parametrize("order", [[1, 0, 2, 4, 3], [4, 3, 2, 1, 0], [2, 0, 1, 3, 4]])
-def test_points_in_another_order_are_refused_before_hours_of_work(tmp_path, order):
-    wrong = " ".join(f"{value:.2f}" for value in REFERENCE[order].ravel())
+IN_ANOTHER_ORDER = [REFERENCE[order] for order in ([1, 0, 2, 4, 3], [4, 3, 2, 1, 0], [2, 0, 1, 3, 4])]
+NOT_TURNED_BY_EXIF = [REFERENCE[:, ::-1] * [1, -1] + [0, 112], REFERENCE[:, ::-1] * [-1, 1] + [112, 0]]
+
+
+@pytest.mark.parametrize("points", IN_ANOTHER_ORDER + NOT_TURNED_BY_EXIF)
+def test_points_unlike_an_upright_face_are_refused_before_hours_of_work(tmp_path, points):
+    wrong = " ".join(f"{value:.2f}" for value in points.ravel())
     lines = [f"a/{row}.jpg {wrong if row % 3 else POINTS} 1" for row in range(9)]
-    with pytest.raises(LandmarkError, match="6 of the first 9 lines have points unlike a face; write them"):
+    with pytest.raises(LandmarkError, match="6 of the first 9 lines have points unlike an upright face; write them"):
         Landmarks(written(tmp_path / "l.txt", *lines))
     lines = [f"a/{row}.jpg {POINTS if row % 3 else wrong} 1" for row in range(9)]
     Landmarks(written(tmp_path / "l.txt", *lines))  # full profiles look like this
