@@ -54,6 +54,10 @@ class Refinement(OldPrototypes):
         if not cfg.normalize_prototypes and distributed.is_main():
             self._warn_of_short_features()
 
+    def is_set(self):
+        """Whether there are prototypes, on any rank: one may have only classes without old features."""
+        return bool(distributed.all_reduce_(self.prototypes.any().int(), torch.distributed.ReduceOp.MAX))
+
     def refine(self, backbone, train_set, epoch):
         """Embed the training set with rank 0's backbone, and refine the class means by these features."""
         cfg, start = self.cfg, time.perf_counter()

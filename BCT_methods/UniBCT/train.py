@@ -38,7 +38,7 @@ class UniBCT(Trainer):
 
     def ensure_prototypes(self):
         refinement = self.extra["refinement"]
-        if self.epoch >= self.cfg.compat_start_epoch and not refinement.prototypes.any():
+        if self.epoch >= self.cfg.compat_start_epoch and not refinement.is_set():
             refinement.take_class_means(self.epoch)
 
     def losses(self, batch):

@@ -187,6 +187,20 @@ def test_all_ranks_embed_with_the_backbone_of_rank_0(folder):
     assert np.array_equal(np.load(folder / "two/prototypes_epoch_1.npy"), prototypes)
 
 
+def epochs_of_class_means(path):
+    run, taken = Watched(load_config(path)), []
+    run.extra["refinement"].take_class_means = taken.append
+    for run.epoch in (0, 1):
+        run.begin_epoch()
+        run.extra["refinement"].prototypes[:] = 1.0 - run.rank  # rank 1 has only classes without old features
+    return taken
+
+
+def test_class_means_are_taken_by_all_ranks_or_by_none(folder):
+    path = config(folder, "run", compat_start_epoch=0, refine_epochs=[2])
+    assert run_ranks(epochs_of_class_means, 2, path) == [[0], [0]]
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [

@@ -200,7 +200,7 @@ def markdown(report):
         *([*_refresh_section(report), *_flips_section(report)] if "gallery_templates" in data else []),
         "## Data",
         "",
-        data_sentence(data),
+        f"{data_sentence(data)} {input_sentence(data)}",
         "",
     ]
     return "\n".join(lines)
@@ -218,6 +218,15 @@ def data_sentence(data):
             f"gallery), galleries of {galleries} templates"
         )
     return f"{data['subset']}: {', '.join(parts)}."
+
+
+def input_sentence(data):
+    """What the models were fed with."""
+    models = {}
+    for name, fed in data["preprocessing"].items():
+        models.setdefault("stored features" if fed == "stored" else f"{fed} of pixels x", []).append(name)
+    parts = [f"{fed} ({', '.join(names)})" for fed, names in models.items()]
+    return f"Input: {'; '.join(parts)}."
 
 
 def threshold_rows(report):

@@ -55,6 +55,8 @@ def test_the_report_by_the_models_names(shared_set, shared_models, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"]["preprocessing"]["b"] == "BGR (x - 0) / 128"
     assert report["data"]["preprocessing"]["a"] == "RGB (x - 127.5) / 128"
+    said = (tmp_path / "report.md").read_text()
+    assert f"Input: RGB (x - 127.5) / 128 of pixels x ({report['old']['name']}, a); BGR (x - 0) / 128" in said
     first, second = (part["self"]["auc"] for part in report["new"])
     assert first != second
 
