@@ -19,6 +19,7 @@ from tools.ijbc_eval.roc import most_allowed
 
 PERCENT = 95
 FEWEST = 10  # errors that a rate's interval needs: a resample cannot have what has not happened
+FEWEST_PEOPLE = 20  # that a yes or no needs: intervals of fewer are too narrow
 _SPARE = 1024  # impostors looked at beyond twice those allowed
 
 
@@ -126,12 +127,13 @@ def interval(values):
     return np.quantile(values, [tail, 1 - tail]).tolist() if len(values) else None
 
 
-def verdict(differences):
+def verdict(differences, people, errors):
     """Does M(new, old) exceed M(old, old)? "yes" or "no" if the interval of the difference says so, else "undecided".
 
-    A difference of 0 does not exceed, so "no" needs an interval that ends at 0 or below.
+    A difference of 0 does not exceed, so "no" needs an interval that ends at 0 or below. people: with genuine pairs or
+    mated queries; errors: how many impostors or strangers may pass. Few people, or none that may pass, decide nothing.
     """
     found = interval(differences)
-    if found is None:
+    if found is None or people < FEWEST_PEOPLE or not errors:
         return "undecided"
     return "yes" if found[0] > 0 else "no" if found[1] <= 0 else "undecided"

@@ -7,7 +7,7 @@ import numpy as np
 from tools.ijbc_eval import flips, metrics, refresh
 from tools.ijbc_eval.bootstrap import Bootstrap, Units, interval, verdict
 from tools.ijbc_eval.metrics import mean_top, mean_tpir
-from tools.ijbc_eval.roc import Roc
+from tools.ijbc_eval.roc import Roc, most_allowed
 from tools.ijbc_eval.stored import cosines
 from tools.ijbc_eval.thresholds import Deployed, Pool
 
@@ -33,12 +33,13 @@ class Reading:
 @dataclasses.dataclass
 class Test:
     """One test, read: scores float32 [P], None without pairs; a Search for each gallery; figures as a dict of floats;
-    resampled {"tpr", "tpir": float64 [resamples]}, empty without intervals."""
+    resampled {"tpr", "tpir": float64 [resamples]} and rests_on (`resolution`), empty without intervals."""
 
     scores: np.ndarray | None
     searches: list
     figures: dict
     resampled: dict
+    rests_on: dict = dataclasses.field(default_factory=dict)
 
 
 def reading_of(evaluation, arguments):
@@ -74,6 +75,7 @@ def measure(evaluation, gallery, probes, reading):
             test.resampled["tpr"] = reading.pairs.tpr_at(reading.fpr, test.scores)
         if reading.queries:
             test.resampled["tpir"] = reading.bootstrap.tpir_at(reading.fpir, test.searches, reading.queries)
+        test.rests_on = resolution(test.searches, reading)
         test.figures["interval"] = {key: interval(values) for key, values in test.resampled.items()}
     return test
 
@@ -94,6 +96,20 @@ def identification_figures(searches, reading):
     return {"tpir": mean_tpir(searches, reading.fpir, reading.protocol), **tops}
 
 
+def resolution(searches, reading):
+    """What figures rest on, {"tpr", "tpir": {"people", "errors"}}, as in bootstrap.verdict."""
+    found = {}
+    if reading.pairs:
+        rows, people = reading.pairs.rows, reading.pairs.units.first
+        errors = most_allowed(reading.fpr, len(rows["fmr"]))
+        found["tpr"] = {"people": len(np.unique(people[rows["fnmr"]])), "errors": errors}
+    if reading.queries:
+        mated = np.array([search.mated for search in searches])
+        errors = most_allowed(reading.fpir, int(np.count_nonzero(~mated, axis=1).min()))
+        found["tpir"] = {"people": len(np.unique(reading.queries.first[mated.any(axis=0)])), "errors": errors}
+    return found
+
+
 def criterion(cross, base, ceiling):
     """Criterion and update gain of a cross-test against the old self-test; ceiling: the independent one's, or None."""
     found = {"criterion": {}, "difference": {"interval": {}}, "update_gain": {}}
@@ -103,7 +119,7 @@ def criterion(cross, base, ceiling):
         found["criterion"][key] = "yes" if new > old else "no"
         if cross.resampled:
             differences = cross.resampled[key] - base.resampled[key]
-            found["criterion"][key] = verdict(differences)
+            found["criterion"][key] = verdict(differences, **cross.rests_on[key])
             found["difference"]["interval"][key] = interval(differences)
         found["update_gain"][key] = update_gain(new, old, ceiling and ceiling.figures[key])
     said = found["criterion"].values()
@@ -199,5 +215,11 @@ class Comparison:
         for (order, way), steps in found.items():
             figures = [identification_figures(searches, self.reading) for searches in steps]
             curve = {key: [step[key] for step in figures] for key in ("tpir", "top1")}
+            curve["beyond_map"] = way != "plain" and self._beyond(steps, maps["self"].mapped[-1])
             curves.append({"order": order, "way": way, "area": refresh.area(curve["tpir"]), **curve})
         return curves
+
+    def _beyond(self, steps, last):
+        """Whether the threshold of a search is above the last knot of the maps, where they are a guess."""
+        at = self.reading.fpir, self.reading.protocol
+        return any(one.threshold_at(*at) > last for searches in steps for one in searches)

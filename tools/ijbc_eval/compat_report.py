@@ -163,6 +163,7 @@ def compare(evaluation, old, news, independent, adapters, arguments):
     report = {"data": describe(arguments, evaluation)}
     models = dict([old, *news, *([independent] if independent else [])])
     report["data"]["preprocessing"] = {name: str(evaluation.store.preprocessing(one)) for name, one in models.items()}
+    report["data"]["rests_on"] = comparison.base.rests_on
     report["data"]["without_cohort"] = int(np.count_nonzero(cohorts[1] < 0)) if cohorts else 0
     if comparison.deployed:
         report["data"] |= describe_threshold(comparison.deployed, arguments.threshold is not None)
@@ -202,6 +203,7 @@ def describe(arguments, evaluation):
         "bootstrap": arguments.bootstrap,
         "seed": arguments.seed,
         "subjects": len(evaluation.subjects[0]),
+        "people_known": evaluation.set.people_known,
         "images": len(evaluation.faces.names),
         "templates": len(evaluation.faces.template_ids),
     }

@@ -7,7 +7,7 @@ import textwrap
 from prettytable import PrettyTable
 
 from losses import part_compared
-from tools.ijbc_eval.bootstrap import FEWEST, PERCENT
+from tools.ijbc_eval.bootstrap import FEWEST, FEWEST_PEOPLE, PERCENT
 from tools.ijbc_eval.plots import wrapped
 from tools.ijbc_eval.results import in_no_gallery
 
@@ -106,10 +106,7 @@ def verdicts(report):
         elif model["compatible"] == "no":
             lines.append(f"{name}: NOT compatible: cross-test {against} of the old model.")
         else:
-            lines.append(
-                f"{name}: undecided: cross-test {against} of the old model, and the interval of the "
-                "difference has 0 inside; more people would tell."
-            )
+            lines.append(f"{name}: undecided: cross-test {against} of the old model; more people would tell.")
         worse = [place for key, place in places.items() if not _above(model["self"][key], base[key])]
         if worse:
             lines.append(f"{name}: its self-test is no better than the old model's in {' and '.join(worse)}.")
@@ -135,6 +132,11 @@ def caveats(report):
         why = "--protocol published" if data["bootstrap"] else "--bootstrap 0"
         lines.append(f"The criterion is decided by the figures alone, without intervals ({why}).")
     lines += too_few(data)
+    if not data["people_known"]:
+        lines.append(
+            "People are known only as images that genuine pairs connect: one may count as several, so intervals are "
+            "too narrow, and mapped scores are judged on people that the map may have seen."
+        )
     if not data.get("threshold_claimed", True):
         lines.append(
             f"Fewer than {FEWEST} of the {data['impostors_fitted']} impostor pairs that maps are fitted on are above "
@@ -150,12 +152,18 @@ def caveats(report):
 
 def too_few(data):
     """A warning for each operating point that the lists do not resolve."""
-    lines = []
-    for count, name in (("impostor_pairs", "fpr"), ("non_mated_probes", "fpir")):
-        if data.get(count, math.inf) * data[name] < 1:
-            what = f"{data[count]} {count.replace('_', ' ')}"
-            none = ": not a single error is allowed there" if data["protocol"] == "exact" else ""
-            lines.append(f"{what} are too few to resolve {name.upper()} {data[name]:g}{none}.")
+    lines, exact = [], data["protocol"] == "exact"
+    for count, what, name, first in (
+        ("impostor_pairs", "impostor pairs", "fpr", 1),
+        ("non_mated_probes", "non-mated probes", "fpir", 1 if exact else 2),  # one fewer than the rate says may pass
+    ):
+        if data.get(count, math.inf) * data[name] < first:
+            none = ": not a single error is allowed there" if exact or name == "fpir" else ""
+            lines.append(f"{data[count]} {what} are too few to resolve {name.upper()} {data[name]:g}{none}.")
+    for key, who in (("tpr", "genuine pairs"), ("tpir", "mated probes")):
+        people = data.get("rests_on", {}).get(key, {}).get("people", FEWEST_PEOPLE)
+        if people < FEWEST_PEOPLE:
+            lines.append(f"{people} people with {who} are too few for a yes or no, which needs {FEWEST_PEOPLE}.")
     return lines
 
 
@@ -294,7 +302,9 @@ def _refresh_section(report):
         for curve in model["refresh"]:
             known = [value for value in curve["tpir"] if value is not None]
             shown = [_percent(curve["area"]), _percent(min(known, default=None))]
-            rows.append([model["name"], curve["order"], curve["way"], *shown, *map(_percent, curve["tpir"])])
+            way = curve["way"] + "*" * curve["beyond_map"]
+            rows.append([model["name"], curve["order"], way, *shown, *map(_percent, curve["tpir"])])
+    starred = any(curve["beyond_map"] for model in models(report) for curve in model["refresh"])
     return [
         "## While the gallery is re-embedded",
         "",
@@ -302,8 +312,9 @@ def _refresh_section(report):
         f"whole refresh. Orders: random (seed {data['seed']}), dispersion (templates whose images differ most first), "
         "or a file's. Plain: the new query on everything, so 0 % is the cross-test and 100 % the new self-test; "
         "calibrated: the same with both kinds of scores mapped as above; merged: the old query on the old part, the "
-        "new query on the new part, mapped."
-        + ("" if "genuine_pairs" in data else " Maps need pairs: here plain alone."),
+        "new query on the new part, mapped. Maps are fitted on half of these people."
+        + ("" if "genuine_pairs" in data else " Maps need pairs: here plain alone.")
+        + (f" *: the threshold of the FPIR is above a map's last knot, {FEWEST} impostors: a guess." * starred),
         "",
         markdown_table(
             ["model", "order", "search", "area", "lowest", *(f"{percent} %" for percent in data["percent"])], rows

@@ -85,6 +85,7 @@ class EvaluationSet(abc.ABC):
     input_scale: of the models' input, unless told otherwise. folds: whether ten-fold accuracy is customary.
     has_pairs, has_gallery: whether there is anything to test 1:1, 1:N. stored_gallery: whether the gallery exists only
     as stored features of the old side; its templates are then their rows, and no other model can embed it.
+    people_known: false where `people` may take one person for several.
     """
 
     name = key = ""
@@ -94,6 +95,7 @@ class EvaluationSet(abc.ABC):
     folds = False
     has_pairs = has_gallery = True
     stored_gallery = False
+    people_known = True
     separator = None  # of the columns in files that name its people or templates; None: blanks
 
     @abc.abstractmethod

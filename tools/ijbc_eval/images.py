@@ -96,6 +96,10 @@ class Images:
         """RGB uint8 [112, 112, 3]; UnusableImage says why not."""
         return decoded_crop(_read_bytes(self.path(row)))
 
+    def first_copies(self):
+        """The first row of the same image for each row, int [N], so far as that is known without decoding."""
+        return np.arange(len(self))
+
     def where(self, row):
         """The row's place in a list, for messages; "" without one."""
         return ""
@@ -188,6 +192,10 @@ class BinCrops(Crops):
 
     def read(self, row):
         return decoded_crop(np.frombuffer(self.encoded[row], np.uint8))
+
+    def first_copies(self):
+        rows = {}
+        return np.array([rows.setdefault(bytes(data), row) for row, data in enumerate(self.encoded)])
 
     def signature(self):
         return str(stamp(self.file))

@@ -15,6 +15,7 @@ _BLOCK = 1 << 28  # entries of a score matrix in memory at once: 1 GiB
 _DENSE_COST = 32  # about how many times faster a matrix product is, per entry, than gathering and multiplying a pair
 FPIRS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TOP = (1, 5, 10)
+FOLDS = 10
 
 
 # --- 1:1 ------------------------------------------------------------------------------------------------------------
@@ -71,8 +72,16 @@ def _in_parts(length, size, work):
 
 
 def fold_accuracy(scores, label):
-    """Ten-fold accuracy of cosines [P] with labels bool [P], as logged in training (engine/verification.py)."""
-    return accuracy_over_folds(2 - 2 * scores, label)
+    """Ten-fold accuracy of cosines [P] with labels bool [P], as logged in training (engine/verification.py).
+
+    Folds are contiguous tenths. If one of these has pairs of one kind only, as in a list sorted by label, the pairs of
+    either kind are dealt to the folds in turn.
+    """
+    order = np.arange(len(label))
+    if any(label[tenth].all() or not label[tenth].any() for tenth in np.array_split(order, FOLDS)):
+        turn = np.where(label, np.cumsum(label), np.cumsum(~label)) % FOLDS
+        order = np.argsort(turn, kind="stable")
+    return accuracy_over_folds(2 - 2 * scores[order], label[order], FOLDS)
 
 
 def verification_summary(scores, label, fprs=FPRS, protocol="exact"):

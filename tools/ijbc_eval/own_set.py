@@ -4,8 +4,9 @@ pairs.txt           first<TAB>second<TAB>1 or 0      paths relative to ROOT; 1 =
 gallery/, probe/    a sub-folder a person, its images in it; a person only in probe/ is non-mated
 lfw.bin             insightface's; images 2i and 2i + 1 are pair i
 
-Each image is a template of its own. People are known by their folders, and in a list of pairs as the images that
-genuine pairs connect: those that nothing connects count as different people.
+Each image is a template of its own. People are known by their folders, in a list of pairs too unless an impostor pair
+contradicts that; else as the images that genuine pairs connect, and equal images of a .bin: those that nothing connects
+count as different people.
 """
 
 import hashlib
@@ -79,7 +80,7 @@ class CropSet(EvaluationSet):
         return Subjects(rows.astype(np.int32), np.searchsorted(self.persons, people).astype(np.int64))
 
     def people(self, faces, pairs, galleries, probes):
-        """Whose each image is, by its folder, else by the genuine pairs that connect it to others."""
+        """Whose each image is, by its folder if no label contradicts that, else by what connects it to others."""
         person = np.full(len(self.pictures), -1)
         for rows, names in self.people_of.values():
             person[rows] = np.searchsorted(self.persons, names)
@@ -87,25 +88,32 @@ class CropSet(EvaluationSet):
             return self.persons, person.astype(np.int32)
         first, second = pairs.rows()
         self._refuse_contradictions(person, first, second, pairs.label)
-        named = person >= 0
-        # A node for each person, to which the images of its folder are linked, then one for each image: a group is
-        # named by its first node.
-        images, size = len(self.persons), len(self.persons) + len(person)
-        ends = np.concatenate([images + first[pairs.label], person[named]])
-        others = np.concatenate([images + second[pairs.label], images + np.flatnonzero(named)])
-        graph = sparse.coo_matrix((np.ones(len(ends), bool), (ends, others)), (size, size))
-        _, found = csgraph.connected_components(graph, directed=False)
-        _, leader, found = np.unique(found, return_index=True, return_inverse=True)
-        names = np.concatenate([self.persons, self.pictures.names]).astype(str)
-        group = found[images:]
+        folders, folder = np.unique([os.path.dirname(str(name)) for name in self.pictures.names], return_inverse=True)
+        # Nodes are the people, the folders and the images, in this order.
+        names = np.concatenate([self.persons, folders, self.pictures.names]).astype(str)
+        image = np.arange(len(names) - len(person), len(names))
+        named, inside = person >= 0, (person < 0) & (folders != "")[folder]  # inside a folder, perhaps of one person
+        links = [(image[first[pairs.label]], image[second[pairs.label]]), (image, image[self.pictures.first_copies()])]
+        links.append((image[named], person[named]))
+        by_folder = [*links, (image[inside], len(self.persons) + folder[inside])]
+        people, group = _connected(by_folder, names, image)
         apart = (group[first] == group[second]) & ~pairs.label
+        self.people_known = bool((named | inside).all())
+        if inside.any() and apart.any():
+            self.people_known = False
+            self._note(first, second, apart, "lie in folders of one person", "folders are not taken for people")
+            people, group = _connected(links, names, image)
+            apart = (group[first] == group[second]) & ~pairs.label
         if apart.any():
-            print(
-                f"note: {self.source}: {np.count_nonzero(apart)} impostor pairs are of images that genuine pairs "
-                f"connect, the first {self._shown(first, second, int(np.argmax(apart)))}; are the labels right?",
-                file=sys.stderr,
-            )
-        return names[leader], group.astype(np.int32)
+            self._note(first, second, apart, "are of images that genuine pairs connect", "are the labels right?")
+        return people, group
+
+    def _note(self, first, second, pairs, what, so):
+        shown = self._shown(first, second, int(np.argmax(pairs)))
+        print(
+            f"note: {self.source}: {np.count_nonzero(pairs)} impostor pairs {what}, the first {shown}; {so}",
+            file=sys.stderr,
+        )
 
     def _refuse_contradictions(self, person, first, second, label):
         """EvalError if a pair's label contradicts the folders that its images lie in."""
@@ -129,6 +137,20 @@ class CropSet(EvaluationSet):
         return EvalError(
             f"{self.pictures.path(template)}: unusable, and each image of such a set counts; {self.pictures.remedy}"
         )
+
+
+def _connected(links, names, image):
+    """`(people, ascending, int32 [N]: a row of them for each image)`: the groups of nodes that links connect.
+
+    links: [(rows, rows) of the nodes `names`]; image [N]: the images' rows. A group has its first node's name.
+    """
+    ends, others = (np.concatenate(side) for side in zip(*links))
+    graph = sparse.coo_matrix((np.ones(len(ends), bool), (ends, others)), (len(names),) * 2)
+    _, group = csgraph.connected_components(graph, directed=False)
+    _, first = np.unique(group, return_index=True)
+    used, of_image = np.unique(group[image], return_inverse=True)
+    order = np.argsort(names[first[used]], kind="stable")
+    return names[first[used]][order], np.argsort(order)[of_image].astype(np.int32)
 
 
 def open_bin(path):

@@ -44,19 +44,23 @@ class ScoreMap:
         last_of_equals = np.append(np.diff(score) > 0, True)
         return cls(*(values[last_of_equals] for values in (above / total, score, mapped)))
 
-    def __call__(self, scores):
-        """Mapped scores, float32 of the same shape."""
+    @functools.cached_property
+    def _line(self):
+        """`score` and `mapped` with an end on either side, further away than two cosines are apart."""
         middle = np.argmin(np.abs(self.fmr - 0.5))
         across, along = (values[[0, -1]] - values[middle] for values in (self.score, self.mapped))
         slope = np.divide(along, across, out=np.ones(2), where=across != 0)
-        far = np.array([-4, 4])  # further than two cosines are apart
+        far = np.array([-4, 4])
         score = np.insert(self.score, [0, len(self.score)], self.score[[0, -1]] + far)
-        mapped = np.insert(self.mapped, [0, len(self.mapped)], self.mapped[[0, -1]] + far * slope)
-        return np.interp(scores, score, mapped).astype(np.float32)
+        return score, np.insert(self.mapped, [0, len(self.mapped)], self.mapped[[0, -1]] + far * slope)
+
+    def __call__(self, scores):
+        """Mapped scores, float32 of the same shape."""
+        return np.interp(scores, *self._line).astype(np.float32)
 
     def threshold(self, mapped):
         """The score that is mapped to `mapped`: what to set instead of mapping scores."""
-        return float(np.interp(mapped, self.mapped, self.score))
+        return float(np.interp(mapped, *self._line[::-1]))
 
 
 class Pool:
@@ -114,12 +118,12 @@ class Pool:
 
     def curves(self, scores, grid):
         """FMR and FNMR at thresholds `grid` [K], evenly spaced, to draw them: {"fmr": [K], "fnmr": [K]}."""
-        found = {}
-        ends = grid[0], grid[-1]
+        found, ends = {}, (-grid[-1], -grid[0])
         for key, rows in self.rows.items():
-            inside = np.histogram(np.clip(scores[rows], *ends), len(grid) - 1, ends)[0]
-            below = np.append(0, np.cumsum(inside)) / max(len(rows), 1)
-            found[key] = [float(f"{value:.6g}") for value in (1 - below if key == "fmr" else below)]
+            # Negated, since a histogram's cells contain their lower end, and a score at the threshold is below it.
+            inside = np.histogram(np.clip(-scores[rows], *ends), len(grid) - 1, ends)[0]
+            above = np.append(np.cumsum(inside)[::-1], 0) / max(len(rows), 1)
+            found[key] = [float(f"{value:.6g}") for value in (above if key == "fmr" else 1 - above)]
         return found
 
 
@@ -144,7 +148,8 @@ class Deployed:
             if cohorts
         }
         self.grid = np.linspace(-1, 1, 2 * _GRID - 1)
-        self.claimed = np.count_nonzero(old[self.fitted] > threshold) >= FEWEST
+        above = np.count_nonzero(old[self.fitted] > threshold)
+        self.claimed = FEWEST <= above <= len(self.fitted) - FEWEST
 
     def fit(self, scores):
         """The map of a test's scores [P] to the scale of old/old, a ScoreMap, or None for too few impostors."""
@@ -161,7 +166,8 @@ class Deployed:
 
     def read_mapped(self, scores, score_map):
         """`read` of the mapped scores on the people that the map has not seen, and the threshold that stands for the
-        map; None where the deployed threshold's FMR is below 10 / impostors of the half the map was fitted on."""
+        map; None where fewer than 10 impostors of the half that the map was fitted on are above, or below, the deployed
+        threshold."""
         if score_map is None or not self.claimed:
             return None
         return {**self.read(score_map(scores), "held out"), "threshold": score_map.threshold(self.threshold)}

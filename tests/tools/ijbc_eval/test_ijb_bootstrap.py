@@ -104,7 +104,8 @@ def test_an_interval_covers_the_truth_nearly_always():
     ],
 )
 def test_verdict(differences, expected):
-    assert verdict(differences) == expected
+    assert verdict(differences, people=20, errors=1) == expected
+    assert verdict(differences, people=19, errors=1) == verdict(differences, people=20, errors=0) == "undecided"
 
 
 def test_interval_leaves_undefined_resamples_out():

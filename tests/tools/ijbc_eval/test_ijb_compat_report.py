@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import types
 
 import cv2
 import numpy as np
@@ -12,8 +13,8 @@ from sklearn.metrics import roc_curve
 from core.errors import UserError
 from core.manifest import digest
 from tools.adapters.adapter import Adapter
-from tools.ijbc_eval import comparison, compat_plots, compat_report, compat_text
-from tools.ijbc_eval.metrics import TOP
+from tools.ijbc_eval import bootstrap, comparison, compat_plots, compat_report, compat_text
+from tools.ijbc_eval.metrics import TOP, Search
 
 FPR, FPIR = 0.1, 0.3
 
@@ -55,7 +56,10 @@ def make_report(tmp_path_factory, shared_set, shared_models, shared_cache):
         )
         return out
 
-    return make
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bootstrap, compat_text):
+            patch.setattr(module, "FEWEST_PEOPLE", 6)  # as many have pairs here
+        yield make
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +176,9 @@ def test_both_tests_must_hold(cross, criterion, compatible):
 
     def test(figures):
         figures = dict(zip(("tpr", "tpir"), figures))
-        return comparison.Test(None, None, figures, {key: value + scatter for key, value in figures.items()})
+        enough = {"people": 20, "errors": 1}
+        resampled = {key: value + scatter for key, value in figures.items()}
+        return comparison.Test(None, None, figures, resampled, {key: enough for key in figures})
 
     base = test((0.5, 0.5))
     base.resampled = {key: np.full(100, 0.5) for key in base.resampled}
@@ -332,6 +338,10 @@ def test_verdicts(report):
 
 
 def test_caveats(report):
+    few = {key: {"people": 5, "errors": 1} for key in ("tpr", "tpir")}
+    said = compat_text.caveats({**report, "data": {**report["data"], "rests_on": few, "protocol": "published"}})
+    for who in ("genuine pairs", "mated probes"):
+        assert f"5 people with {who} are too few for a yes or no, which needs 6." in said
     assert [line for line in compat_text.caveats(report) if "claimed" not in line] == []
     data = {**report["data"], "fpr": 1e-6, "fpir": 1e-5, "threshold_claimed": True}
     lines = compat_text.caveats({**report, "data": data, "bad_images": ["3.jpg"]})
@@ -341,6 +351,30 @@ def test_caveats(report):
     assert "not a single error" in lines[0] and "not a single error" not in fpr
     said = compat_text.caveats({**report, "data": {**data, "bootstrap": 0, "threshold_claimed": False}})
     assert "--bootstrap 0" in said[0] and "nothing is claimed" in said[-1]
+
+
+def test_a_published_fpir_that_nobody_may_pass(report):
+    """One stranger fewer passes than the rate says, so 19 of them do not resolve 0.1 and 20 do."""
+    for count in (19, 20):
+        data = {**report["data"], "fpir": 0.1, "protocol": "published", "non_mated_probes": count}
+        strangers = Search(np.zeros(count, bool), None, np.arange(count))
+        nobody = not (strangers.score > strangers.threshold_at(0.1, "published")).any()
+        said = any("to resolve FPIR 0.1: not a single error" in line for line in compat_text.too_few(data))
+        assert said == nobody == (count == 19)
+
+
+def test_curves_beyond_the_map_are_starred(report):
+    """Ten strangers' best scores 0 ... 9: one may pass, so the threshold is 8."""
+    reading = types.SimpleNamespace(fpir=0.1, protocol="exact")
+    steps = [[Search(np.zeros(10, bool), None, np.arange(10) - lower)] for lower in (3, 0)]
+    for last, expected in ((8, False), (7.9, True)):
+        assert comparison.Comparison._beyond(types.SimpleNamespace(reading=reading), steps, last) == expected
+    model = json.loads(json.dumps(report["new"][0]))
+    assert not any(curve["beyond_map"] for curve in model["refresh"] if curve["way"] == "plain")
+    for curve in model["refresh"]:
+        curve["beyond_map"] = curve["order"] == "dispersion"
+    text = compat_text.markdown({**report, "new": [model], "independent": {**report["independent"], "refresh": []}})
+    assert "| First | dispersion | plain* |" in text and "| First | random | plain |" in text and " *: the thr" in text
 
 
 def test_undefined_figures_become_null_and_can_be_drawn(report, tmp_path):

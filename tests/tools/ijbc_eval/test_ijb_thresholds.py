@@ -82,6 +82,7 @@ def test_a_map_keeps_the_order_of_all_scores():
         assert np.mean(reference.astype(np.float32) > to) == pytest.approx(fmr)
         assert found(np.array([score])) == pytest.approx(to, abs=1e-6)
         assert found.threshold(to) == pytest.approx(score)
+    assert [found.threshold(to) for to in mapped[::100].tolist()] == pytest.approx(scores[::100].tolist(), abs=1e-4)
 
 
 def test_a_map_of_tied_scores():
@@ -96,7 +97,7 @@ def test_nothing_is_claimed_beyond_ten_impostors(case):
     pairs, old = case["pairs"], case["old"]
     fitted = np.sort(old[case["deployed"].fitted])
     scores = case["tests"][0]
-    for above, claimed in ((FEWEST, True), (FEWEST - 1, False), (0, False)):
+    for above, claimed in ((FEWEST, True), (FEWEST - 1, False), (0, False), (len(fitted) - FEWEST + 1, False)):
         threshold = float(fitted[-1 - above])
         deployed = Deployed(make_pool(*pairs), PEOPLE, old, threshold)
         assert deployed.claimed == claimed
@@ -138,11 +139,12 @@ def test_rates_equal_loops_over_pairs():
 def test_curves_pass_through_the_rates():
     rng = np.random.default_rng(3)
     pairs = all_pairs(PEOPLE)
-    scores, pool, grid = planted(rng, *pairs), make_pool(*pairs), np.linspace(-1, 1, 41)
-    found = pool.curves(scores, grid)
-    for place in (20, 26, 30):
-        at = pool.rates(scores, grid[place])
-        assert (found["fmr"][place], found["fnmr"][place]) == pytest.approx((at["fmr"], at["fnmr"]), abs=1e-6)
+    pool, grid = make_pool(*pairs), np.linspace(-1, 1, 65)
+    for scores in (planted(rng, *pairs), np.round(8 * planted(rng, *pairs)) / 8):  # ties at the thresholds
+        found = pool.curves(scores, grid)
+        for place in (32, 36, 40, 48):
+            at = pool.rates(scores, grid[place])
+            assert (found["fmr"][place], found["fnmr"][place]) == pytest.approx((at["fmr"], at["fnmr"]), abs=1e-6)
 
 
 def test_cohorts(tmp_path):

@@ -103,9 +103,18 @@ def test_a_bin_file_gives_the_figures_of_its_pairs(evaluate, pairs, bin_file):
 
 def test_folds_see_squared_distances(monkeypatch):
     seen = []
-    monkeypatch.setattr(metrics, "accuracy_over_folds", lambda distance, same: seen.append(distance))
-    metrics.fold_accuracy(np.array([1.0, 0.5, -1.0]), np.array([True, True, False]))
-    np.testing.assert_allclose(seen[0], [0, 1, 4])  # |a − b|² of unit vectors: 60 degrees are 1 apart
+    monkeypatch.setattr(metrics, "accuracy_over_folds", lambda distance, same, folds: seen.append(distance))
+    metrics.fold_accuracy(np.tile([1.0, 0.5], 10), np.tile([True, False], 10))
+    np.testing.assert_allclose(seen[0], [0, 1] * 10)  # |a − b|² of unit vectors: 60 degrees are 1 apart
+
+
+def test_folds_of_a_list_sorted_by_label_have_pairs_of_both_kinds(monkeypatch):
+    scores, label = np.repeat([0.9, 0.3], [70, 130]), np.repeat([True, False], [70, 130])
+    assert metrics.fold_accuracy(scores, label) == 1  # contiguous tenths would be judged by thresholds of one kind
+    seen = []
+    monkeypatch.setattr(metrics, "accuracy_over_folds", lambda distance, same, folds: seen.append(same))
+    metrics.fold_accuracy(scores, label)
+    assert [tenth.sum() for tenth in np.array_split(seen[0], 10)] == [7] * 10
 
 
 def test_saved_results_keep_their_rates(evaluate, pairs, tmp_path, capsys):
@@ -152,17 +161,53 @@ def test_images_of_both_lists_are_embedded_once(tmp_path, folders):
     assert sorted(made.faces().names)[0] == "gallery/Ann/0.png"
 
 
-def test_people_of_pairs_are_what_genuine_pairs_connect(tmp_path, capsys):
-    lines = ["a b 1", "b c 1", "d e 0", "a d 0", "c f 0", "f g 1", "a c 0"]
-    (tmp_path / "pairs.txt").write_text("".join("\t".join(line.split()) + "\n" for line in lines))
-    made = open_crops((tmp_path / "pairs.txt", tmp_path))
+@pytest.fixture
+def people_of(tmp_path):
+    """`({person: names of the images}, whether all people are known)` of lines `first second label`."""
+
+    def people(*lines):
+        (tmp_path / "pairs.txt").write_text("".join("\t".join(line.split()) + "\n" for line in lines))
+        made = open_crops((tmp_path / "pairs.txt", tmp_path))
+        faces = made.faces()
+        names, person = made.people(faces, made.pairs(faces), {}, None)
+        assert names.tolist() == sorted(set(names.tolist())) and set(person.tolist()) == set(range(len(names)))
+        found = {name: sorted(faces.names[person == row].tolist()) for row, name in enumerate(names.tolist())}
+        return found, made.people_known
+
+    return people
+
+
+def test_people_of_pairs_are_what_genuine_pairs_connect(people_of, capsys):
+    found, known = people_of("c b 1", "b a 1", "d e 0", "a d 0", "c f 0", "f g 1", "a c 0")
+    assert list(found.values()) == [["a", "b", "c"], ["d"], ["e"], ["f", "g"]] and not known
+    assert "1 impostor pairs are of images that genuine pairs connect, the first a and c" in capsys.readouterr().err
+
+
+def test_people_of_pairs_are_their_folders(people_of, capsys):
+    """As folder_to_rec.py and LFW have them: a person's images lie in one folder, or in one on each side."""
+    pairs = ["g/Ann/1 p/Ann/2 1", "g/Ann/3 p/Bob/4 0", "g/Bob/5 p/Ann/6 0", "g/Bob/7 p/Bob/8 1", "p/Cy/9 g/Bob/7 0"]
+    found, known = people_of(*pairs)
+    ann, bob = ["g/Ann/1", "g/Ann/3", "p/Ann/2", "p/Ann/6"], ["g/Bob/5", "g/Bob/7", "p/Bob/4", "p/Bob/8"]
+    assert found == {"g/Ann": ann, "g/Bob": bob, "p/Cy": ["p/Cy/9"]} and known
+    assert not capsys.readouterr().err
+
+
+def test_folders_that_a_label_contradicts_are_not_people(people_of, capsys):
+    found, known = people_of("passports/1 selfies/1 1", "passports/2 selfies/2 1", "passports/1 selfies/2 0")
+    assert list(found.values()) == [["passports/1", "selfies/1"], ["passports/2", "selfies/2"]] and not known
+    said = "1 impostor pairs lie in folders of one person, the first passports/1 and selfies/2; folders are not taken"
+    assert said in capsys.readouterr().err
+
+
+def test_an_image_that_a_bin_has_twice_is_one_persons(tmp_path, draw_crop):
+    for value in (10, 20, 30):
+        draw_crop(tmp_path / f"{value}.png", value)
+    a, b, c = ((tmp_path / f"{value}.png").read_bytes() for value in (10, 20, 30))
+    (tmp_path / "own.bin").write_bytes(pickle.dumps(([a, b, a, c, b, c], [True, False, False])))
+    made = open_bin(tmp_path / "own.bin")
     faces = made.faces()
     names, person = made.people(faces, made.pairs(faces), {}, None)
-    groups = {}
-    for name, row in zip(faces.names, person):
-        groups.setdefault(names[row], []).append(str(name))
-    assert sorted(groups.values()) == [["a", "b", "c"], ["d"], ["e"], ["f", "g"]]
-    assert "1 impostor pairs are of images that genuine pairs connect, the first a and c" in capsys.readouterr().err
+    assert person.tolist() == [0, 0, 0, 1, 0, 1] and names.tolist() == ["0", "3"] and not made.people_known
 
 
 def test_people_of_folders_keep_their_names(tmp_path, folders, draw_crop):
@@ -213,8 +258,12 @@ def test_a_report_of_folders_alone(report, folders, tmp_path):
     assert {curve["way"] for curve in found["new"][0]["refresh"]} == {"plain"}  # no pairs, so no maps of scores
     assert "TPR" not in text and "deployed threshold" not in text and not (out / "calibration.csv").exists()
     assert not (out / "thresholds.png").exists() and (out / "backfill.png").exists()
-    lines = (tmp_path / "flips.csv").read_text().splitlines()
-    assert any("probe/Ann/0.png,Ann,probe/Ann/0.png" in line for line in lines) or len(lines) == 1
+    # Degrees to the own gallery: Ann 3 and 2, Bob 12 and 32 (Cy is nearer), Cy 2; a stranger has 10. New queries lie
+    # 7 further on: 10, 9, 19, 39 and 9, and a stranger has 3.
+    lines = [line.split(",") for line in (tmp_path / "flips.csv").read_text().splitlines()]
+    assert [line[:3] + line[-1:] for line in lines if line[:2] == ["N", "cross-test"]] == [
+        ["N", "cross-test", "FPIR 0.01", f"probe/{image}.png"] for image in ("Ann/0", "Ann/1", "Cy/0")
+    ]
 
 
 def test_a_report_of_both_is_that_of_each(report, pairs, folders, tmp_path):
@@ -223,7 +272,8 @@ def test_a_report_of_both_is_that_of_each(report, pairs, folders, tmp_path):
     for key, alone in (("tpr", one), ("tpir", other)):
         for test in ("cross", "self"):
             assert both["new"][0][test][key] == alone["new"][0][test][key]
-    assert {curve["way"] for curve in both["new"][0]["refresh"]} >= {"plain"}
+    assert {curve["way"] for curve in both["new"][0]["refresh"]} == {"plain"}  # 5 impostors are too few for a map
+    assert "People are known only as images that genuine pairs connect" in text
     assert "1:1 TPR" in text and "1:N TPIR" in text and "ten-fold" in text
 
 
