@@ -29,8 +29,8 @@ class Adapter:
 
     matrix: float [new_width, old_width]. statement: what it maps, a value for each of STATED: kind ("procrustes" or
     "ridge"); of both sides the feature file, the digest of its model (None: not known) and the width; rows it was
-    fitted on, mean cosine of a mapped feature to its old one on the tenth that was held out of a first fit, strength of
-    the ridge regression (None for procrustes). path: its file, for messages.
+    fitted on, mean cosine of a mapped feature to its old one of the people held out of a first fit, strength of the
+    ridge regression (None for procrustes). path: its file, for messages.
     """
 
     matrix: np.ndarray

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -119,6 +120,27 @@ def test_the_strength_follows_the_noise():
     assert fit("ridge", new[:60], noisy[:60])[1]["strength"] > 100 * fit("ridge", new, clean)[1]["strength"]
 
 
+def test_people_are_held_out_whole(tmp_path, capsys):
+    """Few people with many images each, shuffled: what fits the same people is no measure for others."""
+    random = np.random.default_rng(11)
+    labels = random.permutation(np.repeat(np.arange(60), 20))
+    new, old = (draw(60, 24, random)[labels] + 0.05 * random.normal(size=(1200, 24)) for _ in range(2))
+    cosine = fit("ridge", new, old, labels)[1]["held_out_cosine"]
+    assert fit("ridge", new, old)[1]["held_out_cosine"] > cosine + 0.2
+    order = np.argsort(labels, kind="stable")
+    assert fit("ridge", new[order], old[order], labels[order])[1]["held_out_cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert fit("ridge", new[order], old[order])[1]["held_out_cosine"] == pytest.approx(cosine, abs=1e-6)
+
+    save_array(tmp_path / "new_label.npy", labels, "labels", records="both")
+    written = run(tmp_path, new, old, "--kind", "ridge")
+    assert written.statement["held_out_cosine"] == pytest.approx(cosine, abs=1e-4) and not capsys.readouterr().err
+    shutil.rmtree(tmp_path / "maps")
+    save_array(tmp_path / "new_label.npy", labels[1:], "labels", records="both")
+    assert "new_label.npy: 1199 rows, but the features have 1200" in refused(tmp_path, new, old, capsys)
+    save_array(tmp_path / "new_label.npy", labels, "labels", records="other")
+    assert "new_label.npy: made from another record set than" in refused(tmp_path, new, old, capsys)
+
+
 def test_a_map_that_stretches_is_found_by_ridge_alone():
     random = np.random.default_rng(5)
     new = draw(500, 8, random)
@@ -183,11 +205,12 @@ def test_slerp_keeps_float32_and_refuses_what_does_not_fit():
 
 
 def refused(folder, new, old, capsys):
-    """The one line that the command ends with."""
+    """The line that the command ends with, after a note on labels if it reads as far."""
     with pytest.raises(SystemExit) as ended:
         run(folder, new, old)
     assert ended.value.code == 1 and not (folder / "maps").exists()
-    (line,) = capsys.readouterr().err.splitlines()
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert all("no new_label.npy" in note for note in notes) and len(notes) < 2
     return line
 
 
@@ -224,7 +247,7 @@ def test_rows_that_determine_no_map(tmp_path, capsys):
     assert "do not determine a map of features of width 16" in refused(tmp_path, few, few, capsys)
     late = draw(40, 3, random)
     late[30:] = 0  # the last tenth has no old feature
-    assert "and 0 in the last tenth" in refused(tmp_path, draw(40, 3, random), late, capsys)
+    assert "and 0 held out" in refused(tmp_path, draw(40, 3, random), late, capsys)
     rows = draw(200, 3, random)
     rows[150, 1] = np.nan
     for new, old, name in ((rows, draw(200, 3, random), "new"), (draw(200, 3, random), rows, "old")):
