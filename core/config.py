@@ -95,6 +95,9 @@ _USUAL_NAMES = {
 }
 
 
+_CLOSE = 0.7  # difflib's ratio of a typo; old_embedding and embedding_size have 0.67
+
+
 class ConfigError(UserError):
     """An unusable config file, key or value. The message names the file and the key."""
 
@@ -115,11 +118,12 @@ def load_config(path, overrides=(), script=None):
         for key, value in _run(base).items():
             config[key] = _checked(key, value, declared.setdefault(key, value), base)
     layers = [] if path in bases else [(path, list(_run(path).items()))]
+    declared_in = " and ".join(str(base).removeprefix(f"{REPO}/") for base in bases)
     for where, words in (("BCT_OVERRIDES", _words_of_environment()), ("the command line", overrides)):
-        layers.append((where, list(_parse_overrides(words, where, declared))))
+        layers.append((where, list(_parse_overrides(words, where, declared, declared_in))))
     for where, layer in [_scenario_layer(config, layers, path), *layers]:
         for key, value in layer:
-            config[key] = _checked(key, value, _declared(key, declared, where), where)
+            config[key] = _checked(key, value, _declared(key, declared, where, declared_in), where)
     config.name = path.stem
     config.config_file = str(path)
     for key, (allowed, text) in RANGES.items():
@@ -203,14 +207,14 @@ def _words_of_environment():
         raise ConfigError(f"BCT_OVERRIDES={text}: {error}; close the quote") from error
 
 
-def _parse_overrides(words, where, declared):
+def _parse_overrides(words, where, declared, declared_in):
     words = list(words)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             raise ConfigError(f"{where}: unexpected {word!r}; write --key value")
         key, equals, text = word[2:].partition("=")
-        default = _declared(key, declared, where)
+        default = _declared(key, declared, where, declared_in)
         if equals or words and not words[0].startswith("--"):
             yield key, _value(text if equals else words.pop(0), default)
         elif isinstance(default, bool):
@@ -233,10 +237,11 @@ def _value(text, default):
     return text if isinstance(default, str) and not isinstance(value, str) else value  # a run named 2024
 
 
-def _declared(key, declared, where):
+def _declared(key, declared, where, declared_in):
     if key not in declared:
-        near = _USUAL_NAMES.get(key) or next(iter(difflib.get_close_matches(key, declared, n=1, cutoff=0)))
-        raise ConfigError(f"{where}: unknown key {key!r}; did you mean {near!r}? configs/base.py lists all keys")
+        near = difflib.get_close_matches(key, [*declared, *_USUAL_NAMES], 1, _CLOSE)
+        hint = f"did you mean {_USUAL_NAMES.get(near[0], near[0])!r}? " if near else ""
+        raise ConfigError(f"{where}: unknown key {key!r}; {hint}all keys are in {declared_in}")
     return declared[key]
 
 

@@ -70,8 +70,15 @@ def test_unknown_key_names_the_nearest(tmp_path):
     run = write(tmp_path, "config.batchsize = 3\n")
     with pytest.raises(ConfigError, match=r"run\.py: unknown key 'batchsize'; did you mean 'batch_size'"):
         load_config(run)
-    with pytest.raises(ConfigError, match="command line: unknown key 'learning_rte'"):
+    with pytest.raises(ConfigError, match="command line: unknown key 'learning_rte'; did you mean 'lr'"):
         load_config(write(tmp_path, ""), ["--learning_rte", "1"])
+
+
+def test_a_key_of_another_method_is_not_called_a_typo(tmp_path):
+    run = write(tmp_path, 'config.old_embedding = "f.npy"\n')
+    where = "all keys are in configs/base.py and BCT_methods/BCT/configs/base.py"
+    with pytest.raises(ConfigError, match=f"unknown key 'old_embedding'; {where}$"):
+        load_config(run, script=REPO / "BCT_methods/BCT/train.py")
 
 
 @pytest.mark.parametrize(

@@ -282,8 +282,10 @@ def test_manifests_tell_of_an_unfinished_run_and_of_another_old_model(tmp_path, 
         models[name].check_files()
     assert f"warning: {models['new'].file}: of an unfinished run, after step 7" in capsys.readouterr().err
     models["new"].warn_of_another_old_model(models["old"])
+    models["new"].warn_of_another_old_model(models["new"])  # a self-test
     models["old"].warn_of_another_old_model(models["new"])  # without a manifest nothing is known
     assert capsys.readouterr().err == ""
     models["new"].warn_of_another_old_model(models["other"])
-    said = f"warning: {models['new'].file}: trained against another old model than {models['other'].file}\n"
-    assert capsys.readouterr().err == said
+    said = capsys.readouterr().err
+    assert f"warning: {models['new'].file}: trained against another old model than {models['other'].file}, " in said
+    assert said.count("\n") == 1 and "give that old model with -m_old or --old" in said
