@@ -11,7 +11,9 @@ Row i of every file belongs to image i of that record file; a row of zeros is an
                             <name>_credible_entropy_feature.npy     bool [N], by the entropy over the classes
 """
 
+import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
@@ -23,7 +25,7 @@ import numpy as np
 from core.config import REPO
 from core.errors import UserError
 from core.files import atomic_write
-from core.manifest import digest, read_manifest, write_manifest
+from core.manifest import digest, manifest_path, read_manifest, write_manifest
 from core.rows import read_rows
 
 # Last part of a name -> (scenario directory, record file). OP (open): the new model trains on data unseen by the old
@@ -39,6 +41,7 @@ SETS = {
 
 
 OWN = "own"  # scenario directory of names without a set
+UNKNOWN = "(CONFIG | --model FILE | --features F.npy --paths P.txt)"  # what features are made from, in a command
 
 
 class FeatureError(UserError, ValueError):
@@ -74,6 +77,8 @@ class FeatureSet:
 
     def command(self, script="get_feature", options=""):
         """The command that writes this set's features (or, with another script, files derived from them)."""
+        if script == "get_feature" and not self.names_a_config() and (made_by := _command_of(self.feature)):
+            return f"python tools/get_feature/{made_by}"
         config = f" {self._config()}" if script == "get_feature" else ""
         record = " --rec REC" if script == "get_feature" and self.set is None else ""
         return f"python tools/get_feature/{script}.py{config}{options} --SD {self.name}{record}{self._place(script)}"
@@ -89,17 +94,26 @@ class FeatureSet:
 
     def names_a_config(self):
         """Whether the old model's name is that of a config."""
-        return self._config() != "CONFIG"
+        return self._config() != UNKNOWN
 
     def _config(self):
         if self.set is None:
-            return "CONFIG"
+            return UNKNOWN
         kind = self.set.rstrip("0123456789")
         for suffix in (f"_{kind}30", f"_{kind}100", f"_{self.set}", ""):
             stem = self.old_model + suffix
             for path in sorted((REPO / "configs").rglob(f"{stem}.py")):
                 return path.relative_to(REPO).as_posix()
-        return "CONFIG"
+        return UNKNOWN
+
+
+def _command_of(path):
+    """The get_feature command in the manifest of `path`, without what a launcher adds; None if it has none."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        command = json.loads(manifest_path(path).read_bytes())["command"]
+        if command.startswith("get_feature.py "):
+            return re.sub(r" --local[-_]rank[= ]\d+", "", command)
+    return None
 
 
 def _parse(path):
@@ -118,7 +132,7 @@ def command_for(path):
     """The command that writes `path`, a file in a feature_save directory, as far as its name tells."""
     parsed = _parse(path)
     if parsed is None:
-        return "python tools/get_feature/get_feature.py CONFIG --SD NAME"
+        return f"python tools/get_feature/get_feature.py {UNKNOWN} --SD NAME"
     files, what = parsed
     if what == "avg_feature":
         return files.command("get_avg_feature")
@@ -140,6 +154,21 @@ def rewrite_from_images(path):
     return f"rewrite it: {own if first == own else f'{first} && {own}'}"
 
 
+def right_file(path, record):
+    """The next step for `path`, made from another record file than `record`, of which its name may say it is not."""
+    parsed, name = _parse(path), pathlib.Path(record).name
+    if parsed is None or parsed[0].record in (None, name):
+        return rewrite_from_images(path)
+    files, what = parsed
+    kind = files.set.rstrip("0123456789")
+    fitting = sorted((one for one in SETS if SETS[one][1] == name), key=lambda one: not one.startswith(kind))
+    if fitting:
+        other = f"take {FeatureSet(f'{files.old_model}_{fitting[0]}', files.root)._path(what)}"
+    else:
+        other = f"write features of {name}: {FeatureSet(files.old_model, files.root).command()}"
+    return f"by its name it is of {files.record}: set rec to that, or {other}"
+
+
 def label_path(feature_path):
     """`..._feature.npy` -> `..._label.npy` beside it."""
     return re.sub(r"_feature\.npy$", "_label.npy", str(feature_path))
@@ -148,23 +177,24 @@ def label_path(feature_path):
 # --- Opening and saving -----------------------------------------------------------------------------------------
 
 
-def open_array(path, ndim, kind):
+def open_array(path, ndim, kind, remedy=None):
     """Memory-map a .npy file with `ndim` dimensions and a dtype of `kind` (np.floating, np.integer, np.bool_).
 
-    Raises FeatureError, with the command that writes it, if it is missing, damaged or of another shape or type.
+    Raises FeatureError with `remedy`, the next step, by default the command that writes it, if it is missing, damaged
+    or of another shape or type.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise FeatureError(f"{path}: no such file; write it: {command_for(path)}") from None
+        raise FeatureError(f"{path}: no such file; {remedy or f'write it: {command_for(path)}'}") from None
     except Exception as error:  # a damaged header can raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:
             raise FeatureError(f"{path}: cannot be read ({error.strerror}); check the path and the disk") from error
         reason = str(error).partition("\n")[0][:100]
-        raise FeatureError(f"{path}: not a readable .npy file ({reason}); {rewrite(path)}") from error
+        raise FeatureError(f"{path}: not a readable .npy file ({reason}); {remedy or rewrite(path)}") from error
     if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
         found = f"{array.dtype} {list(array.shape)}"
-        raise FeatureError(f"{path}: {found}, expected {ndim}-D {kind.__name__}; {rewrite(path)}")
+        raise FeatureError(f"{path}: {found}, expected {ndim}-D {kind.__name__}; {remedy or rewrite(path)}")
     return array
 
 
@@ -177,7 +207,7 @@ class RowFile:
     """
 
     def __init__(self, path, ndim, kind, remedy=None):
-        self.path, self.expected, self.array = path, (ndim, kind, remedy), open_array(path, ndim, kind)
+        self.path, self.expected, self.array = path, (ndim, kind, remedy), open_array(path, ndim, kind, remedy)
         self.dtype, self.shape, self.remedy = self.array.dtype, self.array.shape, remedy or rewrite(path)
         self.file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.file)

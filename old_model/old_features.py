@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from old_model.feature_set import FeatureError, RowFile, label_path, rewrite, rewrite_from_images
+from old_model.feature_set import FeatureError, RowFile, label_path, rewrite, right_file
 
 LABELS_SAMPLED = 1024  # rows whose labels are compared with the record file on opening
 FLAGS = 1 << 20  # credible flags read at once, until one is set
@@ -39,7 +39,7 @@ class OldFeatures:
         self._credible = _open("credible_old_feature", credible_path, 1, np.bool_) if credible_path else None
         for file in filter(None, (self.features, self.labels, self._credible)):
             if len(file) != len(train_set):
-                remedy = rewrite_from_images(file.path) if file is self._credible else rewrite(self.path)
+                remedy = right_file(file.path if file is self._credible else self.path, self.record)
                 raise FeatureError(
                     f"{file.path}: {len(file)} rows, but {self.record} has {len(train_set)} images: "
                     f"made from another record file; {remedy}"
@@ -59,7 +59,8 @@ class OldFeatures:
         if len(wrong):
             raise FeatureError(
                 f"{self.path}: row {rows[wrong[0]]} is of class {stored[wrong[0]]}, but in {self.record} of class "
-                f"{labels[wrong[0]]}: made from another record file; {rewrite(self.path)}"
+                f"{labels[wrong[0]]}: made from another record file; "
+                f"{right_file(self.path, self.record)}"
             )
 
     def read(self, rows, out=None):

@@ -5,7 +5,7 @@ import pathlib
 
 from core.config import PATH_KEYS
 from core.manifest import digest, read_manifest
-from old_model.feature_set import label_path, rewrite_from_images
+from old_model.feature_set import label_path, rewrite_from_images, right_file
 
 # Not made from the old model, or, center_radius, made anew by the run that finds it outdated.
 _OTHER_PATHS = ("rec", "rec_val", "output", "init_backbone", "old_model_path", "center_radius")
@@ -24,7 +24,7 @@ def made_from(cfg, train_set):
         found["init_backbone"] = digest(cfg.init_backbone)
     manifests = {key: read_manifest(path, rewrite_from_images(path)) for key, path in _files(cfg).items()}
     for manifest in manifests.values():
-        manifest.require("records", found["records"], train_set.path, rewrite_from_images(manifest.path))
+        manifest.require("records", found["records"], train_set.path, right_file(manifest.path, train_set.path))
     source = None
     if cfg.get("old_model_path") and pathlib.Path(cfg.old_model_path).is_file():
         found["old_model"], source = digest(cfg.old_model_path), f"old_model_path = {cfg.old_model_path}"

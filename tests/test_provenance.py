@@ -134,6 +134,13 @@ def test_other_people_and_another_old_model_are_refused(method, made, mine):
     start(method, mine)
 
 
+def test_a_run_on_another_set_than_the_features_is_told_both_ways_out(mine):
+    draw_record_set(mine / "dataset/ms1m-retinaface-t1/train.rec", LABELS.tolist(), seed=3)
+    step = "set rec to that, or take .*EXclass/f128_tiny_softmax_class100_feature.npy"
+    with pytest.raises(ManifestError, match=f"train.rec; by its name it is of train_part_70_class.rec: {step}"):
+        start("L2", mine, "--rec", "dataset/ms1m-retinaface-t1/train.rec")
+
+
 def test_boundaries_of_other_features_are_made_again(made, mine):
     (path,) = mine.rglob("*_center_radius.npz")
     right = path.read_bytes()

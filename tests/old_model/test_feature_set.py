@@ -1,13 +1,23 @@
 """Feature files: names, the commands that write them, and their age against the old model's."""
 
 import errno
+import json
 import os
 
 import numpy as np
 import pytest
 
+from core.manifest import manifest_path
 from old_model import feature_set
-from old_model.feature_set import FeatureError, FeatureSet, command_for, open_array, open_feature_set, save_array
+from old_model.feature_set import (
+    UNKNOWN,
+    FeatureError,
+    FeatureSet,
+    command_for,
+    open_array,
+    open_feature_set,
+    save_array,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +71,21 @@ def test_the_command_that_writes_a_file():
     )
     assert "configs/f512_r18_arc_data30.py" in command_for(FeatureSet("f512_r18_arc_data100").feature)
     assert command_for("/elsewhere/OPclass/some_old_class70_feature.npy") == (
-        "python tools/get_feature/get_feature.py CONFIG --SD some_old_class70 --feature_save /elsewhere"
+        f"python tools/get_feature/get_feature.py {UNKNOWN} --SD some_old_class70 --feature_save /elsewhere"
     )
     assert command_for("/else where/OPclass/some_old_class70_feature.npy").endswith(" --feature_save '/else where'")
-    assert command_for("old.npy") == "python tools/get_feature/get_feature.py CONFIG --SD NAME"
+    assert command_for("old.npy") == f"python tools/get_feature/get_feature.py {UNKNOWN} --SD NAME"
+
+
+def test_the_command_of_features_that_no_config_made_is_in_their_manifest(tmp_path):
+    files = FeatureSet("production_class100", tmp_path)
+    files.feature.parent.mkdir()
+    made_by = "get_feature.py --model old.onnx --SD production_class100"
+    for command in (f"get_feature.py --local-rank=0{made_by[14:]}", "other.py -f", 7):
+        manifest_path(files.feature).write_text(json.dumps({"command": command}))
+        said = made_by if "local-rank" in str(command) else "get_feature.py ("
+        assert command_for(files.label).startswith(f"python tools/get_feature/{said}")
+    assert command_for(files.credible(0.9)).startswith("python tools/get_feature/denoise_credible.py --T 0.9 --SD prod")
 
 
 def test_the_command_finds_the_old_model_of_a_workspace():
@@ -84,9 +105,9 @@ def test_the_command_omits_the_default_directory(monkeypatch, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "feature_save").symlink_to(tmp_path / "disk")
     monkeypatch.setattr(feature_set, "REPO", tmp_path)
-    assert command_for(tmp_path / "feature_save/OPclass/a_class70_feature.npy").endswith("CONFIG --SD a_class70")
+    assert command_for(tmp_path / "feature_save/OPclass/a_class70_feature.npy").endswith(f"{UNKNOWN} --SD a_class70")
     monkeypatch.chdir(tmp_path)
-    assert command_for("feature_save/OPclass/a_class70_feature.npy").endswith("CONFIG --SD a_class70")
+    assert command_for("feature_save/OPclass/a_class70_feature.npy").endswith(f"{UNKNOWN} --SD a_class70")
 
 
 # --- Opening and saving ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ WIDTH = 6
 
 
 def training_set(images=11):
-    return SyntheticDataset(num_classes=4, num_image=images)
+    return SyntheticDataset("data/train_part_70_class.rec", num_classes=4, num_image=images)
 
 
 @pytest.fixture
@@ -65,6 +65,20 @@ def test_another_length(stored, which):
     np.save(getattr(stored, which), np.load(getattr(stored, which))[:-1])
     with pytest.raises(FeatureError, match=f"{which}.npy: 10 rows.*11 images.*another record file.*get_feature.py"):
         OldFeatures(training_set(), stored.feature)
+
+
+@pytest.mark.parametrize(
+    "rec, step",
+    [
+        ("train.rec", "set rec to that, or take .*EXclass/f128_r18_softmax_class100_feature.npy$"),
+        ("train_part_30_data.rec", "set rec to that, or take .*OPdata/f128_r18_softmax_data30_feature.npy$"),
+        ("mine.rec", "set rec to that, or write features of mine.rec: .* --SD f128_r18_softmax --rec REC"),
+    ],
+)
+def test_features_of_another_set_are_not_to_be_written_again(stored, rec, step):
+    """By the name they are of one record file always: the same command would write the same rows."""
+    with pytest.raises(FeatureError, match=f"by its name it is of train_part_70_class.rec: {step}"):
+        OldFeatures(SyntheticDataset(rec, num_classes=4, num_image=12), stored.feature)
 
 
 @pytest.mark.parametrize("row", [0, 6, 10])

@@ -153,6 +153,27 @@ def test_what_get_feature_refuses(place, capsys):
     assert not (place.parent / "feature_save").exists()
 
 
+def test_the_record_file_is_that_of_the_name_or_of_rec_never_another(place, capsys):
+    data, words = place.parent / "data", [place, "--SD", "old_tiny_arc_class70"]
+    error = refused(capsys, get_feature, *words, "--rec", data / "train.rec")
+    assert "class70: names train_part_70_class.rec, --rec" in error and "feature_save/own/" in error
+    for rec in (data, data / "train_part_70_class.rec"):
+        get_feature.main([str(word) for word in (*words, "--rec", rec)])
+    assert f"wrote {place.parent}/feature_save/OPclass/old_tiny_arc_class70_feature.npy, of {data}" in (
+        capsys.readouterr().out
+    )
+    error = refused(capsys, get_feature, *words, "--rec", place.parent / "absent", "-f")
+    assert "absent/train_part_70_class.rec: no such file" in error and error.strip().endswith("/absent")
+    outside = ("--model", "m.pt", "--SD", "prod_class100", "--rec", place.parent / "absent")
+    assert "elsewhere, give --rec FILE or its directory" in refused(capsys, get_feature, *outside)
+
+
+def test_a_name_that_may_be_a_typo_is_noted(place, capsys):
+    for name, noted in (("old_tinny_arc_class70", True), ("old_tiny_arc_class70", False)):
+        get_feature.main([str(place), "--SD", name])
+        assert ("note: --SD old_tinny_arc_class70: its old model is not old_tiny" in capsys.readouterr().out) == noted
+
+
 def test_the_model_of_an_unfinished_run_is_taken_only_on_request(place, capsys):
     model, words = place.parent / "work_dirs" / place.stem / "model.pt", [place, "--SD", "old_tiny_arc_class70"]
     state = torch.load(model, weights_only=True)

@@ -154,6 +154,7 @@ def test_labels_say_that_rows_are_in_record_order(place, rows, capsys):
         (lambda rows, lines: (rows, [f"/data/{line}" for line in lines]), "whose first is 'person0/0.jpg'"),
         (lambda rows, lines: (np.where(np.arange(7)[:, None] == 2, np.nan, rows), lines), "row 2 is not finite"),
         (lambda rows, lines: (0 * rows, lines), "all rows are zero"),
+        (lambda rows, lines: (rows, lines, np.int8), "int8 [7, 5], expected 2-D floating; give an .npy of float16"),
     ],
 )
 def test_stored_features_that_do_not_fit(change, message, place, rows, capsys):
@@ -167,6 +168,15 @@ def test_images_txt_of_another_record_set_is_refused(place, rows, capsys):
     options = stored(place, rows, paths())
     error = refused(capsys, get_feature, *options, "--SD", "prod", "--rec", place, "--workspace", place)
     assert "images.txt: made from another record set" in error and "folder_to_rec.py" in error
+
+
+def test_files_that_are_not_there(place, rows, capsys):
+    options, common = stored(place, rows, paths()), ("--SD", "prod", "--rec", place, "--workspace", place)
+    (place / "images.txt").unlink()
+    assert "which folder_to_rec.py writes; for another" in refused(capsys, get_feature, *options, *common)
+    (place / "f.npy").unlink()
+    error = refused(capsys, get_feature, *options, *common)
+    assert "--features" in error and "f.npy: no such file; give an .npy of" in error and "write it" not in error
 
 
 def test_which_images_must_be_said(place, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import pathlib
 import re
 import shlex
@@ -14,16 +15,16 @@ from core.files import lock
 from core.manifest import ManifestError, digest, read_manifest
 from dataset import open_train_set
 from engine.extract import extract_features
-from old_model.feature_set import SETS, FeatureError, FeatureSet
+from old_model.feature_set import OWN, SETS, FeatureError, FeatureSet
 
 
-def make_parser(description, config_needed=True):
+def make_parser(description):
     """The arguments that the tools of this directory share."""
-    config = "config" if config_needed else "[config]"
     parser = argparse.ArgumentParser(
-        usage=f"%(prog)s {config} --SD SD [options] [--key value ...]",
+        usage="%(prog)s [config] --SD SD [options] [--key value ...]",
         description=description,
-        epilog="Any config key can be overridden: --batch_size 256 --num_workers 8.",
+        epilog="config: an old model's config, whose model.pt embeds the images unless that is done; tools that only "
+        "read features\ndo without it. Any of its keys can be overridden: --batch_size 256 --num_workers 8.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -53,7 +54,13 @@ def parse(parser, argv=None):
         words += ["--network", args.network]
     cfg = load_config(args.config or REPO / "configs" / "base.py", words)
     files = FeatureSet(args.SD, args.feature_save or pathlib.Path(cfg.workspace) / "feature_save")
-    if files.set is None and not (cfg.scenario or any(re.match("--rec(=|$)", word) for word in words)):
+    rec_given = any(re.match("--rec(=|$)", word) for word in words)
+    if rec_given and files.set and cfg.rec.endswith(".rec") and pathlib.Path(cfg.rec).name != files.record:
+        raise FeatureError(
+            f"--SD {files.name}: names {files.record}, --rec {cfg.rec} another; give --rec its directory, or drop the "
+            f"set from --SD: the files then go to feature_save/{OWN}/"
+        )
+    if files.set is None and not (cfg.scenario or rec_given):
         raise FeatureError(
             f"--SD {files.name}: names none of the sets {', '.join(SETS)}; say with --rec FILE or --scenario NAME "
             "which images it is of"
@@ -69,6 +76,8 @@ def check_name(cfg, files):
     old_model = own[1] if own else cfg.name
     if files.old_model != old_model:
         if not files.names_a_config():
+            if files.set and os.environ.get("RANK", "0") == "0":
+                print(f"note: --SD {files.name}: its old model is not {old_model}, whose config {cfg.config_file} is")
             return
         raise FeatureError(
             f"--SD {files.name}: names another model; for {cfg.config_file} use --SD {old_model}_{files.set}"
@@ -88,13 +97,15 @@ def record_path(cfg, files):
     rec = pathlib.Path(cfg.rec)
     if files.record is None:
         return rec  # named by --rec or the scenario
-    path = (rec if rec.is_dir() else rec.parent) / files.record
+    is_file = rec.suffix == ".rec" or rec.is_file() or rec.with_name(f"{rec.name}.rec").is_file()
+    path = (rec.parent if is_file else rec) / files.record
     if path.is_file():
         return path
     if files.record == "train.rec":
+        place = "give --rec FILE or its directory" if cfg.name == "base" else f"set rec in {cfg.config_file}"
         raise FeatureError(
             f"{path}: no such file; put MS1M-V3's train.rec and train.idx, as published by insightface, there, "
-            f"or set rec in {cfg.config_file} to their place"
+            f"or, if they are elsewhere, {place}"
         )
     raise FeatureError(
         f"{path}: no such file; run: python tools/split_dataset/split_dataset_ms1mv3.py --root {path.parent}"
@@ -156,7 +167,7 @@ def extract(cfg, files, args):
             num_workers=cfg.num_workers,
             made_from={"model": model_digest, "network": cfg.network},
         )
-    say(f"wrote {files.feature}")
+    say(f"wrote {files.feature}, of {rec}")
 
 
 def _load_model(cfg, path, device, unfinished):

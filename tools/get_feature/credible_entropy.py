@@ -100,7 +100,7 @@ def _entropy(rows, means, squares, variance):
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, config_needed=False)
+    parser = make_parser(__doc__)
     with report_errors():
         args, cfg, files = parse(parser, argv)
         _, _, device = distributed.init_distributed()

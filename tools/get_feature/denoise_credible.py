@@ -92,7 +92,7 @@ def scaled_distances(features, position, num_classes):
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, config_needed=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--T", type=float, default=0.9, help="credible share of each class, in (0, 1] (default: 0.9)")
     with report_errors():
         args, cfg, files = parse(parser, argv)

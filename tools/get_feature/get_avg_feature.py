@@ -43,7 +43,7 @@ def class_means(features, labels, num_classes=None):
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, config_needed=False)
+    parser = make_parser(__doc__)
     with report_errors():
         args, cfg, files = parse(parser, argv)
         distributed.init_distributed()

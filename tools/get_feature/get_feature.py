@@ -51,7 +51,7 @@ def extract_outside(args, cfg, files):
     say(f"extracting, {model_file.preprocessing}: {reason}")
     with locked(files):
         outside.embed(model_file, facts, train_set, files, cfg, device)
-    say(f"wrote {files.feature}")
+    say(f"wrote {files.feature}, of {train_set.path}")
 
 
 def import_stored(args, cfg, files):
@@ -60,12 +60,13 @@ def import_stored(args, cfg, files):
     if distributed.world_size() > 1:
         raise FeatureError("--features: one process puts stored features in order; start it with python")
     with locked(files):
-        outside.take_stored(args, open_train_set(record_path(cfg, files)), files)
-    say(f"wrote {files.feature}")
+        train_set = open_train_set(record_path(cfg, files))
+        outside.take_stored(args, train_set, files)
+    say(f"wrote {files.feature}, of {train_set.path}")
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, config_needed=False)
+    parser = make_parser(__doc__)
     outside.add_arguments(parser)
     with report_errors():
         args, cfg, files = parse(parser, argv)

@@ -70,7 +70,7 @@ def take_stored(args, train_set, files):
 
     Raises FeatureError for rows that do not belong to these images, and for rows that are not finite.
     """
-    stored = open_array(args.features, 2, np.floating)
+    stored = _open("--features", args.features, 2, np.floating, "float16, float32 or float64, int8 times its scale")
     if not len(stored):
         raise FeatureError(f"--features {args.features}: has no rows")
     row_of = rows_by_label(args, stored, train_set) if args.labels else rows_by_path(args, stored, train_set)
@@ -112,9 +112,16 @@ def take_stored(args, train_set, files):
         print(f"{without} of {len(norms)} images have no feature: their rows are zero, and they have no old-side term")
 
 
+def _open(option, path, ndim, kind, what):
+    try:
+        return open_array(path, ndim, kind, f"give an .npy of {what}, {'[rows, width]' if ndim == 2 else '[rows]'}")
+    except FeatureError as error:
+        raise FeatureError(f"{option} {error}") from error
+
+
 def rows_by_label(args, stored, train_set):
     """Row i is image i; every label is compared."""
-    labels, own = open_array(args.labels, 1, np.integer), train_set.labels()
+    labels, own = _open("--labels", args.labels, 1, np.integer, "integers"), train_set.labels()
     for name, count in (("--features", len(stored)), ("--labels", len(labels))):
         if count != len(own):
             path = getattr(args, name[2:])
@@ -134,6 +141,11 @@ def rows_by_label(args, stored, train_set):
 def rows_by_path(args, stored, train_set):
     """int64 [N]: the row of each image's feature, found by its line in images.txt; NO_ROW if it has none."""
     beside = pathlib.Path(train_set.path).with_name("images.txt")
+    if not beside.is_file():
+        raise FeatureError(
+            f"--paths: needs {beside}, which folder_to_rec.py writes; for another record file put the features into "
+            "its order, and give --labels"
+        )
     own, given = keys_of_lines(beside), keys_of_lines(args.paths)
     again = "write both again with tools/make_dataset/folder_to_rec.py"
     read_manifest(beside, again).require("records", train_set.digest(), train_set.path, again)
