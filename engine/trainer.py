@@ -271,6 +271,12 @@ class Trainer:
         exchange = last or self.world_size == 1
         with contextlib.nullcontext() if exchange else self.backbone.no_sync():
             terms = self.losses(batch)
+            for name, term in terms.items():
+                if term.ndim:
+                    raise UserError(
+                        f"{type(self).__name__}.losses: {name!r} has shape {list(term.shape)}; a term is a scalar: "
+                        "take its mean, and of that global_mean"
+                    )
             self.monitor.update(self.step, terms, batch.index)
             self.scaler.scale(sum(terms.values()) / self.cfg.gradient_acc).backward()
 

@@ -145,6 +145,15 @@ def test_modules_of_a_method_train_and_are_saved(tmp_path, rec):
     assert not any("shift" in key for key in torch.load(tmp_path / "run/model.pt", weights_only=True))
 
 
+def test_a_term_of_each_image_is_refused_by_name(tmp_path, rec):
+    class PerImage(Plain):
+        def losses(self, batch):
+            return super().losses(batch) | {"pull": self.backbone(batch.images).norm(dim=1)}
+
+    with pytest.raises(UserError, match=r"PerImage.losses: 'pull' has shape \[\d+\]; a term is a scalar: take"):
+        PerImage(load_config(config(tmp_path, rec))).train()
+
+
 def test_margins_of_a_config(tmp_path):
     def margin(*words):
         return margin_loss(load_config("configs/base.py", words))
