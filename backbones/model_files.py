@@ -60,6 +60,8 @@ class ModelFile:
             return "onnx"
         if "," in self.file and re.fullmatch("[0-9]{1,9}", self.file.rsplit(",", 1)[1]):
             return "mxnet"
+        if os.path.isdir(self.file):
+            raise BackboneError(f"{self.file}: is a directory; name the file in it, such as {self.file}/model.pt")
         raise BackboneError(
             f"{self.file}: unknown kind of model; use x.pt, x.pth, x.safetensors, x.onnx, or MXNet's prefix,epoch"
         )
@@ -73,7 +75,10 @@ class ModelFile:
         return [pathlib.Path(f"{prefix}-symbol.json"), pathlib.Path(f"{prefix}-{int(epoch):04d}.params")]
 
     def check_files(self):
-        """BackboneError if a file is missing; a line on stderr if its manifest says that its run is unfinished."""
+        """BackboneError if a file is missing, or has a network of its own beside `network`; a line on stderr if its
+        manifest says that its run is unfinished."""
+        if self.network and self.kind != "torch":
+            raise BackboneError(f"network {self.network}: is for state dicts, {self.file} has its own; leave it out")
         for path in self.paths:
             if not os.path.isfile(path):
                 raise BackboneError(f"{path}: no such model file; check the path")

@@ -71,6 +71,8 @@ def test_every_form_of_a_path_opens_the_set(tmp_path, make_record_set):
     for absent in ("absent", "absent/" * 9, "a" * 300):
         with pytest.raises(FileNotFoundError, match="neither a .rec file"):
             open_train_set(tmp_path / absent)
+    with pytest.raises(RecordError, match="train.idx: is an index; give the .rec file beside it"):
+        open_train_set(tmp_path / "train.idx")
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,8 @@ def main(argv=None):
         "--crops",
         type=expand,
         metavar="PLACE",
-        help=f"a .rec or a folder of 112×112 crops to compare on (default: {usual})",
+        help=f"a .rec or a folder of 112×112 crops to compare on (default: {usual.relative_to(REPO)} if it is there, "
+        "else noise)",
     )
     with report_errors():
         args = parser.parse_args(argv)

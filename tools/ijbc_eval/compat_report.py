@@ -59,15 +59,15 @@ def parse_arguments(argv=None):
     help_old = "the model that embedded the gallery, or its stored features of all images, x.npy with --old_labels"
     add("--old", metavar="MODEL", help=help_old)
     add("--old_net", metavar="NET", help="its backbone, e.g. r18 (default: found by its keys)")
-    help_new = "a new model; repeat for more"
-    add("--new", action="append", default=[], metavar="NAME=MODEL[:NET]", help=help_new)
+    help_new = "a new model, by default named after its file or folder; repeat for more"
+    add("--new", action="append", default=[], metavar="[NAME=]MODEL[:NET]", help=help_new)
     add("--independent", metavar="[NAME=]MODEL[:NET]", help="a new model trained without the old one: the ceiling")
     help_new_net = "backbone of new and independent models given without NET (default: found by their keys)"
     help_chain = (
         "instead of all these: versions of one system, the oldest first: which search which galleries, and a gallery "
         "that all have written"
     )
-    add("--chain", nargs="+", metavar="NAME=MODEL[:NET]", help=help_chain)
+    add("--chain", nargs="+", metavar="[NAME=]MODEL[:NET]", help=help_chain)
     add("--new_net", metavar="NET", help=help_new_net)
     help_adapter = (
         "a map of fit_adapter.py for the queries of MODEL, one of the names above: a row of the report, and one of the "
@@ -84,8 +84,8 @@ def parse_arguments(argv=None):
     help_threshold = "the deployed threshold, a cosine (default: that of --fpr on old/old)"
     add("--threshold", type=float, metavar="T", help=help_threshold)
     help_cohorts = (
-        "error rates by group: a text file with a line `subject group` for each SUBJECT_ID (own "
-        "sets: folder, then a tab)"
+        "error rates by group: a text file with a line `subject group` for each SUBJECT_ID (own sets: "
+        "`folder<TAB>group`)"
     )
     add("--cohorts", type=expand, metavar="FILE", help=help_cohorts)
     help_order = (
@@ -107,20 +107,22 @@ def parse_arguments(argv=None):
         parser.error("--threshold must be a cosine, from -1 to 1")
     if arguments.chain:
         names = "old", "new", "independent", "adapter", "threshold", "cohorts", "order", "flips", "old_labels"
-        given = [f"--{name}" for name in names if getattr(arguments, name)]
+        given = [f"--{name}" for name in names if getattr(arguments, name) not in (None, [])]
         if given or len(arguments.chain) < 2:
             parser.error(f"--chain takes two or more versions and goes without {' '.join(given) or '--old and --new'}")
     elif not (arguments.old and arguments.new):
-        parser.error("give --old MODEL and --new NAME=MODEL, or --chain")
+        parser.error("give --old MODEL and --new MODEL, or --chain")
     return arguments
 
 
 def parse_model(text, network):
-    """`NAME=MODEL[:NET]` -> (name, ModelFile); without NAME= the name comes from the file."""
+    """`[NAME=]MODEL[:NET]` -> (name, ModelFile); without NAME= the name comes from the file."""
     name, file = split_name(text)
     path, colon, ending = file.rpartition(":")
     if colon and ending and "/" not in ending and "." not in ending:
         file, network = path, ending
+    elif ModelFile(file).kind != "torch":
+        network = None  # --new_net is for the others
     model = ModelFile(file, network)
     return name or model.name, model
 

@@ -139,8 +139,8 @@ def caveats(report):
         )
     if not data.get("threshold_claimed", True):
         lines.append(
-            f"Fewer than {FEWEST} of the {data['impostors_fitted']} impostor pairs that maps are fitted on are above "
-            "the deployed threshold: nothing is claimed of mapped scores there."
+            f"No score map at the deployed threshold: of the {data['impostors_fitted']} impostor pairs that it is "
+            f"fitted on fewer than {FEWEST} are above it; mapped FMR and FNMR are left out."
         )
     if data["without_cohort"]:
         lines.append(f"{data['without_cohort']} of {data['subjects']} subjects are in no cohort.")

@@ -172,10 +172,20 @@ class LooseCrops(Images):
 
 
 class Crops(Images):
-    """Aligned crops in files of their own."""
+    """Aligned crops in files of their own. pairs: (list, ROOT) where a list names them."""
 
     remedy = "this takes aligned faces, as tools/make_dataset/folder_to_rec.py writes them: align or remove these"
     _made_with = b"aligned crops"
+
+    def __init__(self, folder, names, pairs=None):
+        super().__init__(folder, names)
+        self.pairs = pairs
+
+    def missing(self, row):
+        if not self.pairs:
+            return super().missing(row)
+        listed, root = self.pairs
+        return EvalError(f"{self.path(row)}: no such image; --pairs {listed} has it, below ROOT {root}: correct one")
 
 
 class BinCrops(Crops):

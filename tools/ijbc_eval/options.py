@@ -183,6 +183,8 @@ def open_set(arguments, old=None):
     if arguments.bin:
         if arguments.pairs or probe:
             raise EvalError("--bin is a set of its own; give it without --pairs, --gallery and --probe")
+        if not arguments.bin.is_file():
+            raise EvalError(f"--bin {arguments.bin}: no such file; check the path")
         return open_bin(arguments.bin)
     if arguments.pairs or probe:
         return open_crops(arguments.pairs, gallery, probe, enrolled)

@@ -177,7 +177,7 @@ def open_crops(pairs=None, gallery=None, probe=None, enrolled=None):
         people_of["gallery"] = np.arange(len(enrolled)), enrolled
     paired = _read_pairs(*pairs, root, rows) if pairs else None
     name, source = os.path.basename(root) or "own", pathlib.Path(pairs[0] if pairs else root).resolve()
-    return CropSet(name, source, Crops(root, np.array(list(rows))), paired, people_of, enrolled is not None)
+    return CropSet(name, source, Crops(root, np.array(list(rows)), pairs), paired, people_of, enrolled is not None)
 
 
 def _listed(side, folder, root, rows):
@@ -205,7 +205,8 @@ def _read_pairs(path, folder, root, rows):
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"--pairs {path}: cannot be read ({error}); give a text file of pairs and their ROOT") from None
+        why = getattr(error, "strerror", error)
+        raise EvalError(f"--pairs {path}: cannot be read ({why}); give a text file of pairs and their ROOT") from None
     above = os.path.relpath(os.path.abspath(folder), root)
     found = []
     for number, line in enumerate(lines, 1):

@@ -58,7 +58,8 @@ def _read_order(path, rows, evaluation):
         lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EvalError(
-            f"{path}: cannot be read ({error}); --order takes {', '.join(KINDS)} or a text file of template ids"
+            f"{path}: cannot be read ({getattr(error, 'strerror', error)}); --order takes {', '.join(KINDS)} or a text "
+            "file of template ids"
         ) from None
     numbers, fields_of_first = {}, None
     for number, line in enumerate(lines, 1):

@@ -87,7 +87,8 @@ class StoredFeatures:
             try:
                 names = np.array(path.read_text(encoding="utf-8-sig").splitlines(), str)
             except (OSError, UnicodeDecodeError) as error:
-                raise EvalError(f"--old_labels {path}: cannot be read ({error}); give a line for each row") from None
+                why = getattr(error, "strerror", error)
+                raise EvalError(f"--old_labels {path}: cannot be read ({why}); give a line for each row") from None
         if names.shape != (len(self.rows),):
             raise EvalError(
                 f"--old_labels {path}: {len(names)} labels, but {self.file} has {len(self.rows)} rows; give one a row"

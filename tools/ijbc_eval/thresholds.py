@@ -179,10 +179,12 @@ def read_cohorts(path, subjects, separator=None):
 
     The group of a subject without a line is −1; lines of other subjects are ignored. EvalError for any other line.
     """
+    expected = "`folder<TAB>group`" if separator else "`subject group`"
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"{path}: cannot be read ({error}); --cohorts takes lines of `subject group`") from None
+        why = getattr(error, "strerror", error)
+        raise EvalError(f"{path}: cannot be read ({why}); --cohorts takes lines of {expected}") from None
     group_of = {}
     for number, line in enumerate(lines, 1):
         fields = line.split(separator, 1) if separator else line.replace(",", " ").split(maxsplit=1)
@@ -190,13 +192,15 @@ def read_cohorts(path, subjects, separator=None):
         if not line.strip() or not fields or (number == 1 and not known):
             continue
         if len(fields) < 2 or not known:
-            raise EvalError(f"{path} line {number}: expected `subject group`, found {line.strip()[:80]!r}; correct it")
+            raise EvalError(f"{path} line {number}: expected {expected}, found {line.strip()[:80]!r}; correct it")
         subject, group = fields[0] if separator else int(fields[0]), fields[1].strip()
         if group_of.setdefault(subject, group) != group:
             raise EvalError(
                 f"{path} line {number}: subject {subject} is in {group!r} here and in {group_of[subject]!r} above; "
                 "correct one of the lines"
             )
+    if not group_of:
+        raise EvalError(f"{path}: is empty; --cohorts takes a line {expected} for each person")
     known = {subject: group_of[subject] for subject in subjects.tolist() if subject in group_of}
     if not known:
         raise EvalError(

@@ -206,8 +206,13 @@ def make(root, out, landmarks=None, resize=False, val=0.0, skip=None, seed=0, wo
 
 
 def _listed_for_skip(path):
-    with open(path, "rb") as file:
-        return frozenset(line.rstrip(b"\r\n").split(b"\t")[0] for line in file)
+    try:
+        with open(path, "rb") as file:
+            return frozenset(line.rstrip(b"\r\n").split(b"\t")[0] for line in file)
+    except OSError as error:
+        raise FolderError(
+            f"--skip {path}: cannot be read ({error.strerror}); it is the list OUT_unusable.txt that this tool writes"
+        ) from None
 
 
 def _refuse(conversion, out):

@@ -350,7 +350,7 @@ def test_caveats(report):
     assert "--protocol published" in read and nowhere.startswith("9 probes are of people in no gallery")
     assert "not a single error" in lines[0] and "not a single error" not in fpr
     said = compat_text.caveats({**report, "data": {**data, "bootstrap": 0, "threshold_claimed": False}})
-    assert "--bootstrap 0" in said[0] and "nothing is claimed" in said[-1]
+    assert "--bootstrap 0" in said[0] and "No score map at the deployed" in said[-1]
 
 
 def test_a_published_fpir_that_nobody_may_pass(report):

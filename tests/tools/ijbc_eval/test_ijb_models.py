@@ -14,6 +14,7 @@ from backbones import model_files as models
 from backbones.model_files import ModelFile, Preprocessing
 from core.files import atomic_write
 from core.manifest import digest, write_manifest
+from tools.ijbc_eval import compat_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -45,6 +46,16 @@ def test_mxnet_file_names():
 def test_unknown_kinds(file):
     with pytest.raises(BackboneError, match="unknown kind"):
         load_model(ModelFile(file))
+
+
+def test_a_directory_and_a_network_beside_a_graph_are_refused(tmp_path):
+    with pytest.raises(BackboneError, match=f"{tmp_path}: is a directory; name the file in it, such as .*/model.pt"):
+        load_model(ModelFile(str(tmp_path)))
+    (tmp_path / "x.onnx").touch()
+    with pytest.raises(BackboneError, match="network r50: is for state dicts, .*x.onnx has its own; leave it out"):
+        load_model(ModelFile(str(tmp_path / "x.onnx"), "r50"))
+    _, model = compat_report.parse_model(f"a={tmp_path}/x.onnx", "r50")  # --new_net is for the others
+    assert model.network is None
 
 
 def test_state_dict_input_and_output(shared_models, shared_plain):

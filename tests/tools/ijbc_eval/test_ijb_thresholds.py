@@ -157,11 +157,12 @@ def test_cohorts(tmp_path):
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
+        ("", "is empty; --cohorts takes a line `subject group` for each person"),
         ("3 a\n5\n", "line 2: expected `subject group`, found '5'"),
         ("3 a\nx b\n", "line 2: expected `subject group`"),
         ("3 a\n5 b\n3 b\n", "line 3: subject 3 is in 'b' here and in 'a' above"),
         ("4000 a\n", "none of its 1 subjects is evaluated"),
-        (None, "cannot be read"),
+        (None, r"cannot be read \(No such file or directory\); "),
     ],
 )
 def test_wrong_cohorts(tmp_path, text, pattern):
@@ -170,3 +171,10 @@ def test_wrong_cohorts(tmp_path, text, pattern):
         path.write_text(text)
     with pytest.raises(EvalError, match=rf"groups\.txt.*{pattern}"):
         read_cohorts(path, np.array([3, 4, 5]))
+
+
+def test_cohorts_of_folders_are_parted_by_a_tab(tmp_path):
+    path = tmp_path / "groups.txt"
+    path.write_text("Person 01 A\n")
+    with pytest.raises(EvalError, match="line 1: expected `folder<TAB>group`, found 'Person 01 A'"):
+        read_cohorts(path, np.array(["Person 01"]), "\t")

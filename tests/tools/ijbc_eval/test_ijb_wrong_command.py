@@ -178,6 +178,9 @@ def test_wrong_cohorts_and_thresholds(report_options, nothing_is_embedded, capsy
     with pytest.raises(SystemExit):
         compat_report.main([*report_options, "--threshold", "42"])
     assert "--threshold must be a cosine" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compat_report.main(["--chain", "a.pt", "b.pt", "--threshold", "0"])
+    assert "--chain takes two or more versions and goes without --threshold" in capsys.readouterr().err
 
 
 def header_of_a_huge_array():
