@@ -78,7 +78,7 @@ class ModelFile:
         """BackboneError if a file is missing, or has a network of its own beside `network`; a line on stderr if its
         manifest says that its run is unfinished."""
         if self.network and self.kind != "torch":
-            raise BackboneError(f"network {self.network}: is for state dicts, {self.file} has its own; leave it out")
+            raise BackboneError(f"{self.file}: has its own network; leave out {self.network}, state dicts need one")
         for path in self.paths:
             if not os.path.isfile(path):
                 raise BackboneError(f"{path}: no such model file; check the path")

@@ -59,8 +59,7 @@ class OldFeatures:
         if len(wrong):
             raise FeatureError(
                 f"{self.path}: row {rows[wrong[0]]} is of class {stored[wrong[0]]}, but in {self.record} of class "
-                f"{labels[wrong[0]]}: made from another record file; "
-                f"{right_file(self.path, self.record)}"
+                f"{labels[wrong[0]]}: made from another record file; {right_file(self.path, self.record)}"
             )
 
     def read(self, rows, out=None):

@@ -171,7 +171,7 @@ def test_the_record_file_is_that_of_the_name_or_of_rec_never_another(place, caps
 def test_a_name_that_may_be_a_typo_is_noted(place, capsys):
     for name, noted in (("old_tinny_arc_class70", True), ("old_tiny_arc_class70", False)):
         get_feature.main([str(place), "--SD", name])
-        assert ("note: --SD old_tinny_arc_class70: its old model is not old_tiny" in capsys.readouterr().out) == noted
+        assert ("note: --SD old_tinny_arc_class70 names old_tinny_arc, but" in capsys.readouterr().out) == noted
 
 
 def test_the_model_of_an_unfinished_run_is_taken_only_on_request(place, capsys):

@@ -77,7 +77,7 @@ def check_name(cfg, files):
     if files.old_model != old_model:
         if not files.names_a_config():
             if files.set and os.environ.get("RANK", "0") == "0":
-                print(f"note: --SD {files.name}: its old model is not {old_model}, whose config {cfg.config_file} is")
+                print(f"note: --SD {files.name} names {files.old_model}, but the model is that of {cfg.config_file}")
             return
         raise FeatureError(
             f"--SD {files.name}: names another model; for {cfg.config_file} use --SD {old_model}_{files.set}"
