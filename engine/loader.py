@@ -4,19 +4,17 @@ Workers decode a whole batch into one uint8 tensor; mirroring and normalisation 
 Order and mirroring depend only on (seed, epoch): they are the same for any number of ranks and for a resumed run.
 """
 
-import sys
-import traceback
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from core.distributed import is_main, to_device
 from core.errors import UserError
 from dataset import IMAGE_SHAPE, to_input
 from engine.monitor import log
 from engine.order import RowsInOrder, ShuffledRows
-from engine.workers import FileSize, WorkerError, Workers, start_worker
+from engine.workers import FileSize, Workers, shared_slots
 from recordio import RecordError
 
 
@@ -48,29 +46,17 @@ class OldRows:
         return self.old.read_credible(rows) & out.any(axis=1)
 
 
-class _Batches(Dataset):
+class _Batches:
     """Runs in the workers: fills a slot of memory, shared with the main process, with a batch.
-
-    Slots are reused: a new one per batch would cost a fifth of a worker's time in page faults, and file descriptors.
-    Raises WorkerError if there is no room for them.
 
     A record file that was truncated or overwritten is detected before each batch, and named where a read fails.
     """
 
-    def __init__(self, dataset, file, slots, batch_size, num_workers, old):
+    def __init__(self, dataset, file, batch_size, num_workers, old):
         self.dataset, self.file, self.old = dataset, file, old
-        self.images = torch.empty((slots, batch_size, *IMAGE_SHAPE), dtype=torch.uint8)
-        self.old_rows = torch.empty((slots, batch_size, old.width if old else 0))
-        size = self.images.nbytes + self.old_rows.nbytes
-        try:
-            for memory in (self.images, self.old_rows):
-                if num_workers and memory.numel():
-                    memory.share_memory_()
-        except RuntimeError as error:
-            raise WorkerError(
-                f"num_workers = {num_workers} needs {size >> 20} MB of shared memory on each rank "
-                f"({str(error).splitlines()[0]}): enlarge /dev/shm (docker: --shm-size=8g) or lower num_workers"
-            ) from error
+        self.images = shared_slots(num_workers, (batch_size, *IMAGE_SHAPE), np.uint8)
+        width = max(old.width if old else 0, 1)  # an empty one cannot be shared
+        self.old_rows = shared_slots(num_workers, (batch_size, width), np.float32)
 
     def __getitem__(self, item):
         slot, rows, mirrored = item
@@ -101,36 +87,17 @@ class _Slots:
         return ((i % self.slots, *step) for i, step in enumerate(self.plan))
 
 
-def _unchanged(batch):
-    return batch
-
-
 class _Loader:
     """Batches of the rows in `plan`, decoded by worker processes, on the device."""
 
-    def __init__(self, dataset, plan, device, num_workers, old=None, prefetch=2):
+    def __init__(self, dataset, plan, device, num_workers, old=None):
         if plan.batch_size < 1:
             raise ValueError(f"batch_size = {plan.batch_size} must be at least 1")
         self.dataset, self.device = dataset, torch.device(device)
         self._plan, self._stream, self._told = plan, None, False
-        # A DataLoader keeps `prefetch` batches per worker in progress; one more is in use here.
-        slots = num_workers * prefetch + 1
         file = FileSize(dataset.path)
-        self._shared = _Batches(dataset, file, slots, plan.batch_size, num_workers, old)
-        self._workers = Workers(file, num_workers)
-        self._batches = DataLoader(
-            self._shared,
-            batch_size=None,
-            sampler=_Slots(plan, slots),
-            num_workers=num_workers,
-            collate_fn=_unchanged,
-            worker_init_fn=start_worker,
-            prefetch_factor=prefetch if num_workers else None,
-            persistent_workers=num_workers > 0,
-            # Forked, they share the index in memory and start at once, with one thread: see workers.start_worker.
-            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # else every epoch would draw from the training's generator
-        )
+        self._shared = _Batches(dataset, file, plan.batch_size, num_workers, old)
+        self._workers = Workers(self._shared, _Slots(plan, len(self._shared.images)), file, num_workers)
 
     def __len__(self):
         """Steps per full epoch, the same on every rank."""
@@ -140,17 +107,13 @@ class _Loader:
         return self._one_ahead() if self.device.type == "cuda" else map(self._on_device, self._filled())
 
     def _filled(self):
-        try:
-            for batch in self._workers.received(self._batches):
-                if isinstance(batch, UserError):
+        for batch in self._workers.received():
+            if isinstance(batch, UserError):
+                try:
                     raise batch
-                yield batch
-        except Exception as error:
-            # Its frames and the DataLoader's iterator reference each other. Workers forked later would inherit that
-            # garbage and, on collecting it, wait five seconds for each of its processes, which are not their children.
-            batch = None
-            traceback.clear_frames(error.__traceback__)
-            raise
+                finally:
+                    del batch  # in a cycle with its traceback it would keep the workers until some later collection
+            yield batch
 
     def _on_device(self, filled):
         """The Batch, copied out of its slot, which the workers will overwrite."""
@@ -211,9 +174,8 @@ class TrainLoader(_Loader):
     seed: >= 0, the same on every rank.
     old: `OldRows` of the training set; None = batches without old features.
 
-    Raises `WorkerError` if shared memory is too small. Iterating raises `RecordError` for a damaged record or a
-    truncated file, `FeatureError` for old features that cannot be read or belong to another record file, and
-    `WorkerError` for a dead worker.
+    Iterating raises `RecordError` for a damaged record or a truncated file, `FeatureError` for old features that cannot
+    be read or belong to another record file, and `WorkerError` for a worker that cannot start or has died.
     """
 
     def __init__(self, dataset, batch_size, device, num_workers=2, seed=0, rank=0, world_size=1, old=None):

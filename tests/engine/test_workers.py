@@ -1,6 +1,7 @@
-"""Data workers: errors on a lost file, a dead worker and a full /dev/shm; who ends the workers."""
+"""Data workers: errors on a lost file and a dead worker; what they share with their parent; who ends them."""
 
 import errno
+import gc
 import os
 import select
 import signal
@@ -108,7 +109,7 @@ def test_a_disk_that_is_gone(rec, monkeypatch):
     "number, message",
     [
         (signal.SIGKILL, "killed by SIGKILL.*memory.*lower num_workers = 2"),
-        (signal.SIGBUS, r"SIGBUS, but .*train\.rec has not changed.*/dev/shm.*lower num_workers = 2.*dmesg"),
+        (signal.SIGBUS, "died of SIGBUS.*dmesg.*num_workers = 0"),
         (signal.SIGSEGV, "died of SIGSEGV.*num_workers = 0"),
     ],
 )
@@ -142,17 +143,62 @@ def test_a_bug_in_a_worker_stays_what_it_is():
         list(ExtractLoader(Broken(num_classes=2, num_image=8), 4, "cpu", 1))
 
 
-def test_too_little_shared_memory(monkeypatch):
-    def full(_):
-        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)\nframes")
+def test_workers_that_cannot_start_are_one_line(rec, monkeypatch):
+    def refuse():
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    data = SyntheticDataset(num_classes=2, num_image=900)
-    with pytest.raises(
-        WorkerError, match=r"num_workers = 4 needs 129 MB .*No space left on device \(28\)\):.*/dev/shm"
-    ):
-        TrainLoader(data, 400, "cpu", 4)
-    assert len(list(TrainLoader(data, 400, "cpu", 0))) == 2  # needs none
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(WorkerError, match=r"num_workers = 2: cannot be started \(.*unavailable\); start fewer"):
+        begun(RecordDataset(rec))
+
+
+def test_nothing_goes_through_dev_shm(rec, monkeypatch):
+    """A container has 64 MB of it, and a tensor that a worker cannot send keeps the main process waiting for ever."""
+
+    def refuse(*_):
+        os._exit(9)
+
+    for how in ("_share_fd_cpu_", "_share_filename_cpu_", "share_memory_"):
+        monkeypatch.setattr(torch.UntypedStorage, how, refuse, raising=False)
+    assert len(list(TrainLoader(RecordDataset(rec), 6, "cpu", 1))) == 10
+
+
+class Session:
+    """In a cycle, so that only a collection ends it; notes in which process."""
+
+    def __init__(self, folder):
+        self.folder, self.itself = folder, self
+
+    def __del__(self):
+        (self.folder / str(os.getpid())).touch()
+
+
+def test_workers_collect_nothing_of_their_parents(rec, tmp_path, monkeypatch):
+    """What waits for a thread in its destructor, as a session of ONNX Runtime's, would wait for ever in a fork."""
+
+    class Collecting(RecordDataset):
+        def fill(self, rows, images):
+            assert gc.isenabled() and gc.get_freeze_count()
+            return super().fill(rows, images)
+
+    def fork(real=os.fork):
+        pid = real()
+        if pid == 0:
+            gc.set_threshold(1)  # where collections are enabled, now
+        return pid
+
+    monkeypatch.setattr(os, "fork", fork)
+    ended_in, before = tmp_path / "ended_in", gc.get_threshold()
+    ended_in.mkdir()
+    gc.set_threshold(0)
+    try:
+        Session(ended_in)
+        assert len(list(begun(Collecting(rec))[1])) == 9 and gc.isenabled()
+        assert not list(ended_in.iterdir())
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert [path.name for path in ended_in.iterdir()] == [str(os.getpid())]
 
 
 # --- Whose SIGTERM counts ----------------------------------------------------------------------------------------

@@ -6,19 +6,17 @@ import functools
 import hashlib
 import json
 import math
-import mmap
 import os
 import pathlib
 import sys
 import zlib
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from backbones.model_files import Preprocessing, load_model
 from core.files import remove_leftovers, reserve
-from engine.workers import FileSize, WorkerError, Workers, start_worker
+from engine.workers import FileSize, Workers, shared_slots
 from tools.ijbc_eval.align import SIZE
 from tools.ijbc_eval.files import EvalError, sha256_of, writing
 from tools.ijbc_eval.images import UnusableImage
@@ -39,21 +37,14 @@ class Embeddings:
     bad: np.ndarray
 
 
-class ImageBatches(torch.utils.data.Dataset):
+class ImageBatches:
     """Item i: reads the i-th batch of an images.Images into a slot of memory shared with the main process, and says why
     images failed.
-
-    Slots are anonymous memory where processes can share it: /dev/shm, through which tensors would be sent, has 64 MB in
-    a container, and a full one stops the workers for good.
     """
 
-    def __init__(self, source, batch_size, slots):
+    def __init__(self, source, batch_size, workers):
         self.source, self.batch_size = source, batch_size
-        shape = slots, batch_size, SIZE, SIZE, 3
-        if sys.platform == "linux":
-            self.slots = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
-        else:
-            self.slots = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        self.slots = shared_slots(workers, (batch_size, SIZE, SIZE, 3), np.uint8)
 
     def __len__(self):
         return -(-len(self.source) // self.batch_size)
@@ -78,27 +69,10 @@ def image_batches(source, batch_size, workers):
     images: uint8 [b, 112, 112, 3], RGB, black where its reason, why an image is unusable, is not "".
     Raises WorkerError if a worker cannot start or dies.
     """
-    ahead = 2  # batches per worker; one more is in use here
-    try:
-        dataset = ImageBatches(source, batch_size, workers * ahead + 1)
-        loader = torch.utils.data.DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=start_worker,
-            prefetch_factor=ahead if workers else None,
-            persistent_workers=workers > 0,  # else one that has done its share would pass for dead
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        )
-        for slot, reasons in Workers(FileSize(source.folder), workers, "--workers").received(loader):
-            yield dataset.slots[slot, : len(reasons)].clone(), reasons
-    except OSError as error:
-        raise WorkerError(f"--workers {workers}: cannot be started ({error}); start fewer") from error
-
-
-def _unchanged(batch):
-    return batch
+    batches = ImageBatches(source, batch_size, workers)
+    of_workers = Workers(batches, range(len(batches)), FileSize(source.folder), workers, "--workers")
+    for slot, reasons in of_workers.received():
+        yield batches.slots[slot, : len(reasons)].clone(), reasons
 
 
 class EmbeddingStore:

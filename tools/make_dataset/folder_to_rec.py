@@ -28,14 +28,13 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo root
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from core.config import expand
 from core.errors import report_errors
 from core.files import atomic_write, lock, sync_directory
 from core.manifest import record_digest, write_manifest
-from engine.workers import FileSize, Workers, start_worker
+from engine.workers import FileSize, Workers
 from recordio import IRHeader, RecordWriter, pack
 from tools.ijbc_eval.align import MISFIT
 from tools.ijbc_eval.options import whole_number
@@ -44,12 +43,11 @@ from tools.make_dataset.people import FolderError, Photos, ShuffledImages, choos
 from tools.make_dataset.photos import BadPhoto, encoded_face
 
 _BATCH = 32  # images that a worker hands over at once
-_AHEAD = 4  # batches per worker
 _SHOWN = 5  # unusable images in the message
 _HOPELESS = 1000
 
 
-class Faces(torch.utils.data.Dataset):
+class Faces:
     """Item i: `[(image number, bytes, suffix, misfit, reason)]` of batch i; reason is "" for a usable image."""
 
     def __init__(self, photos, numbers, landmarks, resize):
@@ -83,18 +81,10 @@ class Conversion:
 
     def faces(self, numbers, what):
         """Yield `(image number, bytes, suffix)` of the usable ones of `numbers`, in order, prepared by the workers."""
-        loader = torch.utils.data.DataLoader(
-            Faces(self.photos, numbers, self.landmarks, self.resize),
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=_unchanged,
-            worker_init_fn=start_worker,
-            prefetch_factor=_AHEAD if self.workers else None,
-            persistent_workers=self.workers > 0,  # else one that has done its share would pass for dead
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
-        )
+        batches = Faces(self.photos, numbers, self.landmarks, self.resize)
+        workers = Workers(batches, range(len(batches)), FileSize(self.photos.scratch), self.workers, "--workers")
         with tqdm(total=len(numbers), desc=what, unit="img", disable=None) as bar:
-            for batch in Workers(FileSize(self.photos.scratch), self.workers, "--workers").received(loader):
+            for batch in workers.received():
                 for number, data, suffix, misfit, reason in batch:
                     if reason:
                         self.bad.append((self.photos.name(number), reason))
@@ -111,10 +101,6 @@ class Conversion:
     def hopeless(self):
         """Whether the first 1,000 images are all unusable: the rest need not be looked at."""
         return not self.good and len(self.bad) >= _HOPELESS
-
-
-def _unchanged(batch):
-    return batch
 
 
 # --- the files of the set -------------------------------------------------------------------------------------------
