@@ -267,7 +267,12 @@ class RecordWriter:
         self.path = pathlib.Path(path)
         self.idx_path = pathlib.Path(idx_path) if idx_path is not None else index_path(path)
         self._rec_part, self._rec = open_temporary(self.path)
-        self._idx_part, self._idx = open_temporary(self.idx_path)
+        try:
+            self._idx_part, self._idx = open_temporary(self.idx_path)
+        except OSError:
+            self._rec.close()
+            self._rec_part.unlink()
+            raise
         self._position = 0
         self._last_key = -1
         self._out_of_order = False

@@ -12,7 +12,7 @@
 
 To run the backbone on the batch:
 
-    found = engine.checkpoint.load("work_dirs/<run>/nonfinite_step_<step>_rank_0.pt")
+    found = core.state_file.load("work_dirs/<run>/nonfinite_step_<step>_rank_0.pt")
     config = found["state"]["config"]
     backbone = backbones.get_model(config["network"], num_features=config["embedding_size"])
     backbone.load_state_dict(found["state"]["backbone"])
@@ -41,7 +41,7 @@ def explain(run, error):
     """
     path = pathlib.Path(run.cfg.output) / f"nonfinite_step_{error.step}_rank_{run.rank}.pt"
     rows, keys = error.rows.numpy(), getattr(run.train_set, "keys", None)  # a synthetic set has no keys
-    keys = None if keys is None else torch.from_numpy(np.asarray(keys)[rows].astype(np.int64))
+    keys = None if keys is None else torch.tensor([int(keys[row]) for row in rows])
     broken = [name for name, tensor in named_tensors(run) if not torch.isfinite(tensor).all()]
     labels = torch.tensor([run.train_set.label(row) for row in rows.tolist()])
     plan = ShuffledRows(len(run.train_set), run.cfg.batch_size, run.cfg.seed, run.rank, run.world_size)

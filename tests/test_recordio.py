@@ -256,6 +256,12 @@ def test_files_appear_only_when_complete(tmp_path):
     assert RecordReader(path).read(0) == b"new" and sorted(os.listdir(tmp_path)) == ["a.idx", "a.rec"]
 
 
+def test_an_index_that_cannot_be_opened_leaves_no_files(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        RecordWriter(tmp_path / "a.rec", tmp_path / "none" / "a.idx")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_key_written_twice_leaves_no_files(tmp_path):
     with (
         pytest.raises(RecordError, match=r"a\.rec: key 1 was written more than once"),

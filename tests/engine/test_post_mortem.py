@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from core.config import load_config
+from core.state_file import load
 from dataset import RecordDataset
-from engine import checkpoint, post_mortem
+from engine import post_mortem
 from engine.monitor import NonFiniteLoss
 from engine.order import ShuffledRows
 from engine.trainer import Trainer
-from tests.engine.test_trainer import Plain, close_log_files, config, rec  # noqa: F401
+from tests.engine.test_trainer import Plain, config, rec  # noqa: F401
 from tests.ranks import run_ranks
 
 BAD = 8  # steps done before the bad batch: the third of the epoch 1, whose first is 6
@@ -58,7 +59,7 @@ def message(kind, path, *overrides):
 
 
 def found_in(trainer):
-    return checkpoint.load(f"{trainer.cfg.output}/nonfinite_step_{BAD}_rank_{trainer.rank}.pt")
+    return load(f"{trainer.cfg.output}/nonfinite_step_{BAD}_rank_{trainer.rank}.pt")
 
 
 def test_the_message_names_step_terms_keys_and_file(tmp_path, rec):  # noqa: F811
@@ -95,6 +96,24 @@ def test_the_file_has_the_batch_and_the_state(tmp_path, rec, gradient_acc):  # n
     assert found["state"]["step"] == BAD and found["state"]["config"]["lr"] == trainer.cfg.lr
 
 
+def test_only_the_batchs_keys_are_read(tmp_path, rec):  # noqa: F811
+    """All of them, of millions in a file, would take minutes."""
+    _, trainer = message(Broken, config(tmp_path, rec))
+    read = set()
+
+    class Keys:
+        def __len__(self):
+            return 25
+
+        def __getitem__(self, row):
+            read.add(row)
+            return range(1, 26)[row]
+
+    trainer.train_set.keys = Keys()
+    post_mortem.explain(trainer, NonFiniteLoss(BAD, {"cls": float("nan")}, torch.arange(4)))
+    assert read == {0, 1, 2, 3} and found_in(trainer)["keys"].tolist() == [1, 2, 3, 4]
+
+
 def test_weights_broken_by_an_earlier_step_are_named(tmp_path, rec):  # noqa: F811
     text, trainer = message(BrokenWeights, config(tmp_path, rec, clip_grad_norm=0.0))
     assert "An earlier step broke backbone.3.bias: lower lr or raise warmup_epoch, or set clip_grad_norm" in text
@@ -106,7 +125,7 @@ def test_the_docstrings_code_reproduces_the_loss(tmp_path, rec):  # noqa: F811
     code = textwrap.dedent(post_mortem.__doc__.split("backbone on the batch:\n")[1].split("\nTo reproduce")[0])
     code = code.replace("work_dirs/<run>", trainer.cfg.output).replace("<step>", str(BAD))
     names = {}
-    exec("import torch, backbones, dataset, engine.checkpoint\n" + code, names)
+    exec("import torch, backbones, dataset, core.state_file\n" + code, names)
     found = names["found"]
     assert trainer.classifier(names["embeddings"], found["labels"]).item() == pytest.approx(found["terms"]["cls"], 1e-5)
 
