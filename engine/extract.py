@@ -1,5 +1,6 @@
 """Feature files written by all ranks, each its share of the rows. old_model/feature_set.py names the files."""
 
+import contextlib
 import os
 import pathlib
 
@@ -10,81 +11,105 @@ from tqdm import tqdm
 
 from core.agreement import failing_together
 from core.distributed import barrier, gather_objects, is_main, rank, rows_of_rank, world_size
-from core.files import open_temporary, publish, reserve
+from core.files import appears, open_temporary, publish, reserve
 from core.manifest import write_manifest
 from engine.loader import ExtractLoader
 from old_model.feature_set import FeatureError, write_remedy
 
 
 class SharedArray:
-    """One .npy file that all ranks fill, each its own rows; it gets its final name once it is complete.
+    """One .npy file that all ranks fill, each its own rows; `shared_arrays` makes it.
 
-    All ranks construct it, write and `finish`; then one calls `publish`. Rank 0 reserves the whole size first, so that
-    a full disk fails before the work, on all ranks. Rows are written to the file, not to a memory map, which dies of
-    SIGBUS on a full disk and, on a network disk, lets two machines overwrite each other's rows within a page. With
-    several machines the directory must be shared, under any path. Raises FeatureError if it cannot be written.
+    Rank 0 reserves the whole size first, so that a full disk fails before the work, on all ranks. Rows are written to
+    the file, not to a memory map, which dies of SIGBUS on a full disk and, on a network disk, lets two machines
+    overwrite each other's rows within a page. With several machines the directory must be shared, under any path.
+    Raises FeatureError if it cannot be written.
     """
 
     def __init__(self, path, shape, dtype):
-        self.path, self.dtype = pathlib.Path(path), np.dtype(dtype)
+        self.path, self.shape, self.dtype = pathlib.Path(path), tuple(shape), np.dtype(dtype)
         self.row_bytes = self.dtype.itemsize * int(np.prod(shape[1:]))
-        self.temporary = self.file = None
-        with failing_together():
+        self.temporary = self.file = self.manifest = None
+
+    def open(self):
+        """Make the file on rank 0 and open it on the others; all ranks call it together."""
+        with failing_together(), self._writing():
             if is_main():
-                try:
-                    self._reserve(shape)
-                except OSError as error:
-                    self._fail(error)
+                self._reserve()
         name = gather_objects(self.temporary and self.temporary.name)[0]
-        if not is_main():
-            self.temporary = self.path.with_name(name)
-            self.file = open(self.temporary, "r+b")
+        with failing_together(), self._writing():
+            if not is_main():
+                self.temporary = self.path.with_name(name)
+                appears(self.temporary)  # late, on a network disk
+                self.file = open(self.temporary, "r+b")
         self.file.seek(0)
         np.lib.format.read_magic(self.file)
         np.lib.format.read_array_header_1_0(self.file)
         self.offset = self.file.tell()
 
-    def _reserve(self, shape):
+    def _reserve(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temporary, self.file = open_temporary(self.path)
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": tuple(shape)}
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(self.file, header)
-        reserve(self.file, self.file.tell() + shape[0] * self.row_bytes)
+        reserve(self.file, self.file.tell() + self.shape[0] * self.row_bytes)
 
     def write(self, row, values):
         """Store `values` [n, …] as rows row … row + n − 1."""
-        try:
+        with self._writing():
             self.file.seek(self.offset + row * self.row_bytes)
             self.file.write(np.ascontiguousarray(values, self.dtype))
-        except OSError as error:
-            self._fail(error)
+
+    def describe(self, what, **facts):
+        """What its manifest will say; without it there is none."""
+        self.manifest = {"what": what, **facts}
 
     def finish(self):
         """Sync this rank's rows to disk."""
-        try:
+        with self._writing():
             self.file.flush()
             os.fsync(self.file.fileno())
-        except OSError as error:
-            self._fail(error)
-
-    def describe(self, what, **facts):
-        """Write the manifest, before `publish`; on rank 0."""
-        write_manifest(self.path, self.file, what, **facts)
-
-    def publish(self):
-        """Give the file its final name; on rank 0, after all have finished."""
-        publish(self.file, self.temporary, self.path)
 
     def discard(self):
         """Close the file, and delete it on rank 0 if it has not got its final name."""
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # that of the block is raised
+                self.file.close()
         if is_main() and self.temporary is not None:
             self.temporary.unlink(missing_ok=True)
 
-    def _fail(self, error):
-        self.discard()
-        raise FeatureError(f"{self.path}: cannot be written ({error.strerror}); {write_remedy(error)}") from error
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise FeatureError(f"{self.path}: cannot be written ({error.strerror}); {write_remedy(error)}") from error
+
+
+@contextlib.contextmanager
+def shared_arrays(*wanted):
+    """`with shared_arrays((path, shape, dtype), …) as arrays:` SharedArrays to write; all ranks enter it together.
+
+    Once all ranks have left the block the files get their names, the first one last; if it fails, none does.
+    """
+    arrays = [SharedArray(*one) for one in wanted]
+    try:
+        for array in arrays:
+            array.open()
+        yield arrays
+        for array in arrays:
+            array.finish()
+        barrier()
+        if is_main():
+            for array in arrays:
+                if array.manifest:
+                    write_manifest(array.path, array.file, **array.manifest)
+            for array in reversed(arrays):
+                publish(array.file, array.temporary, array.path)
+        barrier()
+    finally:
+        for array in arrays:
+            array.discard()
 
 
 def extract_features(
@@ -112,29 +137,20 @@ def extract_features(
     as they were.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    arrays = []
+    wanted = [(feature_path, (len(dataset), embedding_size), np.float32)]
+    if label_path:
+        wanted.append((label_path, (len(dataset),), np.int64))
     modes = [(module, module.training) for module in model.modules()]
     try:
-        arrays.append(SharedArray(feature_path, (len(dataset), embedding_size), np.float32))
-        if label_path:
-            arrays.append(SharedArray(label_path, (len(dataset),), np.int64))
-        device = device or next(model.parameters()).device
-        _embed_rows_of_rank(model.eval(), dataset, arrays, embedding_size, batch_size, num_workers, device)
-        for array in arrays:
-            array.finish()
-        barrier()
-        if is_main():
+        with shared_arrays(*wanted) as arrays:
+            device = device or next(model.parameters()).device
+            _embed_rows_of_rank(model.eval(), dataset, arrays, embedding_size, batch_size, num_workers, device)
             if made_from is not None:
                 facts = {"records": dataset.digest(), "rows": len(dataset)}
                 arrays[0].describe("features", width=embedding_size, **facts, **made_from)
                 for array in arrays[1:]:
                     array.describe("labels", **facts)
-            for array in reversed(arrays):  # features last, so that their labels are there before them
-                array.publish()
-        barrier()
     finally:
-        for array in arrays:
-            array.discard()
         for module, training in modes:
             module.training = training
 

@@ -10,7 +10,7 @@ import torch
 from BCT_methods.UniBCT.prototypes import refine_prototypes
 from core import distributed
 from core.config import require
-from engine.extract import SharedArray, extract_features
+from engine.extract import extract_features, shared_arrays
 from engine.monitor import log
 from engine.schedule import warn_of_unreached
 from losses import OldPrototypes
@@ -146,12 +146,5 @@ class Refinement(OldPrototypes):
             scales.max(),
         )
         path = pathlib.Path(cfg.output) / f"prototypes_epoch_{epoch}.npy"
-        file = SharedArray(path, (cfg.num_classes, self.old.width), np.float32)
-        try:
-            file.write(self.classes.start, self.prototypes.cpu().numpy())
-            file.finish()
-            distributed.barrier()
-            if distributed.is_main():
-                file.publish()
-        finally:
-            file.discard()
+        with shared_arrays((path, (cfg.num_classes, self.old.width), np.float32)) as [array]:
+            array.write(self.classes.start, self.prototypes.cpu().numpy())

@@ -2,14 +2,18 @@
 
 import errno
 import os
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from core import files
+from core.distributed import rank
+from core.errors import UserError
 from dataset import SyntheticDataset
 from engine import extract
-from engine.extract import extract_features
+from engine.extract import extract_features, shared_arrays
 from old_model.feature_set import FeatureError
 from tests.ranks import run_ranks
 
@@ -108,3 +112,24 @@ def test_a_full_disk_fails_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(FeatureError, match="a_feature.npy.*No space left"):
         extract_features(Pooled(), training_set(), path, embedding_size=WIDTH, num_workers=0)
     assert not list(tmp_path.iterdir())
+
+
+def _write_on_a_late_disk(folder, ever):
+    """Rank 1 sees rank 0's folder, by another path, only after a while, or never."""
+    late = folder / "late"
+    files.time = types.SimpleNamespace(sleep=lambda _: ever and late.symlink_to(folder / "shared"))
+    try:
+        with shared_arrays(((late if rank() else folder / "shared") / "a.npy", (2, 1), np.float32)) as [array]:
+            array.write(rank(), np.full((1, 1), 5 + rank()))
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_ranks_wait_for_a_file_or_fail_together(tmp_path):
+    assert run_ranks(_write_on_a_late_disk, 2, tmp_path, True) == [None, None]
+    assert np.load(tmp_path / "shared" / "a.npy").tolist() == [[5], [6]]
+    (tmp_path / "late").unlink()
+    others, own = run_ranks(_write_on_a_late_disk, 2, tmp_path, False)
+    assert own.startswith(f"FeatureError: {tmp_path}/late/a.npy: cannot be written (No such file or directory); ")
+    assert others.startswith("DisagreementError: rank 1 on ") and others.endswith(own)
+    assert os.listdir(tmp_path / "shared") == ["a.npy"]

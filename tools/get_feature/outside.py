@@ -8,7 +8,7 @@ import numpy as np
 from backbones.model_files import AsBackbone, ModelFile, Preprocessing, load_model
 from core.config import expand
 from core.manifest import digest, read_manifest
-from engine.extract import SharedArray, extract_features
+from engine.extract import extract_features, shared_arrays
 from old_model.feature_set import FeatureError, open_array
 
 CHUNK = 1 << 15  # rows at once
@@ -74,10 +74,9 @@ def take_stored(args, train_set, files):
     if not len(stored):
         raise FeatureError(f"--features {args.features}: has no rows")
     row_of = rows_by_label(args, stored, train_set) if args.labels else rows_by_path(args, stored, train_set)
-    arrays, norms = [], []
-    try:
-        arrays.append(SharedArray(files.feature, (len(train_set), stored.shape[1]), np.float32))
-        arrays.append(SharedArray(files.label, (len(train_set),), np.int64))
+    of_features = files.feature, (len(train_set), stored.shape[1]), np.float32
+    of_labels, norms = (files.label, (len(train_set),), np.int64), []
+    with shared_arrays(of_features, of_labels) as (features, labels):
         for start in range(0, len(train_set), CHUNK):
             rows = row_of[start : start + CHUNK]
             there = rows != NO_ROW
@@ -88,24 +87,17 @@ def take_stored(args, train_set, files):
                 wrong = rows[np.argmax(~np.isfinite(length))]
                 raise FeatureError(f"--features {args.features}: row {wrong} is not finite; embed that image again")
             norms.append(length)
-            arrays[0].write(start, values)
-        arrays[1].write(0, train_set.labels())
+            features.write(start, values)
+        labels.write(0, train_set.labels())
         norms = np.concatenate(norms)
         present = norms[norms > 0]
         if not len(present):
             raise FeatureError(f"--features {args.features}: all rows are zero, there is nothing to be compatible with")
         facts = {"records": train_set.digest(), "rows": len(train_set)}
         without = len(norms) - len(present)
-        for array in arrays:
-            array.finish()
         stated = {"width": stored.shape[1], "without_feature": without, "features": digest(args.features)}
-        arrays[0].describe("features", **facts, **stated)
-        arrays[1].describe("labels", **facts)
-        for array in reversed(arrays):
-            array.publish()
-    finally:
-        for array in arrays:
-            array.discard()
+        features.describe("features", **facts, **stated)
+        labels.describe("labels", **facts)
     low, middle, high = np.quantile(present, [0, 0.5, 1])
     print(f"norms of the features: median {middle:.4g}, from {low:.4g} to {high:.4g}; all are finite")
     if without:
