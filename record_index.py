@@ -14,7 +14,6 @@ than SMALL bytes, or in a folder where nothing can be written, is read into memo
 import bisect
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import re
@@ -24,7 +23,7 @@ import weakref
 
 import numpy as np
 
-from core.errors import UserError
+from core.errors import UserError, warn
 from core.files import atomic_write, lock
 from core.manifest import digest
 from core.rows import read_rows
@@ -37,7 +36,6 @@ AGAIN = "copy the index again, or delete it and write another with `python recor
 
 _LINE = re.compile(rb"([0-9]{1,18})\t([0-9]{1,18})\r?")
 _TWO = struct.Struct("<qq")
-log = logging.getLogger("bct")
 
 
 class RecordError(UserError, ValueError):
@@ -168,7 +166,7 @@ def _opened(path, binary):
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        _say("%s: %s; writing it again", binary, str(error).partition("\n")[0])
+        warn("%s: %s; writing it again", binary, str(error).partition("\n")[0])
         return None
     return index
 
@@ -192,11 +190,11 @@ def _written(path, binary):
     try:
         with _lock_once_free(beside):
             if not binary.exists() or _opened(path, binary) is None:
-                _say("%s: writing it, so that no other process reads the text", binary)
+                warn("%s: writing it, so that no other process reads the text", binary)
                 _write(path, binary)
             beside.unlink(missing_ok=True)
     except OSError as error:
-        _say("%s: cannot be written (%s): each process reads the text", binary, error.strerror)
+        warn("%s: cannot be written (%s): each process reads the text", binary, error.strerror)
         return None
     return _opened(path, binary)
 
@@ -274,8 +272,3 @@ def _parse_lines(text):
         and width.max() <= 18  # fits int64
     )
     return np.fromstring(text, dtype=np.int64, sep=" ").reshape(-1, 2) if well_formed else None
-
-
-def _say(line, *words):
-    if os.environ.get("RANK", "0") == "0":
-        log.warning(line, *words)

@@ -11,7 +11,6 @@ Everything here also works in a single process, without a process group.
 import datetime
 import functools
 import glob
-import logging
 import os
 import re
 import warnings
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from core.errors import warn
 from core.scheduler import adopt_ranks
 
 
@@ -71,8 +71,7 @@ def gpu_problem():
     if reason is None:
         return None
     reason += "; see docs/troubleshooting.md, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
-    if os.environ.get("RANK", "0") == "0":
-        logging.getLogger("bct").warning("running on the CPU: %s", reason)
+    warn("running on the CPU: %s", reason)
     return reason
 
 

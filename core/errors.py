@@ -1,13 +1,20 @@
-"""Errors that a user can fix end a script with one line instead of a traceback."""
+"""One line for the user: a warning, or an error that can be fixed, which ends a script instead of a traceback."""
 
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import re
 import signal
 import sys
 import traceback
+
+
+def warn(form, *words):
+    """Log a warning that is the same on all ranks, once."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("bct").warning(form, *words)
 
 
 class UserError(Exception):

@@ -12,13 +12,12 @@ used, with a warning.
 import functools
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import shlex
 import sys
 
-from core.errors import UserError
+from core.errors import UserError, warn
 from core.files import atomic_write
 
 WHOLE = 1 << 29  # bytes: larger files are sampled
@@ -72,7 +71,7 @@ def read_manifest(path, remedy="write the file again"):
         facts = json.loads(beside.read_bytes())
         content = facts["content"]
     except FileNotFoundError:
-        _warn_once(f"{path}: no {beside.name}, so what it was made from is not checked")
+        _warn_once("%s: no %s, so what it was made from is not checked", path, beside.name)
         return Manifest(path)
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{beside}: damaged ({type(error).__name__}: {error}); {unchecked}") from error
@@ -81,10 +80,7 @@ def read_manifest(path, remedy="write the file again"):
     return Manifest(path, facts)
 
 
-@functools.cache
-def _warn_once(line):
-    if os.environ.get("RANK", "0") == "0":
-        logging.getLogger("bct").warning(line)
+_warn_once = functools.cache(warn)
 
 
 # --- digests --------------------------------------------------------------------------------------------------------

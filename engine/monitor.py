@@ -31,7 +31,9 @@ class _TerminalHandler(logging.StreamHandler):
 
 def init_logging(main):
     """Log to the terminal; other ranks than the main one log only warnings. `log_to_file` adds a file."""
-    log.handlers.clear()
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()  # the earlier run's training.log
     log.propagate = False
     log.setLevel(logging.INFO if main else logging.WARNING)
     _add_handler(_TerminalHandler(sys.stdout))
@@ -51,12 +53,6 @@ def log_to_file(output):
 def _add_handler(handler):
     handler.setFormatter(logging.Formatter("Training: %(asctime)s-%(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
-
-
-def warn(form, *words):
-    """Log a warning that is the same on all ranks, once."""
-    if is_main():
-        log.warning(form, *words)
 
 
 class NonFiniteLoss(UserError):

@@ -2,7 +2,7 @@
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine.monitor import warn
+from core.errors import warn
 
 
 def learning_rate_factor(step, steps_per_epoch, num_epoch, warmup_epoch=0.0, decay_epoch=()):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from core.distributed import world_size
-from engine.monitor import warn
+from core.errors import warn
 
 # Slurm sends SIGTERM at the time limit, SIGUSR1 earlier on request; SIGHUP comes with the end of a terminal.
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]

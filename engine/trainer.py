@@ -29,7 +29,7 @@ import backbones
 from core import distributed
 from core.agreement import check_ranks_agree, check_same_start, failing_together
 from core.config import ConfigError, load_config, require
-from core.errors import LostRank, UserError, lost_rank, report_errors
+from core.errors import LostRank, UserError, lost_rank, report_errors, warn
 from core.manifest import write_manifest
 from core.state_file import save_atomically, write_atomically
 from dataset import open_train_set
@@ -45,7 +45,7 @@ from engine.build import (
     unwrap,
 )
 from engine.loader import OldRows, TrainLoader
-from engine.monitor import Monitor, NonFiniteLoss, init_logging, log, log_to_file, warn
+from engine.monitor import Monitor, NonFiniteLoss, init_logging, log, log_to_file
 from engine.post_mortem import explain
 from engine.run_state import refuse_non_finite_weights, restore, seed_everything, settings_of, state_of
 from engine.schedule import make_schedule

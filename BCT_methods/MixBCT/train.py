@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 
 from BCT_methods.MixBCT.mix import mix_old_features
 from core.config import require
-from engine.monitor import warn
+from core.errors import warn
 from engine.trainer import Trainer
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repo
 from BCT_methods.NCCL.loss import NeighborhoodConsensusLoss
 from core.config import require
 from core.distributed import gather, gather_with_grad, to_device
-from engine.monitor import warn
+from core.errors import warn
 from engine.trainer import Trainer
 from losses import with_width
 

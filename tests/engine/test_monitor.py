@@ -12,9 +12,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from core.errors import warn
 from engine import monitor as monitor_module
-from engine.monitor import RECENT, Monitor, NonFiniteLoss, init_logging, log, log_to_file, warn
-from tests.engine.test_trainer import close_log_files  # noqa: F401
+from engine.monitor import RECENT, Monitor, NonFiniteLoss, init_logging, log, log_to_file
 
 
 @pytest.fixture
@@ -179,10 +179,13 @@ def test_the_file_has_what_was_logged_before_it(tmp_path, capsys):
     lines = (tmp_path / "training.log").read_text(encoding="utf-8").splitlines()
     assert [line.partition("-s")[2] or line[-5:] for line in lines] == [" × cos(θ)", "later"]
     assert capsys.readouterr().out.count("\n") == 1, "the earlier line is not printed again"
+    _, file = log.handlers
+    init_logging(main=True)
+    assert file.stream is None, "the next run closes it"
 
 
 def test_a_warning_that_all_ranks_share_is_logged_once(monkeypatch, capsys):
-    monkeypatch.setattr(monitor_module, "is_main", lambda: False)
+    monkeypatch.setenv("RANK", "1")
     init_logging(main=False)
     warn("of the config")
     log.warning("of this rank")

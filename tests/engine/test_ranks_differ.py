@@ -12,7 +12,7 @@ from core.distributed import rank
 from core.errors import UserError
 from tests.BCT_methods.whole_runs import write_config, write_old_features
 from tests.conftest import draw_record_set
-from tests.engine.test_trainer import Plain, close_log_files, config  # noqa: F401
+from tests.engine.test_trainer import Plain, config
 from tests.ranks import run_ranks
 
 LABELS = [0, 1, 2, 3, 4] * 5

@@ -15,7 +15,7 @@ from core.config import load_config
 from engine.checkpoint import CheckpointError, complete_sets, load
 from engine.schedule import learning_rate_factor
 from tests.BCT_methods.whole_runs import sets_of
-from tests.engine.test_trainer import Plain, WithBatchNorm, assert_same, close_log_files, config, rec, run  # noqa: F401
+from tests.engine.test_trainer import Plain, WithBatchNorm, assert_same, config, rec, run  # noqa: F401
 
 
 class Stopped(Plain):

@@ -13,7 +13,7 @@ import torch
 from core.config import load_config
 from tests.BCT_methods.whole_runs import sets_of
 from tests.conftest import draw_image
-from tests.engine.test_trainer import Plain, assert_same, close_log_files, config, rec, run  # noqa: F401
+from tests.engine.test_trainer import Plain, assert_same, config, rec, run  # noqa: F401
 
 WHOLE = {"num_epoch": 3, "checkpoint_steps": 4, "val_targets": ["pairs"], "verbose": 4}  # 6 steps an epoch
 

@@ -1,6 +1,5 @@
 """The training loop: many ranks equal one, accumulation equals the larger batch, a resumed run equals the whole one."""
 
-import logging
 import pickle
 
 import cv2
@@ -206,14 +205,6 @@ def test_more_ranks_than_classes_stop_before_the_first_step(tmp_path, rec, monke
     monkeypatch.setattr("core.distributed.init_distributed", lambda timeout: (0, 6, torch.device("cpu")))
     with pytest.raises(ConfigError, match="set.rec has 5 classes, fewer than the 6 ranks; start fewer"):
         Plain(load_config(config(tmp_path, rec)))
-
-
-@pytest.fixture(autouse=True)
-def close_log_files():
-    yield
-    for handler in list(logging.getLogger("bct").handlers):
-        handler.close()
-        logging.getLogger("bct").removeHandler(handler)
 
 
 OPTIMIZERS = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {"weight_decay": 0.1})}

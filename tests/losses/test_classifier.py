@@ -8,7 +8,7 @@ from engine.checkpoint import complete_sets
 from losses import ArcFace, Classifier, PartialFC, Softmax
 from losses.classifier import replicated_parameters, sharded_tensors
 from tests.BCT_methods.whole_runs import sets_of
-from tests.engine.test_trainer import Plain, assert_same, close_log_files, config, rec  # noqa: F401
+from tests.engine.test_trainer import Plain, assert_same, config, rec  # noqa: F401
 from tests.ranks import run_ranks
 
 
