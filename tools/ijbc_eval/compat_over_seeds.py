@@ -19,7 +19,7 @@ from core.errors import report_errors
 from tools.ijbc_eval.compat_csv import csv_text
 from tools.ijbc_eval.files import EvalError, writing
 
-COMPATIBLE = "compatible"
+COMPATIBLE, VERDICTS = "compatible", ("yes", "undecided", "no")
 TABLES = {  # what is said above a table: its columns
     "1:1 TPR at FPR {fpr:g} and 1:N TPIR at FPIR {fpir:g}, in %:": ("self 1:1", "self 1:N", "cross 1:1", "cross 1:N"),
     "Compatible: in how many reports M(new, old) > M(old, old), in 1:1 and in 1:N, by the 95 % intervals.\n"
@@ -86,7 +86,9 @@ def figures(part, old, order):
     """The figures of a model, by the columns of TABLES."""
     found = accuracies(part)
     if COMPATIBLE in part:
-        found[COMPATIBLE] = {"yes": "yes", "no": "no", "undecided": "undecided"}[part[COMPATIBLE]]
+        if part[COMPATIBLE] not in VERDICTS:
+            raise ValueError(f"{COMPATIBLE} = {part[COMPATIBLE]}")
+        found[COMPATIBLE] = part[COMPATIBLE]
         gain = part["update_gain"]
         found |= {f"update gain {name}": gain[key] for name, key in (("1:1", "tpr"), ("1:N", "tpir")) if key in gain}
     for test, name in (("cross", "new/old"), ("self", "new/new")):
@@ -106,7 +108,7 @@ def _scaled(value, factor):
 def cell(column, values):
     """A figure over the reports: `mean (lowest to highest)`, "–" if one of them is undefined; or how many say what."""
     if column == COMPATIBLE:
-        counts = {said: values.count(said) for said in ("yes", "undecided", "no")}
+        counts = {said: values.count(said) for said in VERDICTS}
         return ", ".join(f"{count} {said}" for said, count in counts.items() if count)
     if None in values:
         return "–"

@@ -1,13 +1,11 @@
 """The figures: 1:1 over tens of millions of pairs, by the ROC of roc.py; 1:N, open set, without sorting any row."""
 
 import dataclasses
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from engine.verification import accuracy_over_folds
-from tools.ijbc_eval.roc import Roc, most_allowed
+from tools.ijbc_eval.roc import Roc, in_parts, most_allowed
 
 PROTOCOLS = ("exact", "published")  # how figures are computed, 1:1 and 1:N
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -37,7 +35,7 @@ def pair_scores(first_features, second_features, first, second):
         def multiply(part):
             np.einsum("pd,pd->p", first_features[first[part]], second_features[second[part]], out=scores[part])
 
-        _in_parts(len(first), 1 << 14, multiply)
+        in_parts(len(first), multiply, 1 << 14)
         return scores
     step = max(1, _BLOCK // columns)
     for start in range(0, len(first_features), step):
@@ -59,16 +57,7 @@ def _look_up(block, offset, columns, first, second, scores):
             inside = (place >= offset) & (place < offset + len(block))
             scores[part][inside] = block[place[inside] - offset]
 
-    _in_parts(len(first), 1 << 17, work)
-
-
-def _in_parts(length, size, work):
-    """Call `work(slice)` for all parts of `size` of a range, on one thread per core, at most eight: NumPy releases the
-    GIL in its loops, and parts this small stay in the processor's cache."""
-    parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(work, parts):
-            pass
+    in_parts(len(first), work)
 
 
 def fold_accuracy(scores, label):

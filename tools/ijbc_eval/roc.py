@@ -34,7 +34,7 @@ class Roc:
             )
         self._low, self._scale = self._range()
         self._cells = np.empty(len(self.scores), np.uint16)
-        in_cell = sum(_in_parts(len(self.scores), self._count))
+        in_cell = sum(in_parts(len(self.scores), self._count))
         self._genuine_cells = self._place(self.genuine)
         self._in_cell = in_cell - np.bincount(self._genuine_cells, minlength=CELLS)
         self._above = self.num_impostor - np.cumsum(self._in_cell)  # impostors in all higher cells
@@ -45,7 +45,7 @@ class Roc:
         self._sorted = self._impostors_in(self._sorted_cells)
 
     def _range(self):
-        ends = _in_parts(len(self.scores), lambda part: (self.scores[part].min(), self.scores[part].max()))
+        ends = in_parts(len(self.scores), lambda part: (self.scores[part].min(), self.scores[part].max()))
         low, high = np.min(ends), np.max(ends)
         if not np.isfinite([low, high]).all():  # NaN is passed on by both
             raise ValueError("some scores are not finite; the model's embeddings are not finite")
@@ -69,7 +69,7 @@ class Roc:
             rows = part.start + np.flatnonzero(wanted.take(self._cells[part]))
             return self.scores[rows[~self.label[rows]]]
 
-        return np.sort(np.concatenate(_in_parts(len(self.scores), pick)))
+        return np.sort(np.concatenate(in_parts(len(self.scores), pick)))
 
     @property
     def auc(self):
@@ -141,8 +141,9 @@ def most_allowed(rate, total):
     return allowed
 
 
-def _in_parts(length, work):
-    """`[work(slice), ...]` of all parts of a range, on one thread per core, at most eight: NumPy releases the GIL."""
-    parts = [slice(start, min(start + PART, length)) for start in range(0, length, PART)]
+def in_parts(length, work, size=PART):
+    """`[work(slice), ...]` of all parts of `size` of a range, on one thread per core, at most eight: NumPy releases the
+    GIL."""
+    parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, parts))
