@@ -140,7 +140,7 @@ def caveats(report):
     if not data.get("threshold_claimed", True):
         lines.append(
             f"No score map at the deployed threshold: of the {data['impostors_fitted']} impostor pairs that it is "
-            f"fitted on fewer than {FEWEST} are above it; mapped FMR and FNMR are left out."
+            f"fitted on fewer than {FEWEST} are above, or below, it; mapped FMR and FNMR are left out."
         )
     if data["without_cohort"]:
         lines.append(f"{data['without_cohort']} of {data['subjects']} subjects are in no cohort.")
