@@ -14,7 +14,7 @@ MINUTES ?= 20
 BIN     := .venv/bin
 
 BESIDE  := $(if $(filter-out 128,$(WIDTH)),_f$(WIDTH))
-METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 weakenedL2
+METHODS := MixBCT UniBCT NCCL NCCLdefinition BCT BCTscale16 AdvBCT L2 RACT LCE
 
 .PHONY: help demo compare test test-cluster lint soak clean-demo
 
