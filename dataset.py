@@ -50,8 +50,6 @@ def _resolve(rec):
     rec = pathlib.Path(rec)
     candidates = [rec / "train.rec", rec.with_name(rec.name + ".rec"), rec]
     found = next((path for path in candidates if os.path.isfile(path)), None)
-    if found is not None and found.suffix == ".idx":
-        raise RecordError(f"{found}: is an index; give the .rec file beside it")
     if found is not None:
         return found
     if part := re.fullmatch(r"train_part_([1-9][0-9]?)_(class|data)(\.rec)?", rec.name):

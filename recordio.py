@@ -86,6 +86,8 @@ class RecordReader:
     def __init__(self, path, idx_path=None):
         self.path = pathlib.Path(path)
         self.idx_path = pathlib.Path(idx_path) if idx_path is not None else index_path(path)
+        if self.path.suffix == ".idx":
+            raise RecordError(f"{path}: is an index; give the .rec file beside it")
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path}: no such file")
         if not os.path.exists(self.idx_path):

@@ -1,6 +1,7 @@
 """A small IJB-shaped directory: blobs as faces, official file names, many media a template, both galleries."""
 
 import dataclasses
+import json
 import pathlib
 
 import cv2
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 import backbones
+from tools.ijbc_eval import bootstrap, compat_report, compat_text
 from tools.ijbc_eval.align import REFERENCE
+
+FPR, FPIR = 0.1, 0.3  # of the shared report
 
 
 @dataclasses.dataclass
@@ -299,3 +303,30 @@ def shared_plain(shared_set, shared_models):
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def make_report(tmp_path_factory, shared_set, shared_models, shared_cache):
+    old, new, independent = (shared_models[name] for name in ("old_model", "new_model", "independent_model"))
+
+    def make(*options):
+        out = tmp_path_factory.mktemp("report")
+        words = f"--old {old} --new First={new} --new Same={old}:tiny --independent Free={independent} --new_net tiny"
+        words += f" -d {shared_set.data_dir} --workers 0 --cache-dir {shared_cache} --fpr {FPR} --fpir {FPIR}"
+        compat_report.main([*words.split(), "--bootstrap", "60", "--out", str(out), *options])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bootstrap, compat_text):
+            patch.setattr(module, "FEWEST_PEOPLE", 6)  # as many have pairs here
+        yield make
+
+
+@pytest.fixture(scope="module")
+def report_dir(make_report):
+    return make_report()
+
+
+@pytest.fixture(scope="module")
+def report(report_dir):
+    return json.loads((report_dir / "report.json").read_text())

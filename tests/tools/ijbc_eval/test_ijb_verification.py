@@ -134,3 +134,19 @@ def test_pairs_over_many_parts(monkeypatch):
     first, second = rng.integers(0, 50, (2, 200_001)).astype(np.int32)  # more than a thread's part, and not a multiple
     expected = np.einsum("pd,pd->p", features[first], features[second])
     np.testing.assert_allclose(pair_scores(features, features, first, second), expected, atol=1e-6)
+
+
+def test_folds_see_squared_distances(monkeypatch):
+    seen = []
+    monkeypatch.setattr(metrics, "accuracy_over_folds", lambda distance, same, folds: seen.append(distance))
+    metrics.fold_accuracy(np.tile([1.0, 0.5], 10), np.tile([True, False], 10))
+    np.testing.assert_allclose(seen[0], [0, 1] * 10)  # |a − b|² of unit vectors: 60 degrees are 1 apart
+
+
+def test_folds_of_a_list_sorted_by_label_have_pairs_of_both_kinds(monkeypatch):
+    scores, label = np.repeat([0.9, 0.3], [70, 130]), np.repeat([True, False], [70, 130])
+    assert metrics.fold_accuracy(scores, label) == 1  # contiguous tenths would be judged by thresholds of one kind
+    seen = []
+    monkeypatch.setattr(metrics, "accuracy_over_folds", lambda distance, same, folds: seen.append(same))
+    metrics.fold_accuracy(scores, label)
+    assert [tenth.sum() for tenth in np.array_split(seen[0], 10)] == [7] * 10

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from tools.ijbc_eval import compat_over_seeds, compat_report, ijbc_eval, metrics, options
+from tools.ijbc_eval import compat_over_seeds, compat_report, ijbc_eval, options
 from tools.ijbc_eval.own_set import open_bin, open_crops
 
 # Degrees of the first and the second image of each pair, and whether they are one person's.
@@ -99,22 +99,6 @@ def test_a_bin_file_gives_the_figures_of_its_pairs(evaluate, pairs, bin_file):
     for key in ("scores", "label", "tprs", "auc", "accuracy"):
         np.testing.assert_array_equal(listed[key], packed[key])
     assert (str(listed["subset"]), str(packed["subset"])) == ("root", "own")
-
-
-def test_folds_see_squared_distances(monkeypatch):
-    seen = []
-    monkeypatch.setattr(metrics, "accuracy_over_folds", lambda distance, same, folds: seen.append(distance))
-    metrics.fold_accuracy(np.tile([1.0, 0.5], 10), np.tile([True, False], 10))
-    np.testing.assert_allclose(seen[0], [0, 1] * 10)  # |a − b|² of unit vectors: 60 degrees are 1 apart
-
-
-def test_folds_of_a_list_sorted_by_label_have_pairs_of_both_kinds(monkeypatch):
-    scores, label = np.repeat([0.9, 0.3], [70, 130]), np.repeat([True, False], [70, 130])
-    assert metrics.fold_accuracy(scores, label) == 1  # contiguous tenths would be judged by thresholds of one kind
-    seen = []
-    monkeypatch.setattr(metrics, "accuracy_over_folds", lambda distance, same, folds: seen.append(same))
-    metrics.fold_accuracy(scores, label)
-    assert [tenth.sum() for tenth in np.array_split(seen[0], 10)] == [7] * 10
 
 
 def test_saved_results_keep_their_rates(evaluate, pairs, tmp_path, capsys):
